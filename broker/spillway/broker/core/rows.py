@@ -1,0 +1,164 @@
+"""Rows of a shard: key order and value encodings. Keys are unique to the shard; the store adds its own prefix.
+
+    q <queue>               queue row
+    m <queue> NUL <seq>     message row; sorts by destination, tenant, key, sequence
+    l <token>               live lease -> its queue
+    d <dest> NUL <tenant> NUL <seq>   dead letter
+    p <producer>            last sequence of an idempotent producer
+    s <dest>                counters of a destination
+    g <scope>               closed gate
+    x                       the shard's clock
+
+Whoever changes a value's shape raises its version (the first byte or element) in the same commit.
+"""
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from spillway.broker.core.errors import CorruptEntry
+
+if TYPE_CHECKING:
+    from spillway.broker.core.queue import Message
+
+QUEUE, MESSAGE, LEASE, DEAD, PRODUCER, STATS, GATE, CLOCK = b"q", b"m", b"l", b"d", b"p", b"s", b"g", b"x"
+
+_SEQUENCE = struct.Struct(">Q")
+_MESSAGE = struct.Struct("<BQQ")  # version, enqueue ms, deliver not before ms; then the body
+_MESSAGE_VERSION = 1
+_pack_sequence = _SEQUENCE.pack
+_pack_message = _MESSAGE.pack
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class QueueRow(msgspec.Struct, array_like=True):
+    """A non-empty queue."""
+
+    version: int
+    count: int  # messages, all of them in message rows
+    floor: int  # rows below this sequence are dead
+    attempts: int  # failed attempts of the head
+    not_before: int  # ms since 1970
+    head_ms: int  # enqueue time of the head, 0 if unknown
+    token: int = 0  # fencing token of the live lease, 0: none
+    lease_size: int = 0
+    lease_acked: int = 0
+    deadline: int = 0
+    consumer: str = ""
+    gap: tuple[int, int, int] | None = None  # count, first and last sequence dead-lettered before the head
+
+
+class StatsRow(msgspec.Struct, array_like=True):
+    """Counters of a destination in a shard; `queues` and `messages` are levels, the rest totals."""
+
+    version: int
+    queues: int
+    messages: int
+    dead: int
+    enqueued: int
+    acked: int
+    dead_lettered: int
+    retried: int
+    expired: int
+
+
+class ProducerRow(msgspec.Struct, array_like=True):
+    """What is known of an idempotent producer."""
+
+    version: int
+    last: int  # its last sequence stored
+    used: int  # the shard's sequence at its last use: the order in which producers are forgotten
+
+
+class GateRow(msgspec.Struct, array_like=True):
+    """A closed gate."""
+
+    version: int
+    until: int  # ms since 1970
+    step: int  # times in a row that it closed
+
+
+class ClockRow(msgspec.Struct, array_like=True):
+    """The shard's clock: the highest time of its entries, so that it never goes back."""
+
+    version: int
+    now_ms: int
+
+
+class DeadRow(msgspec.Struct, array_like=True):
+    """A dead letter."""
+
+    version: int
+    queue: bytes
+    attempts: int
+    reason: str
+    enqueue_ms: int
+    dead_ms: int
+    body: bytes
+
+
+VERSION = 1
+Row = TypeVar("Row", QueueRow, StatsRow, ProducerRow, GateRow, ClockRow, DeadRow)
+_decoders: dict[type, Callable[[bytes], Any]] = {
+    kind: msgspec.msgpack.Decoder(kind).decode for kind in (QueueRow, StatsRow, ProducerRow, GateRow, ClockRow, DeadRow)}
+
+
+def encode_row(row: msgspec.Struct) -> bytes:
+    """A row's value."""
+    return _encode(row)
+
+
+def decode_row(kind: type[Row], value: bytes) -> Row:
+    """A row from its value. Raises CorruptEntry."""
+    try:
+        row: Row = _decoders[kind](value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise CorruptEntry(f"a {kind.__name__} of {len(value)} bytes does not decode: {e}") from e
+    if row.version != VERSION:
+        raise CorruptEntry(f"a {kind.__name__} has version {row.version}; this node reads {VERSION}")
+    return row
+
+
+def queue_key(queue: bytes) -> bytes:
+    """Key of a queue row."""
+    return QUEUE + queue
+
+
+def message_key(queue: bytes, sequence: int) -> bytes:
+    """Key of a message row."""
+    return MESSAGE + queue + b"\0" + _pack_sequence(sequence)
+
+
+def message_end(queue: bytes) -> bytes:
+    """The key after the last possible message row of a queue."""
+    return MESSAGE + queue + b"\1"
+
+
+def sequence_of(key: bytes) -> int:
+    """The sequence at the end of a message or dead-letter key."""
+    return int.from_bytes(key[-8:], "big")
+
+
+def lease_key(token: int) -> bytes:
+    """Key of a lease row; its value is the queue."""
+    return LEASE + _pack_sequence(token)
+
+
+def dead_prefix(destination: bytes, tenant: bytes | None = None) -> bytes:
+    """Where the dead letters of a destination (and tenant) start; they end at the same with NUL as 0x01."""
+    return DEAD + destination + b"\0" + (b"" if tenant is None else tenant + b"\0")
+
+
+def encode_message(message: Message) -> bytes:
+    """Value of a message row."""
+    return _pack_message(_MESSAGE_VERSION, message[1], message[2]) + message[3]
+
+
+def decode_message(key: bytes, value: bytes) -> Message:
+    """The message of a row. Raises CorruptEntry."""
+    if len(value) < _MESSAGE.size or value[0] != _MESSAGE_VERSION:
+        raise CorruptEntry(f"message row {key!r} has version {value[:1]!r}; this node reads {_MESSAGE_VERSION}")
+    _, enqueue_ms, deliver_ms = _MESSAGE.unpack_from(value)
+    return (sequence_of(key), enqueue_ms, deliver_ms, value[_MESSAGE.size:])

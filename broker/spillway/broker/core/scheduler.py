@@ -1,0 +1,371 @@
+"""Which queue next: hierarchical start-time fair queueing over destination -> tenant -> queue.
+
+Pure and volatile: it lives on the node that leads the shards and is rebuilt from them. One scheduler serves all
+shards that the node leads, so fairness does not depend on how queues hash.
+
+Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): each flow has a virtual start tag; the smallest goes
+next and its tag advances by cost / weight; a flow that returns from idleness starts at the current virtual time,
+with neither credit nor debt. Cost is what is scarce: the time that a consumer is held and bytes. It is estimated at
+the pick and corrected at the settlement. Between the queues of one tenant plain round robin by bounded runs is
+enough (as in deficit round robin, Shreedhar and Varghese 1996): it takes 8 bytes for a waiting queue and O(1).
+
+Only queues that may be leased stand in the index. Closed gates (a parked destination or tenant) cost O(1) whatever
+stands behind them. The index may hold a queue that has changed since it was added; whoever picks checks it and
+tells (`charge` or `discard`), so nothing is ever searched for and removed.
+"""
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+
+COST_PER_MESSAGE_MS = 0.05  # what a message costs a consumer beside its bytes and time
+COST_PER_BYTE_MS = 1 / 65_536  # 64 KiB weigh as much as a millisecond of a consumer's time
+HOLD_MS_START = 1.0  # first guess of how long a lease is held
+HOLD_GAIN = 0.2  # weight of a new observation in the moving average
+HOLD_MS_MAX = 3_600_000.0
+
+OPEN, CLOSED, HALF_OPEN, PROBING = range(4)  # states of a gate
+
+
+class Tenant:
+    """A tenant inside a destination."""
+
+    __slots__ = ("destination", "gate", "held", "hold_ms", "name", "queued", "ready", "start", "weight")
+
+    def __init__(self, name: bytes, destination: Destination) -> None:
+        self.name = name
+        self.destination = destination
+        self.ready: deque[bytes] = deque()  # queues, round robin
+        self.start = 0.0  # virtual start tag of its next lease
+        self.weight = 1.0
+        self.held = 0  # leases out
+        self.hold_ms = destination.hold_ms
+        self.queued = False  # stands in destination.heap
+        self.gate = OPEN
+
+    def __repr__(self) -> str:
+        return f"<Tenant {self.name!r}: {len(self.ready)} ready, {self.held} held, start {self.start:.1f}>"
+
+
+class Destination:
+    """A destination with work or leases."""
+
+    __slots__ = ("gate", "heap", "held", "hold_ms", "name", "start", "subscriptions", "tenants", "virtual", "weight")
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.tenants: dict[bytes, Tenant] = {}
+        self.heap: list[tuple[float, int, Tenant]] = []
+        self.virtual = 0.0  # virtual time: start tag of the last pick
+        self.start = 0.0  # its own tag among the destinations of a subscription
+        self.weight = 1.0
+        self.held = 0
+        self.hold_ms = HOLD_MS_START
+        self.gate = OPEN
+        self.subscriptions: list[Subscription] = []
+
+    def __repr__(self) -> str:
+        return f"<Destination {self.name!r}: {len(self.tenants)} tenants, {self.held} held, gate {self.gate}>"
+
+
+class Consumer:
+    """One open Lease stream: what it wants and how much more it can take."""
+
+    __slots__ = ("active", "bytes", "lease_ms", "messages", "name", "run_messages_max", "sink", "subscription")
+
+    def __init__(self, name: str, run_messages_max: int = 0, lease_ms: int = 0, sink: object = None) -> None:
+        self.name = name
+        self.run_messages_max = run_messages_max  # 0: the destination's policy
+        self.lease_ms = lease_ms  # 0: the destination's policy
+        self.sink = sink
+        self.messages = 0  # credit left; may be negative after a withdrawal raced with a grant
+        self.bytes = 0
+        self.active = False  # stands in its subscription's round
+        self.subscription: Subscription | None = None
+
+    def __repr__(self) -> str:
+        return f"<Consumer {self.name!r}: credit {self.messages} messages, {self.bytes} bytes>"
+
+
+class Subscription:
+    """A set of destination patterns, shared by the consumers that asked for exactly this set."""
+
+    __slots__ = ("consumers", "heap", "matcher", "members", "patterns", "queued", "round", "virtual")
+
+    def __init__(self, patterns: frozenset[str]) -> None:
+        self.patterns = patterns
+        self.matcher = re.compile(
+            "|".join("(?:" + ".*".join(re.escape(part) for part in p.split("*")) + ")" for p in sorted(patterns)), re.DOTALL)
+        self.consumers: set[Consumer] = set()
+        self.round: deque[Consumer] = deque()  # those with credit
+        self.heap: list[tuple[float, int, Destination]] = []
+        self.queued: set[Destination] = set()
+        self.virtual = 0.0
+
+    def matches(self, destination: bytes) -> bool:
+        """Whether a destination's name fits one of the patterns."""
+        return self.matcher.fullmatch(destination.decode()) is not None
+
+
+class Pick:
+    """A queue to lease, for a consumer. `charge` or `discard` it."""
+
+    __slots__ = ("_tag", "bytes", "consumer", "cost", "messages", "probe", "queue", "since_ms", "tenant")
+
+    def __init__(self, queue: bytes, tenant: Tenant, consumer: Consumer, probe: bool, tag: float) -> None:
+        self.queue = queue
+        self.tenant = tenant
+        self.consumer = consumer
+        self.probe = probe  # a gate is half open: lease one message only
+        self._tag = tag
+        self.cost = 0.0
+        self.messages = 0
+        self.bytes = 0
+        self.since_ms = 0
+
+
+class Scheduler:
+    """See the module. Time comes in as an argument; nothing here reads a clock."""
+
+    def __init__(self) -> None:
+        self.destinations: dict[bytes, Destination] = {}
+        self.subscriptions: dict[frozenset[str], Subscription] = {}
+        self._order = 0  # ties go to whoever came first
+
+    # -- queues --------------------------------------------------------------------------------------------------
+
+    def add(self, queue: bytes) -> None:
+        """A queue may be leased. It goes behind the others of its tenant."""
+        cut = queue.index(b"\0")
+        name = queue[:cut]
+        destination = self.destinations.get(name)
+        if destination is None:
+            destination = self._destination(name)
+        tenant_name = queue[cut + 1:queue.index(b"\0", cut + 1)]
+        tenant = destination.tenants.get(tenant_name)
+        if tenant is None:
+            tenant = destination.tenants[tenant_name] = Tenant(tenant_name, destination)
+        tenant.ready.append(queue)
+        if not tenant.queued and tenant.gate != CLOSED and tenant.gate != PROBING:
+            self._queue_tenant(tenant)
+
+    def _destination(self, name: bytes) -> Destination:
+        destination = self.destinations.get(name)
+        if destination is None:
+            destination = self.destinations[name] = Destination(name)
+            destination.subscriptions = [s for s in self.subscriptions.values() if s.matches(name)]
+        return destination
+
+    def _tenant(self, destination: Destination, name: bytes) -> Tenant:
+        tenant = destination.tenants.get(name)
+        if tenant is None:
+            tenant = destination.tenants[name] = Tenant(name, destination)
+        return tenant
+
+    def _queue_tenant(self, tenant: Tenant) -> None:
+        destination = tenant.destination
+        if tenant.start < destination.virtual:
+            tenant.start = destination.virtual
+        tenant.queued = True
+        self._order += 1
+        heappush(destination.heap, (tenant.start, self._order, tenant))
+        if destination.gate != CLOSED and destination.gate != PROBING:
+            for subscription in destination.subscriptions:
+                if destination not in subscription.queued:
+                    self._queue_destination(destination, subscription)
+
+    def _queue_destination(self, destination: Destination, subscription: Subscription) -> None:
+        subscription.queued.add(destination)
+        self._order += 1
+        heappush(subscription.heap, (max(subscription.virtual, destination.start), self._order, destination))
+
+    # -- consumers -----------------------------------------------------------------------------------------------
+
+    def subscribe(self, consumer: Consumer, patterns: Iterable[str]) -> None:
+        """Adds a consumer, without credit."""
+        key = frozenset(patterns)
+        subscription = self.subscriptions.get(key)
+        if subscription is None:
+            subscription = self.subscriptions[key] = Subscription(key)
+            for destination in self.destinations.values():
+                if subscription.matches(destination.name):
+                    destination.subscriptions.append(subscription)
+                    if destination.heap and destination.gate in (OPEN, HALF_OPEN):
+                        self._queue_destination(destination, subscription)
+        subscription.consumers.add(consumer)
+        consumer.subscription = subscription
+
+    def unsubscribe(self, consumer: Consumer) -> None:
+        """Removes a consumer; its leases run on."""
+        subscription = consumer.subscription
+        if subscription is None:
+            return
+        consumer.subscription = None
+        consumer.messages = 0
+        subscription.consumers.discard(consumer)
+        if not subscription.consumers:
+            del self.subscriptions[subscription.patterns]
+            for destination in self.destinations.values():
+                if subscription in destination.subscriptions:
+                    destination.subscriptions.remove(subscription)
+
+    def credit(self, consumer: Consumer, messages: int, size: int) -> None:
+        """Adds to a consumer's credit; negative amounts take back."""
+        consumer.messages += messages
+        consumer.bytes += size
+        if consumer.messages > 0 and consumer.bytes > 0 and not consumer.active and consumer.subscription is not None:
+            consumer.active = True
+            consumer.subscription.round.append(consumer)
+
+    # -- picking -------------------------------------------------------------------------------------------------
+
+    def pick(self, subscription: Subscription) -> Pick | None:
+        """The next queue for the next consumer of a subscription, or None if either is lacking. The caller must
+        answer with `charge` or `discard` before the next pick."""
+        round_ = subscription.round
+        while round_:
+            consumer = round_[0]
+            if consumer.messages > 0 and consumer.bytes > 0 and consumer.subscription is subscription:
+                break
+            consumer.active = False
+            round_.popleft()
+        else:
+            return None
+        heap = subscription.heap
+        while heap:
+            tag, _, destination = heap[0]
+            if destination.gate != CLOSED and destination.gate != PROBING:
+                if tag < destination.start:  # its cost was corrected, or another subscription was served
+                    heappop(heap)
+                    self._order += 1
+                    heappush(heap, (destination.start, self._order, destination))
+                    continue
+                tenant = self._pick_tenant(destination)
+                if tenant is not None:
+                    subscription.virtual = max(subscription.virtual, tag)
+                    probe = destination.gate == HALF_OPEN or tenant.gate == HALF_OPEN
+                    return Pick(tenant.ready.popleft(), tenant, consumer, probe, tag)
+            heappop(heap)
+            subscription.queued.discard(destination)
+        return None
+
+    def _pick_tenant(self, destination: Destination) -> Tenant | None:
+        heap = destination.heap
+        while heap:
+            tag, _, tenant = heap[0]
+            if tenant.ready and tenant.gate != CLOSED and tenant.gate != PROBING:
+                if tag >= tenant.start:
+                    destination.virtual = max(destination.virtual, tag)
+                    return tenant
+                heappop(heap)
+                self._order += 1
+                heappush(heap, (tenant.start, self._order, tenant))
+            else:
+                heappop(heap)
+                tenant.queued = False
+        return None
+
+    def discard(self, pick: Pick) -> None:
+        """The picked queue cannot be leased now (it changed since it was added); it has left the index."""
+
+    def charge(self, pick: Pick, messages: int, size: int, now_ms: int) -> None:
+        """The picked queue is being leased: takes the consumer's credit and charges tenant and destination."""
+        tenant, consumer = pick.tenant, pick.consumer
+        destination = tenant.destination
+        consumer.messages -= messages
+        consumer.bytes -= size
+        consumer.subscription.round.rotate(-1)  # type: ignore[union-attr]
+        pick.messages = messages
+        pick.bytes = size
+        pick.since_ms = now_ms
+        pick.cost = tenant.hold_ms + messages * COST_PER_MESSAGE_MS + size * COST_PER_BYTE_MS
+        tenant.held += 1
+        destination.held += 1
+        tenant.start = max(tenant.start, destination.virtual) + pick.cost / tenant.weight
+        destination.start = max(destination.start, pick._tag) + pick.cost / destination.weight
+        if pick.probe:
+            if destination.gate == HALF_OPEN:
+                destination.gate = PROBING
+            if tenant.gate == HALF_OPEN:
+                tenant.gate = PROBING
+
+    def settled(self, pick: Pick, now_ms: int) -> None:
+        """The lease of a charged pick is over: corrects the estimate by what it really cost."""
+        tenant = pick.tenant
+        destination = tenant.destination
+        tenant.held -= 1
+        destination.held -= 1
+        held_ms = min(max(0.0, float(now_ms - pick.since_ms)), HOLD_MS_MAX)
+        cost = held_ms + pick.messages * COST_PER_MESSAGE_MS + pick.bytes * COST_PER_BYTE_MS
+        # A lower tag than the one in the heap is only honoured at the tenant's next turn: cheaper, and it evens out.
+        tenant.start += (cost - pick.cost) / tenant.weight
+        destination.start += (cost - pick.cost) / destination.weight
+        tenant.hold_ms += HOLD_GAIN * (held_ms - tenant.hold_ms)
+        destination.hold_ms += HOLD_GAIN * (held_ms - destination.hold_ms)
+        if pick.probe:  # whatever came of it, the next step is the gate's owner's
+            if destination.gate == PROBING:
+                destination.gate = HALF_OPEN
+            if tenant.gate == PROBING:
+                tenant.gate = HALF_OPEN
+
+    # -- gates ---------------------------------------------------------------------------------------------------
+
+    def set_gate(self, scope: bytes, state: int) -> None:
+        """Opens, half-opens or closes the gate of a destination (`name`) or tenant (`name NUL tenant`)."""
+        name, separator, tenant_name = scope.partition(b"\0")
+        destination = self._destination(name)
+        if separator:
+            tenant = self._tenant(destination, tenant_name)
+            tenant.gate = state
+            if state in (OPEN, HALF_OPEN) and tenant.ready and not tenant.queued:
+                self._queue_tenant(tenant)
+            elif state in (OPEN, HALF_OPEN) and tenant.ready:
+                self._wake(destination)
+            return
+        destination.gate = state
+        if state in (OPEN, HALF_OPEN):
+            self._wake(destination)
+
+    def _wake(self, destination: Destination) -> None:
+        if destination.heap and destination.gate in (OPEN, HALF_OPEN):
+            for subscription in destination.subscriptions:
+                if destination not in subscription.queued:
+                    self._queue_destination(destination, subscription)
+
+    def gate(self, scope: bytes) -> int:
+        """The state of a gate."""
+        name, separator, tenant_name = scope.partition(b"\0")
+        destination = self.destinations.get(name)
+        if destination is None:
+            return OPEN
+        if not separator:
+            return destination.gate
+        tenant = destination.tenants.get(tenant_name)
+        return OPEN if tenant is None else tenant.gate
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Forgets tenants and destinations that have nothing, hold nothing and owe nothing. Call now and then."""
+        for destination in list(self.destinations.values()):
+            busy = bool(destination.heap)
+            for tenant in list(destination.tenants.values()):
+                if not tenant.ready and not tenant.held and tenant.gate == OPEN and not tenant.queued and (
+                        tenant.start <= destination.virtual or not busy):
+                    del destination.tenants[tenant.name]
+            if not destination.tenants and not destination.held and destination.gate == OPEN and not destination.heap:
+                del self.destinations[destination.name]
+                for subscription in destination.subscriptions:
+                    if destination in subscription.queued:
+                        subscription.queued.discard(destination)
+                        subscription.heap = [e for e in subscription.heap if e[2] is not destination]
+                        subscription.heap.sort()
+
+    def remove_shard(self, belongs: set[int], shard_of: Callable[[bytes], int]) -> None:
+        """Drops the queues of shards that the node no longer leads. Linear; leadership changes are rare."""
+        for destination in self.destinations.values():
+            for tenant in destination.tenants.values():
+                tenant.ready = deque(q for q in tenant.ready if shard_of(q) not in belongs)
+
