@@ -257,6 +257,8 @@ class Subscribe(_message.Message):
     RUN_MESSAGES_MAX_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     LOCAL_ONLY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     consumer: _builtins.str
     """A name for people and `explain`; up to 255 bytes."""
     run_messages_max: _builtins.int
@@ -264,6 +266,11 @@ class Subscribe(_message.Message):
     local_only: _builtins.bool
     """Lease only from shards that this node leads. For clients that watch the
     topology and subscribe at every node themselves.
+    """
+    session: _builtins.str
+    """Names this consumer across reconnects: at most 64 bytes, unique to one
+    running consumer. Empty: a lease whose delivery was lost with a connection
+    or a leader waits until it expires.
     """
     @_builtins.property
     def destinations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -281,6 +288,13 @@ class Subscribe(_message.Message):
         destination's policy. 1 s to 12 h.
         """
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
+        """With a session: the leases that it still holds. Other leases of the session
+        on shards that the node leads were lost on the way; they are given back at
+        once, without counting an attempt.
+        """
+
     def __init__(
         self,
         *,
@@ -290,14 +304,42 @@ class Subscribe(_message.Message):
         run_messages_max: _builtins.int = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
         local_only: _builtins.bool = ...,
+        session: _builtins.str = ...,
+        held: _abc.Iterable[Global___HeldLease] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "credit", b"credit", "destinations", b"destinations", "lease_duration", b"lease_duration", "local_only", b"local_only", "run_messages_max", b"run_messages_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "credit", b"credit", "destinations", b"destinations", "held", b"held", "lease_duration", b"lease_duration", "local_only", b"local_only", "run_messages_max", b"run_messages_max", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Subscribe: _TypeAlias = Subscribe  # noqa: Y015
+
+@_typing.final
+class HeldLease(_message.Message):
+    """One lease that a consumer has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: _builtins.int
+    shard: _builtins.int
+    """The lease's shard."""
+    fencing_token: _builtins.int
+    """The lease's fencing token."""
+    def __init__(
+        self,
+        *,
+        shard: _builtins.int = ...,
+        fencing_token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fencing_token", b"fencing_token", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldLease: _TypeAlias = HeldLease  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
