@@ -1,0 +1,173 @@
+"""Settings of a node: flags over environment (SPILLWAY_*) over a TOML file over defaults. One definition gives all
+four; `spillway serve --help` and `spillway config` are made from it."""
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+
+from spillway.broker.errors import ConfigError
+from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX
+
+
+class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that a node needs to know. Validated once, by `load`."""
+
+    node_id: Annotated[str, "this node's id, unique in the cluster; kept for ever in the data directory"] = "n1"
+    cluster: Annotated[str, "the cluster's name; nodes of another cluster are refused"] = "spillway"
+    listen: Annotated[str, "host:port for clients; loopback unless you say otherwise"] = "127.0.0.1:7070"
+    peer_listen: Annotated[str, "host:port for the other nodes"] = "127.0.0.1:7071"
+    data_dir: Annotated[str, "where log and state live; one node, one directory"] = "spillway-data"
+    peers: Annotated[list[str], "all nodes, this one included: id=peerhost:port/clienthost:port; empty: a cluster of one"] = []
+    shards: Annotated[int, "Raft groups that share the queues, 1 to 1024; fixed when the cluster is created"] = 16
+    replicas: Annotated[int, "replicas of each shard, at most the number of nodes; fixed when the cluster is created"] = 3
+    auto_create: Annotated[bool, "create a destination when something is produced to it for the first time"] = True
+    payload_bytes_max: Annotated[int, f"largest payload, at most {FRAME_BYTES_MAX // 2}"] = PAYLOAD_BYTES_MAX
+    ingress_bytes_max: Annotated[int, "messages accepted from producers and not yet committed, over all streams"] = 64 << 20
+    disk_free_bytes_min: Annotated[int, "below this much free disk, Produce is refused; leases and acks go on"] = 256 << 20
+    streams_max: Annotated[int, "open streams of clients; further ones are refused"] = 10_000
+    log_level: Annotated[str, "debug, info, warning or error"] = "info"
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """One node of the cluster, from `NodeConfig.peers`."""
+
+    node_id: str
+    peer_address: str
+    client_address: str
+
+
+def _fields() -> list[tuple[str, Any, Any, str]]:
+    """(name, type, default, doc) of every setting."""
+    hints = get_type_hints(NodeConfig, include_extras=True)
+    found = []
+    for field in msgspec.structs.fields(NodeConfig):
+        kind, doc = get_args(hints[field.name])
+        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        found.append((field.name, kind, default, doc))
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `spillway serve`."""
+    out = argparse.ArgumentParser(
+        prog="spillway serve", description="Run a Spillway node. Without flags: a cluster of one on loopback.",
+        epilog="Every flag is also a variable SPILLWAY_<NAME> and a key of the TOML file; flags win, then variables.")
+    out.add_argument("--config", metavar="FILE", help="a TOML file with any of these settings")
+    for name, kind, default, doc in _fields():
+        shown = ",".join(default) if isinstance(default, list) else default
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            out.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f"{doc} (default: {shown})")
+        else:
+            out.add_argument(flag, metavar=getattr(kind, "__name__", str(kind)).upper(), help=f"{doc} (default: {shown})")
+    return out
+
+
+def _convert(source: str, name: str, value: Any) -> Any:
+    """A setting from text or TOML, as its type; errors name where it came from."""
+    kinds = {n: k for n, k, _, _ in _fields()}
+    if name not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise ConfigError(f"{source}: unknown setting {name!r}; known are {known}")
+    kind = kinds[name]
+    if kind == list[str] and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if kind is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ConfigError(f"{source}: {name} is {value!r}; say true or false")
+        value = value.lower() in ("true", "1", "yes")
+    try:
+        return msgspec.convert(value, kind, strict=not isinstance(value, str))
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{source}: {name} is {value!r}: {e}") from None
+
+
+def load(argv: Sequence[str] = (), env: Mapping[str, str] | None = None) -> NodeConfig:
+    """The settings from flags, variables and file. Raises ConfigError naming the setting and its source;
+    argparse exits by itself on unknown flags and --help."""
+    env = os.environ if env is None else env
+    flags = vars(parser().parse_args(list(argv)))
+    values: dict[str, Any] = {}
+    path = flags.pop("config") or env.get("SPILLWAY_CONFIG")
+    if path:
+        try:
+            with Path(path).open("rb") as f:
+                table = tomllib.load(f)
+        except OSError as e:
+            raise ConfigError(f"--config {path}: cannot be read: {e.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise ConfigError(f"--config {path}: not valid TOML: {e}") from None
+        for name, value in table.items():
+            values[name] = _convert(f"file {path}", name, value)
+    for name, *_ in _fields():
+        if (text := env.get("SPILLWAY_" + name.upper())) is not None:
+            values[name] = _convert(f"variable SPILLWAY_{name.upper()}", name, text)
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = _convert(f"flag --{name.replace('_', '-')}", name, value)
+    return validate(NodeConfig(**values))
+
+
+def validate(config: NodeConfig) -> NodeConfig:
+    """The same settings, checked against each other. Raises ConfigError."""
+    for name in ("node_id", "cluster"):
+        value = getattr(config, name)
+        if not value or len(value) > 63 or not all(c.isalnum() or c in "-_." for c in value):
+            raise ConfigError(f"{name} is {value!r}; use 1 to 63 letters, digits, '-', '_' or '.'")
+    for name in ("listen", "peer_listen"):
+        split_address(name, getattr(config, name))
+    if not 1 <= config.shards <= 1024:
+        raise ConfigError(f"shards is {config.shards}; it must be 1 to 1024")
+    if not 1 <= config.replicas <= 7:
+        raise ConfigError(f"replicas is {config.replicas}; it must be 1 to 7")
+    if not 1 <= config.payload_bytes_max <= FRAME_BYTES_MAX // 2:
+        raise ConfigError(f"payload_bytes_max is {config.payload_bytes_max}; it must be 1 to {FRAME_BYTES_MAX // 2}")
+    if config.ingress_bytes_max < 1 << 20:
+        raise ConfigError(f"ingress_bytes_max is {config.ingress_bytes_max}; it must be at least 1 MiB")
+    if config.streams_max < 1:
+        raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
+    if config.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"log_level is {config.log_level!r}; say debug, info, warning or error")
+    members = members_of(config)
+    if config.peers and config.node_id not in members:
+        raise ConfigError(f"peers does not name this node, {config.node_id!r}; it names {', '.join(sorted(members))}")
+    return config
+
+
+def members_of(config: NodeConfig) -> dict[str, Peer]:
+    """All nodes of the cluster by id. Raises ConfigError for an entry of another form or a repeated id."""
+    members: dict[str, Peer] = {}
+    for entry in config.peers:
+        node_id, equals, addresses = entry.partition("=")
+        peer, slash, client = addresses.partition("/")
+        if not (node_id and equals and slash):
+            raise ConfigError(f"peers has {entry!r}; write id=peerhost:port/clienthost:port")
+        split_address("peers", peer)
+        split_address("peers", client)
+        if node_id in members:
+            raise ConfigError(f"peers names node {node_id!r} twice")
+        members[node_id] = Peer(node_id, peer, client)
+    return members or {config.node_id: Peer(config.node_id, config.peer_listen, config.listen)}
+
+
+def split_address(name: str, address: str) -> tuple[str, int]:
+    """host and port of `host:port` or `[v6]:port`. Raises ConfigError naming the setting."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{name} has {address!r}; write host:port")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
