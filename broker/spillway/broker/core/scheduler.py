@@ -73,13 +73,14 @@ class Destination:
 class Consumer:
     """One open Lease stream: what it wants and how much more it can take."""
 
-    __slots__ = ("active", "bytes", "lease_ms", "messages", "name", "run_messages_max", "sink", "subscription")
+    __slots__ = ("active", "bytes", "lease_ms", "messages", "name", "run_messages_max", "session", "sink", "subscription")
 
-    def __init__(self, name: str, run_messages_max: int = 0, lease_ms: int = 0, sink: object = None) -> None:
-        self.name = name
+    def __init__(self, name: str, run_messages_max: int = 0, lease_ms: int = 0, session: str = "") -> None:
+        self.name = name  # for people
+        self.session = session  # names it across reconnects
         self.run_messages_max = run_messages_max  # 0: the destination's policy
         self.lease_ms = lease_ms  # 0: the destination's policy
-        self.sink = sink
+        self.sink: object = None  # where its runs go
         self.messages = 0  # credit left; may be negative after a withdrawal raced with a grant
         self.bytes = 0
         self.active = False  # stands in its subscription's round

@@ -335,9 +335,9 @@ class Shard:
             queue.counters.retried += 1
             queue.not_before = argument
         elif outcome == THROTTLED:
-            self._gate(tenant_scope_of(queue.key), argument, self._gate_step(tenant_scope_of(queue.key)) + 1, effects)
+            self._close_gate(tenant_scope_of(queue.key), argument, now, effects)
         elif outcome == DOWN:
-            self._gate(destination_of(queue.key), argument, self._gate_step(destination_of(queue.key)) + 1, effects)
+            self._close_gate(destination_of(queue.key), argument, now, effects)
         elif outcome == REJECT:
             self._dead_letter(queue, queue.attempts + 1, reason, now)
         self._remember_settled(token, queue.lease_acked)
@@ -469,9 +469,14 @@ class Shard:
         queue.attempts = 0
         queue.not_before = 0
 
-    def _gate_step(self, scope: bytes) -> int:
-        gate = self.gates.get(scope)
-        return gate[1] if gate else 0
+    def _close_gate(self, scope: bytes, until: int, now: int, effects: Effects) -> None:
+        """Parks a scope. Leases that were out when it closed may report the same trouble: only the first of them
+        counts as a step of the doubling."""
+        known, step = self.gates.get(scope, (0, 0))
+        if known > now:
+            self._gate(scope, max(known, until), step, effects)
+        else:
+            self._gate(scope, until, step + 1, effects)
 
     def _gate(self, scope: bytes, until: int, step: int, effects: Effects) -> None:
         if until:

@@ -1,0 +1,1 @@
+"""The broker: gRPC services over replicated shards."""

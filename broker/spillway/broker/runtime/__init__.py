@@ -1,0 +1,1 @@
+"""The core at work: leaders' turns, consumers, timers, forwarding."""

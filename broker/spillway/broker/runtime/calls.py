@@ -1,0 +1,50 @@
+"""Requests under way: what a stream's handler waits for while shards work on the pieces."""
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop, Future
+from collections.abc import Callable
+
+# (index in the request, spillway.v1.ErrorCode, field, description)
+Error = tuple[int, int, str, str]
+
+
+class Call:
+    """One ProduceRequest or AckRequest: its pieces are done one by one, then it answers as a whole."""
+
+    __slots__ = ("done", "errors", "on_done", "results", "size", "waiting")
+
+    def __init__(self, count: int, size: int, loop: AbstractEventLoop, on_done: Callable[[Call], None]) -> None:
+        self.results: list[int] = [0] * count
+        self.errors: list[Error] = []
+        self.size = size  # bytes that it keeps from the node's ingress budget
+        self.waiting = 1  # pieces not yet done; one is the handler's own, see `release`
+        self.done: Future[None] = loop.create_future()
+        self.on_done = on_done
+
+    def fail(self, index: int, code: int, field: str, description: str) -> None:
+        """Refuses one item."""
+        self.errors.append((index, code, field, description))
+
+    def release(self) -> None:
+        """A piece is done."""
+        self.waiting -= 1
+        if not self.waiting:
+            self.on_done(self)
+            if not self.done.done():
+                self.done.set_result(None)
+
+
+class Batch:
+    """The messages of one call for one shard, in order, all of one producer without a gap."""
+
+    __slots__ = ("bodies", "call", "delays", "first", "names", "positions", "producer", "size")
+
+    def __init__(self, call: Call, producer: str, first: int) -> None:
+        self.call = call
+        self.producer = producer
+        self.first = first  # producer sequence of the first message
+        self.names: list[bytes] = []
+        self.bodies: list[bytes] = []
+        self.positions: list[int] = []  # in the call
+        self.delays: dict[int, int] | None = None  # position in the batch -> ms since 1970
+        self.size = 0

@@ -1,0 +1,331 @@
+"""A node at work: its replicas, one scheduler over all shards that it leads, consumers, timers and upkeep.
+
+Everything here runs on the node's one event loop. The Raft host calls the shards inside a turn; `before_collect` is
+the moment between the applies of a turn and its proposals, when the scheduler hands out leases.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from spillway.broker.config import NodeConfig, Peer, members_of
+from spillway.broker.core import scheduler as sched
+from spillway.broker.core.policy import Policy, park_ms
+from spillway.broker.core.queue import Queue
+from spillway.broker.core.scheduler import Pick, Scheduler
+from spillway.broker.runtime.calls import Call
+from spillway.broker.runtime.consumers import Sink
+from spillway.broker.runtime.meta import MetaRuntime
+from spillway.broker.runtime.shard import ShardRuntime
+from spillway.broker.runtime.timers import Timers
+from spillway.broker.runtime.wire import run_parts
+from spillway.cluster.raft.host import RaftHost
+from spillway.cluster.state_store import StateStore
+from spillway.contract.hashing import shard_of
+from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
+
+log = logging.getLogger(__name__)
+
+PICKS_PER_TURN_MAX = 512  # leases granted in one turn: a turn stays a few milliseconds
+REBUILD_PER_TURN = 2048  # queues that a new leader schedules per turn
+TICK_SECONDS = 0.005  # how late a timer may be
+CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
+SYNC_SECONDS = 1.0
+META_GROUP = 0
+
+
+class Node:
+    """Composed by `app`; services call it."""
+
+    def __init__(self, config: NodeConfig, store: StateStore, host: RaftHost, placement: dict[int, list[str]]) -> None:
+        self.config = config
+        self.members: dict[str, Peer] = members_of(config)
+        self.store = store
+        self.host = host
+        self.placement = placement  # shard -> node ids, the preferred leader first
+        self.scheduler = Scheduler()
+        self.timers = Timers()
+        self.random: Callable[[], float] = random.random
+        self.rebuilds: list[ShardRuntime] = []
+        self.gates: dict[bytes, tuple[int, int]] = {}  # scope -> (until, step), of all shards that it leads
+        self.ingress_bytes = 0  # accepted from producers and not yet committed
+        self.disk_full = False
+        self.stopping = False
+        self.revision = 0  # of the topology
+        self._topology_event = asyncio.Event()
+        self._due_checkpoints: dict[ShardRuntime, None] = {}
+        self._synced_index = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
+        host.add_group(META_GROUP, sorted(self.members)[:7], self.meta)
+        self.shards: dict[int, ShardRuntime] = {}
+        for number, nodes in placement.items():
+            if config.node_id in nodes:
+                runtime = self.shards[number] = ShardRuntime(self, number, store.group(number))
+                host.add_group(number, nodes, runtime)
+        host.before_collect = self.before_collect
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970: the time that goes into log entries."""
+        return time.time_ns() // 1_000_000
+
+    def shard_of(self, queue: bytes) -> int:
+        """The shard of a queue."""
+        return shard_of(queue, self.config.shards)
+
+    def policy(self, destination: bytes) -> Policy:
+        """The policy of a destination."""
+        return self.meta.policy(destination)
+
+    def leader_of(self, shard: int) -> str | None:
+        """Node id of a group's leader, as far as known; this node only if it may serve."""
+        runtime = self.shards.get(shard)
+        if runtime is not None and runtime.leading:
+            return self.config.node_id
+        leader = self.host.leader_of(shard)[0]
+        return None if leader == self.config.node_id else leader
+
+    def topology_changed(self) -> None:
+        """Wakes whoever watches the topology."""
+        self.revision += 1
+        self._topology_event.set()
+
+    async def wait_topology(self, seen: int) -> int:
+        """Waits until the revision differs from `seen`; returns it."""
+        while self.revision == seen:
+            self._topology_event.clear()
+            await self._topology_event.wait()
+        return self.revision
+
+    def call_done(self, call: Call) -> None:
+        """A produce call is answered: its bytes are free again."""
+        self.ingress_bytes -= call.size
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def before_collect(self) -> None:
+        """Between the applies and the proposals of a turn: schedules, then picks as long as there are credit and work."""
+        if self.rebuilds:
+            self._rebuild_some()
+        scheduler = self.scheduler
+        picked = 0
+        now = self.now_ms()
+        for subscription in list(scheduler.subscriptions.values()):
+            while picked < PICKS_PER_TURN_MAX:
+                pick = scheduler.pick(subscription)
+                if pick is None:
+                    break
+                picked += self._lease(pick, now)
+        if picked >= PICKS_PER_TURN_MAX:  # more next turn; every group that got something is awake already
+            self.host.wake(next(iter(self.shards)))
+
+    def _lease(self, pick: Pick, now: int) -> int:
+        """Turns a pick into a grant, if the queue is still there for it."""
+        name = pick.queue
+        number = shard_of(name, self.config.shards)
+        runtime = self.shards.get(number)
+        if runtime is None or not runtime.leading:
+            return 0
+        state = runtime.state
+        queue = state.open(name)
+        if queue is None or queue.token or queue.granting:
+            return 0
+        consumer = pick.consumer
+        policy = self.meta.policy(pick.tenant.destination.name)
+        want = 1 if pick.probe else min(consumer.run_messages_max or policy.run_messages_max,
+                                        policy.run_messages_max, consumer.messages)
+        front = queue.front
+        if len(front) < want and (queue.cold or not front):
+            state.ensure(queue, want)
+            front = queue.front
+        due = max(queue.not_before, front[0][2])
+        if due > now:
+            self.timers.add(due, number, name)
+            return 0
+        size = len(front[0][3])
+        messages = 1
+        if want > 1 and len(front) > 1:
+            budget = min(consumer.bytes, FRAME_BYTES_SOFT_MAX)
+            for message in front[1:want]:
+                size += len(message[3])
+                if size > budget or message[2] > now:
+                    size -= len(message[3])
+                    break
+                messages += 1
+        queue.granting = True
+        self.scheduler.charge(pick, messages, size, now)
+        runtime.grant(pick, messages, now + (consumer.lease_ms or policy.lease_ms))
+        self.host.wake(number)
+        return 1
+
+    def deliver(self, runtime: ShardRuntime, pick: Pick, queue: Queue) -> bool:
+        """Hands a granted run to its consumer; false if that is gone."""
+        sink = pick.consumer.sink
+        if not isinstance(sink, Sink) or sink.closed:
+            return False
+        if len(queue.front) < queue.lease_size:
+            runtime.state.ensure(queue, queue.lease_size)
+        sink.push(*run_parts(runtime.number, queue, queue.front[:queue.lease_size]))
+        return True
+
+    def return_credit(self, pick: Pick) -> None:
+        """A pick came to nothing: undoes its charge."""
+        self.scheduler.settled(pick, self.now_ms())
+        self.scheduler.credit(pick.consumer, pick.messages, pick.bytes)
+
+    def release_lost(self, session: str, held: set[tuple[int, int]]) -> None:
+        """Gives back leases of a session that its consumer does not have: their delivery was lost."""
+        for runtime in self.shards.values():
+            if runtime.leading:
+                for token, queue in runtime.state.leases.items():
+                    if queue.consumer == session and (runtime.number, token) not in held:
+                        runtime.release_lease(token)
+                        self.host.wake(runtime.number)
+
+    def _rebuild_some(self) -> None:
+        budget = REBUILD_PER_TURN
+        now = self.now_ms()
+        while self.rebuilds and budget:
+            runtime = self.rebuilds[0]
+            source = runtime.rebuild
+            if source is None:
+                self.rebuilds.pop(0)
+                continue
+            for name, not_before in source:
+                if not_before > now:
+                    self.timers.add(not_before, runtime.number, name)
+                else:
+                    self.scheduler.add(name)
+                budget -= 1
+                if not budget:
+                    break
+            else:
+                runtime.rebuild = iter(())
+                self.rebuilds.pop(0)
+        if self.rebuilds:
+            self.host.wake(self.rebuilds[0].number)
+
+    # -- gates ---------------------------------------------------------------------------------------------------
+
+    def park_until(self, scope: bytes, now: int, delay_ms: int) -> int:
+        """Until when to park a scope that was throttled or down; `delay_ms` < 0 leaves it to the policy."""
+        until, step = self.gates.get(scope, (0, 0))
+        if delay_ms >= 0:
+            return max(until, now + delay_ms)
+        if until > now:
+            return until
+        return now + park_ms(self.policy(scope.split(b"\0")[0]), step, self.random())
+
+    def gate_closed(self, scope: bytes, until: int, step: int) -> None:
+        """A gate closed, here or on a shard that this node now leads."""
+        known_until, known_step = self.gates.get(scope, (0, 0))
+        self.gates[scope] = (max(until, known_until), max(step, known_step))
+        self.scheduler.set_gate(scope, sched.CLOSED)
+        self.timers.add(max(until, known_until), 0, scope)
+
+    def probe_succeeded(self, pick: Pick) -> None:
+        """A half-open gate's probe was acknowledged: opens it."""
+        destination = pick.tenant.destination.name
+        for scope in (destination, destination + b"\0" + pick.tenant.name):
+            if scope in self.gates and self.scheduler.gate(scope) == sched.HALF_OPEN:
+                del self.gates[scope]
+                self.scheduler.set_gate(scope, sched.OPEN)
+                for runtime in self.shards.values():
+                    if runtime.leading and scope in runtime.state.gates:
+                        runtime.open_gate(scope)
+                        self.host.wake(runtime.number)
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    def checkpoint_due(self, runtime: ShardRuntime) -> None:
+        """A shard has enough unsaved changes; one is saved per tick, so that checkpoints do not pile up in a turn."""
+        self._due_checkpoints[runtime] = None
+        if runtime.state.unsaved_bytes > 8 << 20:
+            self._checkpoint(runtime)
+
+    def _checkpoint(self, runtime: ShardRuntime) -> None:
+        self._due_checkpoints.pop(runtime, None)
+        if runtime.needs_checkpoint():
+            runtime.checkpoint()
+
+    def start(self) -> None:
+        """Starts timers and upkeep; the host runs by itself."""
+        for work in (self._tick(), self._upkeep()):
+            task = asyncio.get_running_loop().create_task(work)
+            task.add_done_callback(self._task_done)
+            self._tasks.append(task)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.host.fatal(error)
+
+    async def _tick(self) -> None:
+        """Timers, lease expiry, checkpoints that are due."""
+        last_second = 0
+        while True:
+            await asyncio.sleep(TICK_SECONDS if self.timers or self._due_checkpoints else TICK_SECONDS * 4)
+            now = self.now_ms()
+            for number, name in self.timers.pop_due(now):
+                if number == 0:
+                    self._gate_due(name, now)
+                    continue
+                runtime = self.shards.get(number)
+                if runtime is not None and runtime.leading:
+                    self.scheduler.add(name)
+                    self.host.wake(number)
+            if self._due_checkpoints:
+                self._checkpoint(next(iter(self._due_checkpoints)))
+            if now // 1000 != last_second:
+                last_second = now // 1000
+                for runtime in self.shards.values():
+                    if runtime.leading and runtime.expire_due(now):
+                        self.host.wake(runtime.number)
+
+    def _gate_due(self, scope: bytes, now: int) -> None:
+        until, _ = self.gates.get(scope, (0, 0))
+        if until and until <= now and self.scheduler.gate(scope) == sched.CLOSED:
+            self.scheduler.set_gate(scope, sched.HALF_OPEN)
+            self.host.wake(next(iter(self.shards)))
+
+    async def _upkeep(self) -> None:
+        """Periodic checkpoints, syncs, sweeps, disk watermark."""
+        last_checkpoint = time.monotonic()
+        committed = {n: r.rows.applied_index for n, r in self.shards.items()}
+        while True:
+            await asyncio.sleep(SYNC_SECONDS)
+            if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
+                last_checkpoint = time.monotonic()
+                for runtime in self.shards.values():
+                    self._checkpoint(runtime)
+                    await asyncio.sleep(0)
+            now = {n: r.rows.applied_index for n, r in self.shards.items()}
+            if now != committed or self.meta.rows.applied_index != self.meta.rows.durable_index:
+                await self.store.sync()
+                committed = now
+            self.scheduler.sweep()
+            self._watch_disk()
+
+    def _watch_disk(self) -> None:
+        free = shutil.disk_usage(Path(self.config.data_dir)).free
+        full = free < self.config.disk_free_bytes_min
+        if full != self.disk_full:
+            log.warning("disk: %d MiB free; %s", free >> 20, "refusing Produce" if full else "accepting Produce again")
+        self.disk_full = full
+
+    async def stop(self) -> None:
+        """Saves everything; the host is stopped already."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for runtime in self.shards.values():
+            self._checkpoint(runtime)
+        await self.store.sync()
+
+

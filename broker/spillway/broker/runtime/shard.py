@@ -1,0 +1,393 @@
+"""One shard's replica on this node: the state machine under a Raft group, and, on its leader, the turn that fills log
+entries and releases their effects.
+
+While one entry is in flight the next fills (group commit): latency when idle, batches under load.
+"""
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from spillway.broker.core import entry as e
+from spillway.broker.core.entry import Enqueue, Entry, Settle, decode_entry, encode_entry
+from spillway.broker.core.policy import backoff_ms, dead_reason, park_ms
+from spillway.broker.core.queue import Queue
+from spillway.broker.core.scheduler import Pick
+from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of
+from spillway.broker.runtime.calls import Batch, Call
+from spillway.cluster.machine import Role
+from spillway.cluster.state_store import GroupRows
+from spillway.contract.limits import REASON_BYTES_MAX
+from spillway.v1.message_pb2 import (
+    ERROR_CODE_INVALID_ARGUMENT,
+    ERROR_CODE_OUT_OF_SEQUENCE,
+    ERROR_CODE_STALE_TOKEN,
+    ERROR_CODE_UNAVAILABLE,
+)
+from spillway.v1.queue_service_pb2 import SETTLEMENT_RESULT_ALREADY_SETTLED, SETTLEMENT_RESULT_OK, SETTLEMENT_RESULT_REFUSED
+
+if TYPE_CHECKING:
+    from spillway.broker.runtime.node import Node
+
+log = logging.getLogger(__name__)
+
+ENTRY_BYTES_TARGET = 256 << 10  # an entry takes no further batch beyond this: keeps turns short under a flood
+SETTLES_PER_ENTRY_MAX = 8192
+UNSAVED_BYTES_MAX = 2 << 20  # a checkpoint is due: keeps memory bounded and one checkpoint a few milliseconds
+UNSAVED_QUEUES_MAX = 4096
+LOG_BYTES_MAX = 3 << 20  # log applied since the last checkpoint; bounds the replay at start
+STALE = "the lease is over: its fencing token is not current"
+
+
+class ShardRuntime:
+    """A GroupMachine (see spillway.cluster.machine) that owns one `Shard`."""
+
+    def __init__(self, node: Node, number: int, rows: GroupRows) -> None:
+        self.node = node
+        self.number = number
+        self.rows = rows
+        self.state = Shard(rows)
+        self.applied = rows.applied_index
+        self.applied_term = rows.applied_term
+        self.log_bytes = 0  # applied since the last checkpoint
+        self.leading = False
+        self.term = 0
+        self.leases_by_second: dict[int, list[int]] = {}  # deadline -> tokens
+        self.picks: dict[int, Pick] = {}  # token -> what the scheduler charged for it
+        self.rebuild: Iterator[tuple[bytes, int]] | None = None
+        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int]], list[Pick]]] = deque()
+        self._clear_pending()
+
+    def _clear_pending(self) -> None:
+        self._batches: OrderedDict[int, deque[Batch]] = OrderedDict()  # per stream, round robin
+        self._settles: list[Settle] = []
+        self._settle_calls: list[tuple[Call, int] | None] = []
+        self._expires: list[e.Expire] = []
+        self._gates: list[e.GateChange] = []
+        self._grants: list[tuple[Pick, int, int]] = []  # pick, messages, deadline
+
+    # -- what waits for the next entry ---------------------------------------------------------------------------
+
+    def enqueue(self, stream: int, batch: Batch) -> None:
+        """Messages of a producer's stream; streams take turns."""
+        waiting = self._batches.get(stream)
+        if waiting is None:
+            waiting = self._batches[stream] = deque()
+        waiting.append(batch)
+
+    def settle(self, call: Call, index: int, token: int, sequence: int, outcome: int, delay_ms: int, reason: str) -> None:
+        """One settlement; `delay_ms` < 0 is unset. Answers through the call, at once where the answer is certain."""
+        state = self.state
+        queue = state.leases.get(token)
+        if queue is None:
+            if token in state.settled and outcome != e.EXTEND:
+                call.results[index] = SETTLEMENT_RESULT_ALREADY_SETTLED
+            else:
+                call.results[index] = SETTLEMENT_RESULT_REFUSED
+                call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
+            return
+        position = 0
+        if outcome != e.EXTEND:
+            remaining = queue.lease_size - queue.lease_acked
+            front = queue.front
+            if len(front) < remaining:
+                state.ensure(queue, remaining)
+            if front[0][0] == sequence:
+                position = queue.lease_acked + 1
+            else:
+                for i in range(remaining):
+                    if front[i][0] == sequence:
+                        position = queue.lease_acked + i + 1
+                        break
+                else:
+                    if sequence < front[0][0] and outcome == e.ACK:
+                        call.results[index] = SETTLEMENT_RESULT_ALREADY_SETTLED
+                    else:
+                        call.results[index] = SETTLEMENT_RESULT_REFUSED
+                        call.fail(index, ERROR_CODE_INVALID_ARGUMENT, f"settlements[{index}].sequence",
+                                  f"{sequence} is not an unsettled message of this lease")
+                    return
+        argument = 0
+        if outcome != e.ACK:
+            outcome, position, argument, reason = self._decide(queue, position, outcome, delay_ms, reason)
+        call.waiting += 1
+        self._settles.append((token, position, sequence, outcome, argument, reason))
+        self._settle_calls.append((call, index))
+
+    def _decide(self, queue: Queue, position: int, outcome: int, delay_ms: int, reason: str) -> tuple[int, int, int, str]:
+        """What the policy makes of an outcome other than ACK: (outcome, position, argument, reason)."""
+        node = self.node
+        now = node.now_ms()
+        if outcome == e.EXTEND:
+            policy = node.policy(destination_of(queue.key))
+            return outcome, 0, now + (delay_ms if delay_ms > 0 else policy.lease_ms), ""
+        position -= 1  # what must be acknowledged before it
+        reason = reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
+        if outcome == e.RETRY:
+            policy = node.policy(destination_of(queue.key))
+            at_head = position == queue.lease_acked
+            attempts = queue.attempts + 1 if at_head else 1
+            dead = dead_reason(policy, attempts, now - queue.front[position - queue.lease_acked][1])
+            if dead is not None:
+                return e.REJECT, position, 0, f"{dead}: {reason}" if reason else dead
+            wait = delay_ms if delay_ms >= 0 else backoff_ms(policy, attempts - 1, node.random())
+            return outcome, position, now + wait, ""
+        if outcome in (e.THROTTLED, e.DOWN):
+            scope = tenant_scope_of(queue.key) if outcome == e.THROTTLED else destination_of(queue.key)
+            return outcome, position, node.park_until(scope, now, delay_ms), ""
+        return outcome, position, 0, reason
+
+    def release_lease(self, token: int) -> None:
+        """Gives back a lease whose consumer never got it; counts no attempt."""
+        queue = self.state.leases.get(token)
+        if queue is not None:
+            self._settles.append((token, queue.lease_acked, 0, e.RELEASE, 0, ""))
+            self._settle_calls.append(None)
+
+    def grant(self, pick: Pick, messages: int, deadline: int) -> None:
+        """A lease that the scheduler chose."""
+        self._grants.append((pick, messages, deadline))
+
+    def open_gate(self, scope: bytes) -> None:
+        """Forgets a closed gate."""
+        self._gates.append((scope, 0, 0))
+
+    def expire_due(self, now: int) -> bool:
+        """Proposes the end of leases whose time is over; true if there are any."""
+        second = now // 1000
+        found = False
+        for bucket in [b for b in self.leases_by_second if b < second]:
+            for token in self.leases_by_second.pop(bucket):
+                queue = self.state.leases.get(token)
+                if queue is None:
+                    continue
+                if queue.deadline > now:
+                    self.leases_by_second.setdefault(queue.deadline // 1000, []).append(token)
+                    continue
+                policy = self.node.policy(destination_of(queue.key))
+                self.state.ensure(queue, 1)
+                dead = dead_reason(policy, queue.attempts + 1, now - queue.front[0][1])
+                self._expires.append((token, dead is not None, 0, dead or ""))
+                self.leases_by_second.setdefault(second + 1, []).append(token)  # until it is seen to be gone
+                found = True
+        return found
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something waits for an entry."""
+        return bool(self._batches or self._settles or self._grants or self._expires or self._gates)
+
+    # -- GroupMachine --------------------------------------------------------------------------------------------
+
+    def durable_index(self) -> int:
+        """See GroupMachine."""
+        return self.rows.durable_index
+
+    def collect(self) -> bytes | None:
+        """See GroupMachine. One entry in flight: a second one would only make both smaller."""
+        if self._in_flight or not self.waiting:
+            return None
+        batches: list[Batch] = []
+        size = 0
+        budget = ENTRY_BYTES_TARGET
+        while self._batches and size < budget:
+            stream, waiting = next(iter(self._batches.items()))
+            batch = waiting.popleft()
+            batches.append(batch)
+            size += batch.size
+            if waiting:
+                self._batches.move_to_end(stream)
+            else:
+                del self._batches[stream]
+        settles, calls = self._settles, self._settle_calls
+        if len(settles) > SETTLES_PER_ENTRY_MAX:
+            self._settles, self._settle_calls = settles[SETTLES_PER_ENTRY_MAX:], calls[SETTLES_PER_ENTRY_MAX:]
+            settles, calls = settles[:SETTLES_PER_ENTRY_MAX], calls[:SETTLES_PER_ENTRY_MAX]
+        else:
+            self._settles, self._settle_calls = [], []
+        grants: list[e.Grant] = []
+        consumers: dict[str, int] = {}
+        picks: list[Pick] = []
+        for pick, messages, deadline in self._grants:
+            session = pick.consumer.session
+            grants.append((pick.queue, messages, deadline, consumers.setdefault(session, len(consumers))))
+            picks.append(pick)
+        made = Entry(e.VERSION, self.node.now_ms(), [Enqueue(b.producer, b.first, b.names, b.bodies, b.delays) for b in batches],
+                     settles, self._expires, self._gates, grants, list(consumers))
+        self._expires, self._gates, self._grants = [], [], []
+        self._in_flight.append((made, batches, calls, picks))  # type: ignore[arg-type]
+        return encode_entry(made)
+
+    def apply(self, index: int, term: int, command: bytes) -> None:
+        """See GroupMachine."""
+        self.applied = index
+        self.applied_term = term
+        self.log_bytes += len(command)
+        if self.leading and term == self.term and self._in_flight:
+            made, batches, calls, picks = self._in_flight.popleft()
+            effects = Effects()
+            self.state.apply(index, made, effects)
+            self._answer(effects, batches, calls)
+            self._schedule(effects, picks)
+        else:
+            self.state.apply(index, decode_entry(command))
+        if (self.state.unsaved_bytes > UNSAVED_BYTES_MAX or self.log_bytes > LOG_BYTES_MAX
+                or self.state.unsaved > UNSAVED_QUEUES_MAX):
+            self.node.checkpoint_due(self)
+
+    def role_changed(self, role: Role, term: int, leader: str | None) -> None:
+        """See GroupMachine."""
+        was = self.leading
+        self.leading = role is Role.LEADER
+        if was and (not self.leading or term != self.term):
+            self._resign()
+        self.term = term
+        if self.leading and (not was or self.rebuild is None):
+            self._take_over()
+        self.node.topology_changed()
+
+    def reload(self) -> None:
+        """See GroupMachine."""
+        self._resign()
+        self.state.reload()
+        self.applied, self.applied_term = self.rows.applied_index, self.rows.applied_term
+        self.log_bytes = 0
+
+    # -- leader --------------------------------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Starts scheduling: gates and leases now, ready queues in slices (see Node.rebuild_some)."""
+        node = self.node
+        self.picks.clear()
+        self.leases_by_second.clear()
+        for token, queue in self.state.leases.items():
+            self.leases_by_second.setdefault(queue.deadline // 1000, []).append(token)
+        for queue in self.state.queues.values():
+            queue.granting = False
+        for scope, (until, step) in self.state.gates.items():
+            node.gate_closed(scope, until, step)
+        self.rebuild = self.state.ready_queues()
+        node.rebuilds.append(self)
+
+    def _resign(self) -> None:
+        """Stops leading: what was proposed may still commit, what was not never will; the callers retry."""
+        node = self.node
+        self.rebuild = None
+        for _, batches, calls, picks in self._in_flight:
+            for batch in batches:
+                self._fail_batch(batch, "the leader changed; the outcome is unknown")
+            self._fail_settles(calls)
+            for pick in picks:
+                node.return_credit(pick)
+        self._in_flight.clear()
+        for waiting in self._batches.values():
+            for batch in waiting:
+                self._fail_batch(batch, "the leader changed")
+        self._fail_settles(self._settle_calls)
+        for pick, _, _ in self._grants:
+            node.return_credit(pick)
+        for pick in self.picks.values():
+            node.scheduler.settled(pick, node.now_ms())
+        self.picks.clear()
+        self._clear_pending()
+        for queue in self.state.queues.values():
+            queue.granting = False
+        node.scheduler.remove_shard({self.number}, node.shard_of)
+
+    def _fail_batch(self, batch: Batch, why: str) -> None:
+        call = batch.call
+        for position in batch.positions:
+            call.fail(position, ERROR_CODE_UNAVAILABLE, "", f"shard {self.number}: {why}")
+        call.release()
+
+    def _fail_settles(self, calls: list[tuple[Call, int] | None]) -> None:
+        for item in calls:
+            if item is not None:
+                call, index = item
+                call.results[index] = SETTLEMENT_RESULT_REFUSED
+                call.fail(index, ERROR_CODE_UNAVAILABLE, "", f"shard {self.number}: the leader changed")
+                call.release()
+
+    def _answer(self, effects: Effects, batches: list[Batch], calls: list[tuple[Call, int] | None]) -> None:
+        sequence = effects.base
+        for batch, skipped in zip(batches, effects.enqueued, strict=True):
+            call = batch.call
+            if skipped < 0:
+                for position in batch.positions:
+                    call.fail(position, ERROR_CODE_OUT_OF_SEQUENCE, f"records[{position}].producer_sequence",
+                              f"shard {self.number}: an earlier record of producer {batch.producer!r} is missing")
+            else:
+                results = call.results
+                for position in batch.positions:
+                    results[position] = sequence
+                    sequence += 1
+                if skipped:
+                    for position in batch.positions[:skipped]:
+                        results[position] = 1
+                sequence -= len(batch.positions)
+            sequence += len(batch.positions)
+            call.release()
+        for item, status in zip(calls, effects.settled, strict=True):
+            if item is None:
+                continue
+            call, index = item
+            if status == SettleStatus.OK:
+                call.results[index] = SETTLEMENT_RESULT_OK
+            elif status == SettleStatus.ALREADY:
+                call.results[index] = SETTLEMENT_RESULT_ALREADY_SETTLED
+            else:
+                call.results[index] = SETTLEMENT_RESULT_REFUSED
+                if status == SettleStatus.STALE:
+                    call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
+                else:
+                    call.fail(index, ERROR_CODE_INVALID_ARGUMENT, f"settlements[{index}].sequence",
+                              "not the lease's first unsettled message: acknowledge the ones before it")
+            call.release()
+
+    def _schedule(self, effects: Effects, picks: list[Pick]) -> None:
+        node = self.node
+        scheduler = node.scheduler
+        now = node.now_ms()
+        for queue, pick in zip(effects.granted, picks, strict=True):
+            if queue is None:
+                node.return_credit(pick)
+                continue
+            token = queue.token
+            self.picks[token] = pick
+            second = queue.deadline // 1000
+            bucket = self.leases_by_second.get(second)
+            if bucket is None:
+                self.leases_by_second[second] = [token]
+            else:
+                bucket.append(token)
+            if not node.deliver(self, pick, queue):
+                self.release_lease(token)
+        for token, name, outcome in effects.released:
+            pick_or_none = self.picks.pop(token, None)
+            if pick_or_none is not None:
+                scheduler.settled(pick_or_none, now)
+                if pick_or_none.probe and outcome == e.ACK:
+                    node.probe_succeeded(pick_or_none)
+        for scope, until, step in effects.gates:
+            if until:
+                node.gate_closed(scope, until, step)
+        for name in effects.ready:
+            scheduler.add(name)
+        for due, name in effects.delayed:
+            node.timers.add(due, self.number, name)
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Commits the state as of the applied index to the store; durable once the store is synced."""
+        made = self.state.checkpoint()
+        self.rows.commit(self.applied, self.applied_term, made.puts, made.deletes, made.ranges)
+        self.log_bytes = 0
+
+    def needs_checkpoint(self) -> bool:
+        """Whether something was applied since the last one."""
+        return self.applied > self.rows.applied_index
+
+

@@ -1,0 +1,1 @@
+"""gRPC handlers: parse, call, map. No rules."""

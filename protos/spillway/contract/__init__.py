@@ -1,0 +1,1 @@
+"""What clients and brokers must agree on and protobuf cannot say."""
