@@ -1,0 +1,52 @@
+"""`spillway serve` and `spillway config`: entry points of the broker."""
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+
+import msgspec
+
+from spillway.broker.app import serve_until_stopped
+from spillway.broker.config import load
+from spillway.broker.errors import BrokerError
+
+EXIT_CONFIG = 2  # a wrong setting: do not restart without changing it
+EXIT_DATA = 3  # the data directory or the disk: look before restarting
+
+
+def serve(argv: list[str]) -> int:
+    """Runs a node until SIGTERM or SIGINT. Returns the exit code."""
+    try:
+        config = load(argv)
+    except BrokerError as error:
+        print(f"spillway serve: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Request-sized garbage dies by reference count; rare full collections of millions of queue objects would stall
+    # the loop, so the collector runs seldom and what is alive at start is never visited.
+    gc.set_threshold(50_000, 50, 100)
+    gc.freeze()
+    try:
+        import uvloop
+
+        return uvloop.run(serve_until_stopped(config))
+    except ImportError:
+        return asyncio.run(serve_until_stopped(config))
+
+
+def show_config(argv: list[str]) -> int:
+    """Prints the settings that `serve` would take with the same arguments, as JSON."""
+    try:
+        config = load(argv)
+    except BrokerError as error:
+        print(f"spillway config: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    print(msgspec.json.format(msgspec.json.encode(config), indent=2).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1:]))

@@ -1,0 +1,297 @@
+"""From any node to the leaders: pieces of Produce and Ack requests, leases on behalf of plain clients, admin calls.
+
+Forwarded work travels over the peers' port as ordinary QueueService and AdminService calls; the receiving node never
+forwards again. Each link keeps one stream per kind, so what one node forwards to another stays in order. Nothing is
+retried here: an answer that is lost comes back as UNAVAILABLE, and the client's retry is idempotent.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from spillway.broker.core.directory import Destination, destination
+from spillway.broker.core.policy import Policy
+from spillway.broker.core.scheduler import Consumer
+from spillway.broker.errors import AlreadyExists, Unavailable
+from spillway.broker.runtime.calls import Batch, Call
+from spillway.broker.runtime.consumers import Sink
+from spillway.contract.credits import CreditSplitter
+from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
+from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
+from spillway.v1.admin_service_pb2 import CreateDestinationRequest
+from spillway.v1.admin_service_pb2 import Destination as DestinationProto
+from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
+from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE
+from spillway.v1.queue_service_pb2 import (
+    SETTLEMENT_RESULT_REFUSED,
+    AckRequest,
+    AckResponse,
+    Credit,
+    HeldLease,
+    LeaseRequest,
+    LeaseResponse,
+    ProduceResponse,
+    Subscribe,
+)
+
+if TYPE_CHECKING:
+    from spillway.broker.runtime.node import Node
+
+log = logging.getLogger(__name__)
+
+LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a leader
+LEADER_POLL_SECONDS = 0.02
+CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
+                   ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
+                   ("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1)]
+
+
+class _Stream:
+    """A forwarding stream: requests out, answers back in the same order."""
+
+    def __init__(self, link: PeerLink, method: str, answer: Callable[[Any, bytes], None],
+                 fail: Callable[[Any, str], None]) -> None:
+        self._link = link
+        self._method = method
+        self._answer = answer
+        self._fail = fail
+        self._out: deque[tuple[bytes, Any]] = deque()
+        self._waiting: deque[Any] = deque()
+        self._some = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def send(self, request: bytes, item: Any) -> None:
+        """Sends a request; `item` is answered or failed later."""
+        self._out.append((request, item))
+        self._some.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        call = self._link.channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
+        reader = asyncio.get_running_loop().create_task(self._read(call))
+        why = "the stream ended"
+        try:
+            while not reader.done():
+                while self._out:
+                    request, item = self._out.popleft()
+                    self._waiting.append(item)
+                    await call.write(request)
+                self._some.clear()
+                waker = asyncio.ensure_future(self._some.wait())
+                await asyncio.wait((waker, reader), return_when=asyncio.FIRST_COMPLETED)
+                waker.cancel()
+            await reader
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            why = str(getattr(error, "details", lambda: error)() or error)
+        finally:
+            reader.cancel()
+            call.cancel()
+            waiting = [*self._waiting, *(item for _, item in self._out)]
+            self._waiting.clear()
+            self._out.clear()
+            for item in waiting:
+                self._fail(item, f"node {self._link.node_id}: {why}; the outcome is unknown")
+
+    async def _read(self, call: Any) -> None:
+        while True:
+            data = await call.read()
+            if data is grpc.aio.EOF:
+                return
+            self._answer(self._waiting.popleft(), data)
+
+    def stop(self) -> None:
+        """Ends the stream; what waits is failed."""
+        if self._task is not None:
+            self._task.cancel()
+
+
+class PeerLink:
+    """Calls to one other node."""
+
+    def __init__(self, node_id: str, address: str) -> None:
+        self.node_id = node_id
+        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.admin = AdminServiceStub(self.channel)
+        self.produce = _Stream(self, "Produce", _produced, _produce_failed)
+        self.ack = _Stream(self, "Ack", _acked, _ack_failed)
+
+    async def close(self) -> None:
+        """Ends all calls."""
+        self.produce.stop()
+        self.ack.stop()
+        await self.channel.close()
+
+
+class Forwarder:
+    """All links of a node."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._links: dict[str, PeerLink] = {}
+        self._leaderless: dict[int, deque[Callable[[str | None], None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def link(self, node_id: str) -> PeerLink:
+        """The link to another node."""
+        link = self._links.get(node_id)
+        if link is None:
+            link = self._links[node_id] = PeerLink(node_id, self.node.members[node_id].peer_address)
+        return link
+
+    async def close(self) -> None:
+        """Ends all links."""
+        for task in self._tasks:
+            task.cancel()
+        for link in self._links.values():
+            await link.close()
+
+    def _with_leader(self, shard: int, act: Callable[[str | None], None]) -> None:
+        """Calls `act` with the shard's leader (not this node), now or as soon as there is one, else with None. In order
+        per shard."""
+        waiting = self._leaderless.get(shard)
+        if waiting is not None:
+            waiting.append(act)
+            return
+        leader = self.node.leader_of(shard)
+        if leader is not None and leader != self.node.config.node_id:
+            act(leader)
+            return
+        self._leaderless[shard] = deque([act])
+        task = asyncio.get_running_loop().create_task(self._await_leader(shard))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _await_leader(self, shard: int) -> None:
+        leader = None
+        for _ in range(int(LEADER_WAIT_SECONDS / LEADER_POLL_SECONDS)):
+            leader = self.node.leader_of(shard)
+            if leader is not None:
+                break
+            await asyncio.sleep(LEADER_POLL_SECONDS)
+        for act in self._leaderless.pop(shard):
+            act(leader)
+
+    # -- Produce and Ack -----------------------------------------------------------------------------------------
+
+    def produce(self, shard: int, batch: Batch) -> None:
+        """Sends a batch to its shard's leader; answers through its call."""
+
+        def act(leader: str | None) -> None:
+            if leader is None:
+                _produce_failed(batch, f"shard {shard} has no leader")
+            elif leader == self.node.config.node_id:
+                self.node.shards[shard].enqueue(0, batch)
+                self.node.host.wake(shard)
+            else:
+                self.link(leader).produce.send(self._encode(batch), batch)
+
+        self._with_leader(shard, act)
+
+    def _encode(self, batch: Batch) -> bytes:
+        request = ProduceRequestView(producer_id=batch.producer)
+        now = self.node.now_ms()
+        for i, (name, body) in enumerate(zip(batch.names, batch.bodies, strict=True)):
+            names = name.decode().split("\0")
+            record = ProduceRecordView(destination=names[0], tenant=names[1], key=names[2], message=body)
+            if batch.producer:
+                record.producer_sequence = batch.first + i
+            if batch.delays and i in batch.delays:
+                record.delay.FromMilliseconds(max(0, batch.delays[i] - now))
+            request.records.append(record)
+        return request.SerializeToString()
+
+    def ack(self, shard: int, call: Call, indexes: list[int], settlements: Any) -> None:
+        """Sends settlements of one shard to its leader; answers through the call."""
+        item = (call, indexes)
+
+        def act(leader: str | None) -> None:
+            if leader is None:
+                _ack_failed(item, f"shard {shard} has no leader")
+            elif leader == self.node.config.node_id:
+                _ack_failed(item, f"shard {shard} has just moved to this node")
+            else:
+                request = AckRequest(settlements=[settlements[i] for i in indexes])
+                self.link(leader).ack.send(request.SerializeToString(), item)
+
+        self._with_leader(shard, act)
+
+    # -- Admin ---------------------------------------------------------------------------------------------------
+
+    def meta_leader(self) -> str:
+        """Node id of the meta group's leader. Raises Unavailable."""
+        if self.node.meta.leading:
+            return self.node.config.node_id
+        leader = self.node.host.leader_of(0)[0]
+        if leader is None or leader == self.node.config.node_id:
+            raise Unavailable("the meta group has no leader")
+        return leader
+
+    async def ensure_destination(self, name: str) -> Destination:
+        """The destination, created with defaults if need be, and known on this node. Raises Unavailable or RequestError."""
+        node = self.node
+        deadline = asyncio.get_running_loop().time() + LEADER_WAIT_SECONDS
+        while True:
+            known = node.meta.get(name)
+            if known is not None:
+                return known
+            try:
+                leader = self.meta_leader()
+                if leader == node.config.node_id:
+                    return await node.meta.put(destination(name, Policy()), create=True, replace=False, etag=0)
+                await self.link(leader).admin.CreateDestination(
+                    CreateDestinationRequest(destination=DestinationProto(name=name)), timeout=LEADER_WAIT_SECONDS)
+            except AlreadyExists:
+                pass
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.ALREADY_EXISTS and asyncio.get_running_loop().time() > deadline:
+                    raise Unavailable(f"the meta group's leader does not answer: {error.details()}") from None
+            except Unavailable:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable("the meta group is behind on this node")
+            await asyncio.sleep(LEADER_POLL_SECONDS)
+
+
+def _produced(batch: Batch, data: bytes) -> None:
+    response = ProduceResponse.FromString(data)
+    call = batch.call
+    for position, sequence in zip(batch.positions, response.sequences, strict=True):
+        call.results[position] = sequence
+    for error in response.errors:
+        position = batch.positions[error.index]
+        field = error.field.replace(f"records[{error.index}]", f"records[{position}]", 1)
+        call.fail(position, error.code, field, error.description)
+    call.release()
+
+
+def _produce_failed(batch: Batch, why: str) -> None:
+    for position in batch.positions:
+        batch.call.fail(position, ERROR_CODE_UNAVAILABLE, "", why)
+    batch.call.release()
+
+
+def _acked(item: tuple[Call, list[int]], data: bytes) -> None:
+    call, indexes = item
+    response = AckResponse.FromString(data)
+    for index, result in zip(indexes, response.results, strict=True):
+        call.results[index] = result
+    for error in response.errors:
+        index = indexes[error.index]
+        field = error.field.replace(f"settlements[{error.index}]", f"settlements[{index}]", 1)
+        call.fail(index, error.code, field, error.description)
+    call.release()
+
+
+def _ack_failed(item: tuple[Call, list[int]], why: str) -> None:
+    call, indexes = item
+    for index in indexes:
+        call.results[index] = SETTLEMENT_RESULT_REFUSED
+        call.fail(index, ERROR_CODE_UNAVAILABLE, "", why)
+    call.release()
