@@ -1,0 +1,39 @@
+# Everything a developer or an operator runs by hand. CI runs `make test`, too.
+SHELL := /bin/bash
+PY := .venv/bin/python
+ARGS ?=
+
+.PHONY: help run demo test lint protos bench clean venv dev
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv:
+	@scripts/bootstrap.sh broker,dispatch,cli
+
+dev:
+	@scripts/bootstrap.sh dev
+
+run: venv  ## one node on loopback, data in ./spillway-data (ARGS="--listen ..." for more)
+	@.venv/bin/spillway serve $(ARGS)
+
+demo: venv  ## three nodes, five HTTP destinations, 20,000 events, one node killed; verifies order and loss
+	@$(PY) -m demo $(ARGS)
+
+test: dev  ## all tests (ARGS="-k name" to choose)
+	@$(PY) -m pytest $(ARGS)
+
+lint: dev  ## ruff, mypy --strict, import contracts, generated code
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy protos/spillway/contract client broker cluster
+	@PYTHONPATH=protos:client:broker:cluster .venv/bin/lint-imports
+	@$(PY) scripts/protos.py --check
+
+protos: dev  ## regenerate the code of protos/
+	@$(PY) scripts/protos.py
+
+bench: venv  ## all benchmarks (ARGS="a b --quick" to choose)
+	@$(PY) -m bench $(ARGS)
+
+clean:  ## remove the environment and caches; data stays
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
