@@ -195,6 +195,38 @@ class Shard:
                 if not row.token:
                     yield name, row.not_before
 
+    def oldest(self, destination: bytes) -> tuple[bytes, int] | None:
+        """(queue, enqueue time in ms) of a destination's oldest message, None if it has none. Looks at every queue of
+        the destination, at one row each: not for hot paths."""
+        best: tuple[bytes, int] | None = None
+        prefix = destination + b"\0"
+        for name, queue in self.queues.items():
+            if name.startswith(prefix):
+                head = self._head_ms(queue)
+                if best is None or head < best[1]:
+                    best = (name, head)
+        for key, value in self.view.scan(rows.QUEUE + prefix, _after(rows.QUEUE + prefix)):
+            name = key[1:]
+            if name not in self.queues and name not in self._gone:
+                row = rows.decode_row(rows.QueueRow, value)
+                head = row.head_ms or self._stored_head_ms(name, row.floor)
+                if best is None or head < best[1]:
+                    best = (name, head)
+        return best
+
+    def _head_ms(self, queue: Queue) -> int:
+        return queue.front[0][1] if queue.front else self._stored_head_ms(queue.key, queue.floor)
+
+    def _stored_head_ms(self, name: bytes, floor: int) -> int:
+        for key, value in self.view.scan(rows.message_key(name, floor), rows.message_end(name), 1):
+            return rows.decode_message(key, value)[1]
+        raise AssertionError(f"queue {name!r} has no message row from {floor} on")
+
+    def holds_since(self, name: bytes, head_ms: int) -> bool:
+        """Whether the queue's head still is from that time."""
+        queue = self.open(name)
+        return queue is not None and self._head_ms(queue) == head_ms
+
     # -- writes --------------------------------------------------------------------------------------------------
 
     def apply(self, index: int, entry: Entry, effects: Effects | None = None) -> None:
@@ -433,7 +465,11 @@ class Shard:
         """An empty queue costs nothing: no row, no memory."""
         del self.queues[queue.key]
         self._dirty.pop(queue.key, None)
-        queue.counters.queues -= 1
+        counters = queue.counters
+        counters.queues -= 1
+        if not counters.dirty:
+            counters.dirty = True
+            self._dirty_counters.append(counters)
         if queue.stored:
             self._gone.add(queue.key)
             self._stored_queues -= 1

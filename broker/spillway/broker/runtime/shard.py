@@ -57,6 +57,7 @@ class ShardRuntime:
         self.leases_by_second: dict[int, list[int]] = {}  # deadline -> tokens
         self.picks: dict[int, Pick] = {}  # token -> what the scheduler charged for it
         self.rebuild: Iterator[tuple[bytes, int]] | None = None
+        self._oldest: dict[bytes, tuple[bytes, int, int]] = {}  # destination -> (queue, enqueue ms, looked up ms)
         self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int]], list[Pick]]] = deque()
         self._clear_pending()
 
@@ -385,6 +386,20 @@ class ShardRuntime:
         made = self.state.checkpoint()
         self.rows.commit(self.applied, self.applied_term, made.puts, made.deletes, made.ranges)
         self.log_bytes = 0
+
+    def oldest_ms(self, destination: bytes) -> int:
+        """Enqueue time of the destination's oldest message here, 0 if there is none. While that message is there
+        nothing can be older, so the search is repeated only after it has gone, and at most once a second."""
+        now = self.node.now_ms()
+        known = self._oldest.get(destination)
+        if known is not None and (now - known[2] < 1000 or self.state.holds_since(known[0], known[1])):
+            return known[1]
+        found = self.state.oldest(destination)
+        if found is None:
+            self._oldest.pop(destination, None)
+            return 0
+        self._oldest[destination] = (*found, now)
+        return found[1]
 
     def needs_checkpoint(self) -> bool:
         """Whether something was applied since the last one."""

@@ -107,7 +107,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         except BrokerError as error:
             await abort(context, error)
         node = self.node
-        response = pb.GetDestinationStatsResponse(stats=self._own_stats(request.name))
+        response = pb.GetDestinationStatsResponse(stats=await self._own_stats(request.name))
         if self.peer:
             return response
         remote: dict[str, list[int]] = {}
@@ -129,7 +129,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                 raise answer
         return response
 
-    def _own_stats(self, name: str) -> pb.DestinationStats:
+    async def _own_stats(self, name: str) -> pb.DestinationStats:
         stats = pb.DestinationStats()
         destination = name.encode()
         parked_tenants: set[bytes] = set()
@@ -141,6 +141,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             c = runtime.state.counters.get(destination)
             if c is None:
                 continue
+            await asyncio.sleep(0)  # looking for the oldest message may take milliseconds a shard
             stats.messages += c.messages
             stats.leased += c.leased
             stats.queues += c.queues
