@@ -1,0 +1,308 @@
+"""One destination's delivery: its own lease stream, its own slots, its own memory.
+
+Order: the messages of a run are sent one after another, each only after the one before it was answered with
+success; the lease keeps everybody else off the queue meanwhile. The first message that fails ends the run: what
+was delivered is acknowledged, the failed message settled with its outcome, the rest goes back untouched.
+
+A request starts only if the lease outlives its timeout (it is extended in time), so that a message is not sent
+again elsewhere while it is still under way here. If the lease is lost all the same, nothing more of it is sent.
+
+Slots: as many requests at a time as the target allows. A run that waits for a slot, or for its settlement, takes
+none. Memory: the credit given to the broker bounds what is held, in messages and in bytes.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from spillway.client.dispatcher.headers import request_headers, run_headers
+from spillway.client.dispatcher.outcome import RELEASED, Action, Outcome, decide
+from spillway.client.dispatcher.sender import Answer
+from spillway.client.dispatcher.source import Broker, Message, Run, Target
+from spillway.client.errors import SpillwayError
+
+log = logging.getLogger("spillway.dispatcher")
+
+RUN_MESSAGES_MAX = 16  # short runs: a failure gives little back, and a tenant with one long queue takes one slot shortly
+CREDIT_BYTES = 4 << 20  # of messages held per destination; the broker exceeds it by at most one message
+CREDIT_MESSAGES_MAX = 8192
+LEASE_SECONDS_MIN = 30.0
+LEASE_MARGIN_SECONDS = 5.0  # beyond a request's timeout: for clocks, and for the settlement to arrive
+LEASE_CHECK_SECONDS = 1.0  # how often leases that wait or run are looked at
+ACK_SECONDS = 0.5  # how much delivered work of a run may at most stand unacknowledged while it goes on
+SETTLE_SECONDS_MAX = 5.0  # how long a stopping lane waits for its last settlements
+TENANTS_REMEMBERED_MAX = 1024  # throttled tenants
+RESUBSCRIBE_SECONDS = 1.0  # after a subscription ended with an error
+
+
+class Sends(Protocol):
+    """Sends one message; the real one is `Sender`."""
+
+    async def post(self, payload: bytes, headers: dict[str, str]) -> Answer:
+        """The receiver's answer, or a kind of failure."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a lane did since it started."""
+
+    delivered: int = 0
+    retried: int = 0
+    throttled: int = 0
+    down: int = 0
+    rejected: int = 0
+    spared: int = 0  # runs settled without a request, as the destination was down or the tenant throttled
+    released: int = 0  # runs given back while stopping
+    lost: int = 0  # runs whose lease ended before they were settled
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a run got."""
+
+    sent: int = 0  # messages delivered
+    acked: int = 0  # of these, acknowledged
+    outcome: Outcome | None = None  # of the message after those; None: there is none
+    lost: bool = False
+
+
+class Lane:
+    """Delivers one destination until `stop`."""
+
+    def __init__(self, target: Target, broker: Broker, sender: Sends,
+                 wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.target = target
+        self.counts = Counts()
+        self.last_failure = ""  # reason of the latest outcome that was no success
+        self._broker = broker
+        self._sender = sender
+        self._wall = wall
+        self._monotonic = monotonic
+        self._slots = asyncio.Semaphore(target.concurrency_max)
+        self._lease_seconds = max(LEASE_SECONDS_MIN, target.timeout + 2 * LEASE_MARGIN_SECONDS)
+        self._lease_seconds_min = target.timeout + LEASE_MARGIN_SECONDS
+        self._runs: dict[asyncio.Task[None], Run] = {}
+        self._waiting: set[asyncio.Task[None]] = set()  # for a slot
+        self._sending: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._reader: asyncio.Task[None] | None = None
+        self._down: tuple[float, Outcome] | None = None  # when the destination was last found down
+        self._throttled: dict[str, tuple[float, Outcome]] = {}  # per tenant, likewise
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.target.destination!r}: {len(self._runs)} runs held, {self.counts}>"
+
+    async def run(self) -> None:
+        """Delivers until `stop`; a subscription that ends is made again."""
+        self._reader = asyncio.current_task()
+        keeper = asyncio.create_task(self._keep_leases())
+        try:
+            while not self._stopping:
+                try:
+                    await self._consume()
+                except SpillwayError as e:
+                    log.warning("destination=%s subscription ended: %s; trying again", self.target.destination, e)
+                if not self._stopping:
+                    await asyncio.sleep(RESUBSCRIBE_SECONDS)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+        finally:
+            keeper.cancel()
+
+    async def _consume(self) -> None:
+        target = self.target
+        credit = min(2 * target.concurrency_max * RUN_MESSAGES_MAX, CREDIT_MESSAGES_MAX)
+        async with self._broker.consume(target.destination, credit, CREDIT_BYTES, RUN_MESSAGES_MAX,
+                                        self._lease_seconds) as runs:
+            try:
+                async for run in runs:
+                    task = asyncio.create_task(self._deliver(run, self._monotonic()))
+                    self._runs[task] = run
+                    task.add_done_callback(self._delivered)
+            finally:
+                # Settlements need the consumer: it is left after the last of them.
+                await self._finish()
+
+    async def _finish(self) -> None:
+        """Waits for the runs that are held. While stopping, `stop` sees to it that this ends."""
+        while self._runs:
+            try:
+                await asyncio.wait(list(self._runs))
+            except asyncio.CancelledError:
+                if not self._stopping:
+                    for task in self._runs:
+                        task.cancel()
+                    raise
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Takes no more, finishes the requests under way within `grace_seconds`, cancels what is left, and gives all
+        undelivered messages back. Returns at the latest some seconds after the grace."""
+        self._stopping = True
+        reader = self._reader
+        if reader is None or reader.done():
+            return
+        reader.cancel()
+        for task in self._waiting:
+            task.cancel()
+        await asyncio.wait([reader], timeout=grace_seconds)
+        for task in self._sending:
+            task.cancel()
+        await asyncio.wait([reader], timeout=SETTLE_SECONDS_MAX)
+        for task in self._runs:
+            task.cancel()
+        await asyncio.wait([reader], timeout=SETTLE_SECONDS_MAX)
+
+    def _delivered(self, task: asyncio.Task[None]) -> None:
+        run = self._runs.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The lease ends by itself; the queue goes on then.
+            log.error("destination=%s shard=%d token=%d: a run was dropped", run.destination, run.shard,
+                      run.fencing_token, exc_info=error)
+
+    # -- one run -------------------------------------------------------------------------------------------------
+
+    async def _deliver(self, run: Run, received: float) -> None:
+        progress = _Progress()
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            async with self._slots:
+                self._waiting.discard(task)
+                progress.outcome = self._known_outcome(run, received)
+                if progress.outcome is None:
+                    self._sending.add(task)
+                    await self._send(run, progress)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            progress.outcome = RELEASED  # whether the receiver has the message under way is unknown: at least once
+        finally:
+            self._waiting.discard(task)
+            self._sending.discard(task)
+        if progress.lost:
+            self.counts.lost += 1
+            return
+        try:
+            settled = await self._settle(run, progress)
+        except SpillwayError as e:
+            log.warning("destination=%s shard=%d token=%d: settlement failed: %s", run.destination, run.shard,
+                        run.fencing_token, e)
+            settled = False
+        if not settled:
+            self.counts.lost += 1
+
+    def _known_outcome(self, run: Run, received: float) -> Outcome | None:
+        """What is certain without a request: while the run waited for a slot, another one found the destination down
+        or its tenant throttled, or the lane is stopping."""
+        if self._stopping:
+            return RELEASED
+        if self._down is None and not self._throttled:
+            return None
+        for known in (self._down, self._throttled.get(run.tenant)):
+            if known is not None and known[0] >= received:
+                at, outcome = known
+                left = None if outcome.delay is None else outcome.delay - (self._monotonic() - at)
+                if left is None or left > 0:
+                    self.counts.spared += 1
+                    return Outcome(outcome.action, left, outcome.reason)
+        return None
+
+    async def _send(self, run: Run, progress: _Progress) -> None:
+        """Sends message after message until one fails or all are delivered."""
+        messages = run.messages
+        shared = run_headers(run)
+        gap = run.gap
+        acked_at = self._monotonic()
+        for message in messages:
+            if self._stopping:
+                progress.outcome = RELEASED
+                return
+            if run.seconds_left() < self._lease_seconds_min and not await self._extend(run):
+                progress.lost = True
+                return
+            outcome = await self._request(run, message, request_headers(shared, run.shard, message, gap))
+            gap = None
+            if outcome.action is not Action.ACK:
+                progress.outcome = outcome
+                return
+            progress.sent += 1
+            now = self._monotonic()
+            if now - acked_at > ACK_SECONDS and progress.sent < len(messages):
+                acked_at = now
+                if not await self._ack(run, progress):
+                    progress.lost = True
+                    return
+
+    async def _request(self, run: Run, message: Message, headers: dict[str, str]) -> Outcome:
+        status, answered, failure, detail = await self._sender.post(message.payload, headers)
+        outcome = decide(status, answered, failure, self._wall(), detail)
+        action = outcome.action
+        if action is Action.ACK:
+            self.counts.delivered += 1
+            self._down = None
+            if self._throttled:
+                self._throttled.pop(run.tenant, None)
+            return outcome
+        self.last_failure = outcome.reason
+        if action is Action.RETRY:
+            self.counts.retried += 1
+        elif action is Action.REJECT:
+            self.counts.rejected += 1
+        elif action is Action.DOWN:
+            self.counts.down += 1
+            self._down = (self._monotonic(), outcome)
+        elif action is Action.THROTTLED:
+            self.counts.throttled += 1
+            self._throttled.pop(run.tenant, None)
+            if len(self._throttled) >= TENANTS_REMEMBERED_MAX:
+                del self._throttled[next(iter(self._throttled))]  # the one throttled longest ago
+            self._throttled[run.tenant] = (self._monotonic(), outcome)
+        return outcome
+
+    async def _settle(self, run: Run, progress: _Progress) -> bool:
+        """Acknowledges what was delivered, then settles the message behind it."""
+        if progress.sent > progress.acked and not await self._ack(run, progress):
+            return False
+        outcome = progress.outcome
+        if outcome is None:
+            return True
+        action = outcome.action
+        if action is Action.RETRY:
+            return await run.retry(outcome.delay, outcome.reason)
+        if action is Action.THROTTLED:
+            return await run.throttled(outcome.delay)
+        if action is Action.DOWN:
+            return await run.down(outcome.delay)
+        if action is Action.REJECT:
+            return await run.reject(outcome.reason)
+        self.counts.released += 1
+        return await run.release()
+
+    async def _ack(self, run: Run, progress: _Progress) -> bool:
+        sent = progress.sent
+        if not await run.ack(run.messages[sent - 1].sequence):
+            return False
+        progress.acked = sent
+        return True
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    async def _extend(self, run: Run) -> bool:
+        try:
+            return await run.extend(self._lease_seconds)
+        except SpillwayError:
+            return run.seconds_left() > 0
+
+    async def _keep_leases(self) -> None:
+        """Extends the leases of runs that wait for a slot; those being sent are looked after by `_send`."""
+        while True:
+            await asyncio.sleep(LEASE_CHECK_SECONDS)
+            due = [run for run in self._runs.values() if 0 < run.seconds_left() < self._lease_seconds_min]
+            if due:
+                await asyncio.gather(*(self._extend(run) for run in due))

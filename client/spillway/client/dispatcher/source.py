@@ -1,0 +1,128 @@
+"""Where runs come from: what the dispatcher needs of a broker, and no more.
+
+The client library fulfils these protocols; tests fulfil them with a list.
+"""
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A destination that is delivered by HTTP."""
+
+    destination: str
+    url: str
+    timeout: float  # seconds per request
+    concurrency_max: int
+
+
+class Message(Protocol):
+    """One leased message."""
+
+    @property
+    def sequence(self) -> int:
+        """Its place in the shard."""
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first delivery."""
+
+    @property
+    def id(self) -> str:
+        """The producer's id; may be empty."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """As produced."""
+
+    @property
+    def payload(self) -> bytes:
+        """As produced."""
+
+
+class Gap(Protocol):
+    """Messages before the run that went to the dead letters."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+
+    @property
+    def first_sequence(self) -> int:
+        """The first of them."""
+
+    @property
+    def last_sequence(self) -> int:
+        """The last of them."""
+
+
+class Run(Protocol):
+    """A lease of consecutive messages of one queue. Settling methods return once the settlement is committed."""
+
+    @property
+    def shard(self) -> int:
+        """Its shard."""
+
+    @property
+    def fencing_token(self) -> int:
+        """Grows with every lease of the queue."""
+
+    @property
+    def destination(self) -> str:
+        """The queue's destination."""
+
+    @property
+    def tenant(self) -> str:
+        """The queue's tenant."""
+
+    @property
+    def key(self) -> str:
+        """The queue's key."""
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """Oldest first."""
+
+    @property
+    def gap(self) -> Gap | None:
+        """What is missing before the first message."""
+
+    def seconds_left(self) -> float:
+        """Until the lease ends, by the caller's clock; negative if it ended."""
+
+    async def ack(self, upto: int) -> bool:
+        """This message and all before it are delivered. False: the lease is lost, nothing changed. So for all."""
+
+    async def retry(self, delay: float | None, reason: str) -> bool:
+        """The first unsettled message failed; None: the destination's backoff."""
+
+    async def throttled(self, delay: float | None) -> bool:
+        """The receiver asked the tenant to slow down."""
+
+    async def down(self, delay: float | None) -> bool:
+        """The receiver cannot be reached."""
+
+    async def reject(self, reason: str) -> bool:
+        """The first unsettled message can never be delivered."""
+
+    async def release(self) -> bool:
+        """What is unsettled goes back untouched."""
+
+    async def extend(self, seconds: float) -> bool:
+        """The lease shall last this long from now."""
+
+
+class Broker(Protocol):
+    """A connection to a broker."""
+
+    async def targets(self) -> list[Target]:
+        """All destinations that have an HTTP target. Raises SpillwayError."""
+
+    def consume(self, destination: str, credit_messages: int, credit_bytes: int, run_messages_max: int,
+                lease_seconds: float) -> AbstractAsyncContextManager[AsyncIterator[Run]]:
+        """A consumer of one destination. Iterating raises SpillwayError if the subscription ended for good; leaving
+        gives back what was received and not taken."""
