@@ -187,13 +187,19 @@ class Shard:
         """(name, not before) of every queue that has messages and no lease: what a new leader schedules. Safe to
         resume between entries: queues that become ready meanwhile are reported by `apply` itself."""
         hot = [(q.key, q.not_before) for q in self.queues.values() if not q.token and not q.granting]
+        told = set(self.queues)
         yield from hot
         for key, value in self.view.scan(rows.QUEUE, _after(rows.QUEUE)):
             name = key[1:]
-            if name not in self.queues and name not in self._gone:
+            if name in told or name in self._gone:
+                continue
+            queue = self.queues.get(name)  # loaded meanwhile: an enqueue to a waiting queue reports nothing
+            if queue is None:
                 row = rows.decode_row(rows.QueueRow, value)
                 if not row.token:
                     yield name, row.not_before
+            elif not queue.token and not queue.granting:
+                yield name, queue.not_before
 
     def oldest(self, destination: bytes) -> tuple[bytes, int] | None:
         """(queue, enqueue time in ms) of a destination's oldest message, None if it has none. Looks at every queue of
@@ -261,7 +267,8 @@ class Shard:
                 effects.enqueued.append(-1)
                 return base + len(names)
             skip = min(last + 1 - first, len(names))
-            self._remember_producer(producer, max(last, first + len(names) - 1), base)
+            if names:  # an empty batch has no sequence of its own: restarted, it would rank elsewhere
+                self._remember_producer(producer, max(last, first + len(names) - 1), base)
         effects.enqueued.append(skip)
         end = base + len(names)
         if skip:

@@ -1,0 +1,14 @@
+"""Profiles of the random tests: the default is deterministic and quick, `long` searches anew each time.
+
+    HYPOTHESIS_PROFILE=long pytest tests/properties tests/unit/core
+"""
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", derandomize=True, deadline=None, database=None, print_blob=True,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("long", parent=settings.get_profile("default"), derandomize=False, max_examples=5_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
