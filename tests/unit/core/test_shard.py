@@ -2,17 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from unittest import mock
 
 import pytest
-from spillway.broker.core import rows
 from spillway.broker.core import shard as shard_module
 from spillway.broker.core.entry import (
-    ACK,
-    EXTEND,
     REJECT,
-    RETRY,
     VERSION,
     Enqueue,
     Entry,
@@ -22,7 +17,7 @@ from spillway.broker.core.entry import (
     decode_entry,
     encode_entry,
 )
-from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of
+from spillway.broker.core.shard import Effects, Shard
 from spillway.broker.core.view import MemoryView
 
 NOW = 1_700_000_000_000

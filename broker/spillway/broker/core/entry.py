@@ -33,7 +33,7 @@ GateChange = tuple[bytes, int, int]
 Grant = tuple[bytes, int, int, int]
 
 
-class Enqueue(msgspec.Struct, array_like=True, gc=False):
+class Enqueue(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
     """Messages of one producer, in order. `queues[i]` takes `bodies[i]`."""
 
     producer: str  # "" is nobody: no deduplication
@@ -43,7 +43,7 @@ class Enqueue(msgspec.Struct, array_like=True, gc=False):
     delays: dict[int, int] | None = None  # position -> deliver not before, ms since 1970
 
 
-class Entry(msgspec.Struct, array_like=True, gc=False):
+class Entry(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
     """One log entry."""
 
     version: int

@@ -33,7 +33,7 @@ _pack_message = _MESSAGE.pack
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class QueueRow(msgspec.Struct, array_like=True):
+class QueueRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A non-empty queue."""
 
     version: int
@@ -50,7 +50,7 @@ class QueueRow(msgspec.Struct, array_like=True):
     gap: tuple[int, int, int] | None = None  # count, first and last sequence dead-lettered before the head
 
 
-class StatsRow(msgspec.Struct, array_like=True):
+class StatsRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Counters of a destination in a shard; `queues` and `messages` are levels, the rest totals."""
 
     version: int
@@ -64,7 +64,7 @@ class StatsRow(msgspec.Struct, array_like=True):
     expired: int
 
 
-class ProducerRow(msgspec.Struct, array_like=True):
+class ProducerRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What is known of an idempotent producer."""
 
     version: int
@@ -72,7 +72,7 @@ class ProducerRow(msgspec.Struct, array_like=True):
     used: int  # the shard's sequence at its last use: the order in which producers are forgotten
 
 
-class GateRow(msgspec.Struct, array_like=True):
+class GateRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A closed gate."""
 
     version: int
@@ -80,14 +80,14 @@ class GateRow(msgspec.Struct, array_like=True):
     step: int  # times in a row that it closed
 
 
-class ClockRow(msgspec.Struct, array_like=True):
+class ClockRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """The shard's clock: the highest time of its entries, so that it never goes back."""
 
     version: int
     now_ms: int
 
 
-class DeadRow(msgspec.Struct, array_like=True):
+class DeadRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A dead letter."""
 
     version: int

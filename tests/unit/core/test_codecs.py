@@ -1,0 +1,158 @@
+"""Entries and rows as bytes: what was written is read, anything else is refused by the one declared error."""
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from spillway.broker.core import rows
+from spillway.broker.core.entry import VERSION, Enqueue, Entry, decode_entry, encode_entry
+from spillway.broker.core.errors import CorruptEntry
+
+NUMBER = st.integers(0, (1 << 64) - 1)
+NAME = st.binary(max_size=20)
+TEXT = st.text(max_size=10)
+ROWS = [rows.QueueRow, rows.StatsRow, rows.ProducerRow, rows.GateRow, rows.ClockRow, rows.DeadRow]
+SAMPLES: dict[type, msgspec.Struct] = {
+    rows.QueueRow: rows.QueueRow(1, 3, 1 << 40, 2, 99, 98, 7 << 20, 3, 1, 1_000, "c", (2, 5, 6)),
+    rows.StatsRow: rows.StatsRow(1, 1, 2, 3, 4, 5, 6, 7, 8),
+    rows.ProducerRow: rows.ProducerRow(1, 17, 5 << 20),
+    rows.GateRow: rows.GateRow(1, 1_000, 3),
+    rows.ClockRow: rows.ClockRow(1, 1_700_000_000_000),
+    rows.DeadRow: rows.DeadRow(1, b"d\0t\0k", 3, "no", 5, 6, b"\0body\xff"),
+}
+
+
+@st.composite
+def enqueues(draw: st.DrawFn) -> Enqueue:
+    """A batch of a producer."""
+    records = draw(st.lists(st.tuples(NAME, NAME), max_size=4))
+    return Enqueue(draw(TEXT), draw(NUMBER), [r[0] for r in records], [r[1] for r in records],
+                   draw(st.none() | st.dictionaries(st.integers(0, 3), NUMBER, max_size=3)))
+
+
+ENTRIES = st.builds(
+    Entry, st.just(VERSION), NUMBER, st.lists(enqueues(), max_size=3),
+    st.lists(st.tuples(NUMBER, NUMBER, NUMBER, st.integers(1, 7), NUMBER, TEXT), max_size=3),
+    st.lists(st.tuples(NUMBER, st.booleans(), NUMBER, TEXT), max_size=3),
+    st.lists(st.tuples(NAME, NUMBER, NUMBER), max_size=3),
+    st.lists(st.tuples(NAME, NUMBER, NUMBER, st.integers(0, 9)), max_size=3), st.lists(TEXT, max_size=3))
+
+
+@given(entry=ENTRIES)
+def test_an_entry_survives_the_log(entry: Entry) -> None:
+    """Decoding gives back the encoded entry."""
+    assert decode_entry(encode_entry(entry)) == entry
+
+
+@given(garbage=st.binary(max_size=200))
+def test_garbage_is_no_entry(garbage: bytes) -> None:
+    """Random bytes are an entry by accident only, and raise nothing but CorruptEntry."""
+    try:
+        decode_entry(garbage)
+    except CorruptEntry:
+        pass
+
+
+@given(entry=ENTRIES, where=st.integers(0, 1 << 20), byte=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_entry_is_read_or_refused(entry: Entry, where: int, byte: int, cut: bool) -> None:
+    """A flipped byte or a cut end gives some entry or CorruptEntry, never another error."""
+    command = bytearray(encode_entry(entry))
+    command[where % len(command)] = byte
+    try:
+        decode_entry(bytes(command[:where % len(command)] if cut else command))
+    except CorruptEntry:
+        pass
+
+
+@pytest.mark.parametrize("version", [0, 2, -1, 255])
+def test_entries_of_other_versions_are_refused(version: int) -> None:
+    """A version that this software does not know is never guessed at."""
+    with pytest.raises(CorruptEntry, match=f"version {version}"):
+        decode_entry(encode_entry(Entry(version, 0)))
+
+
+def test_queues_and_bodies_must_match() -> None:
+    """An enqueue with a body too few is refused before it is applied."""
+    with pytest.raises(CorruptEntry, match="another number"):
+        decode_entry(encode_entry(Entry(VERSION, 0, [Enqueue("", 0, [b"d\0t\0", b"d\0t\0"], [b"x"])])))
+
+
+@pytest.mark.parametrize("tail", [b"\x05", b"\x91" * 100_000 + b"\x00"], ids=["number", "deep"])
+def test_a_field_too_many_is_refused(tail: bytes) -> None:
+    """Whoever added a field without raising the version is told so, however deep it is."""
+    entry = encode_entry(Entry(VERSION, 0))
+    with pytest.raises(CorruptEntry):
+        decode_entry(bytes((entry[0] + 1,)) + entry[1:] + tail)
+    row = rows.encode_row(SAMPLES[rows.ClockRow])
+    with pytest.raises(CorruptEntry):
+        rows.decode_row(rows.ClockRow, bytes((row[0] + 1,)) + row[1:] + tail)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_survive_the_store(kind: type[Any]) -> None:
+    """Decoding gives back the encoded row."""
+    assert rows.decode_row(kind, rows.encode_row(SAMPLES[kind])) == SAMPLES[kind]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_other_versions_are_refused(kind: type[Any]) -> None:
+    """A row's version that this software does not know is never guessed at."""
+    for version in (0, 2):
+        value = rows.encode_row(msgspec.structs.replace(SAMPLES[kind], version=version))
+        with pytest.raises(CorruptEntry, match=f"version {version}"):
+            rows.decode_row(kind, value)
+
+
+@given(garbage=st.binary(max_size=100), kind=st.sampled_from(ROWS))
+def test_garbage_is_no_row(garbage: bytes, kind: type[Any]) -> None:
+    """Random bytes are a row by accident only, and raise nothing but CorruptEntry."""
+    try:
+        rows.decode_row(kind, garbage)
+    except CorruptEntry:
+        pass
+
+
+@given(where=st.integers(0, 100), byte=st.integers(0, 255), cut=st.integers(0, 100), kind=st.sampled_from(ROWS))
+def test_a_damaged_row_is_read_or_refused(where: int, byte: int, cut: int, kind: type[Any]) -> None:
+    """A flipped byte or a cut end gives some row or CorruptEntry, never another error."""
+    value = bytearray(rows.encode_row(SAMPLES[kind]))
+    value[where % len(value)] = byte
+    try:
+        rows.decode_row(kind, bytes(value[:cut]))
+    except CorruptEntry:
+        pass
+
+
+@given(sequence=NUMBER, enqueue_ms=NUMBER, deliver_ms=NUMBER, body=st.binary(max_size=50))
+def test_messages_survive_the_store(sequence: int, enqueue_ms: int, deliver_ms: int, body: bytes) -> None:
+    """A message row gives back sequence, times and body, byte for byte."""
+    message = (sequence, enqueue_ms, deliver_ms, body)
+    assert rows.decode_message(rows.message_key(b"d\0t\0k", sequence), rows.encode_message(message)) == message
+
+
+@given(garbage=st.binary(max_size=40))
+def test_garbage_is_no_message(garbage: bytes) -> None:
+    """A message row that is too short or of another version raises CorruptEntry."""
+    if len(garbage) >= 17 and garbage[0] == 1:
+        rows.decode_message(b"mq\0" + b"\0" * 8, garbage)
+    else:
+        with pytest.raises(CorruptEntry):
+            rows.decode_message(b"mq\0" + b"\0" * 8, garbage)
+
+
+PART = st.text(st.characters(min_codepoint=0x20, exclude_categories=["Cs", "Cc"]), max_size=5)
+QUEUES = st.tuples(PART, PART, PART).map(lambda parts: "\0".join(parts).encode())
+
+
+@given(one=QUEUES, other=QUEUES, sequence=NUMBER, last=NUMBER)
+def test_queues_do_not_share_message_rows(one: bytes, other: bytes, sequence: int, last: int) -> None:
+    """The range of a queue's message rows holds all of its rows, in order of sequence, and none of another queue's."""
+    start, end = rows.message_key(one, 0), rows.message_end(one)
+    assert start <= rows.message_key(one, sequence) < end
+    assert (rows.message_key(one, sequence) < rows.message_key(one, last)) == (sequence < last)
+    assert rows.sequence_of(rows.message_key(one, sequence)) == sequence
+    if one != other:
+        assert not start <= rows.message_key(other, sequence) < end
