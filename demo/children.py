@@ -92,15 +92,15 @@ class Children:
         return child
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """Becomes the command."""
     parent, *command = argv
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != int(parent):  # it died before we asked
-            return 1
+            raise SystemExit(1)
     os.execvp(command[0], command)  # noqa: S606 - the command is the demo's own
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -35,7 +35,8 @@ _PRODUCTS = (("Ocean Mug", "mug-01", 1400), ("Linen Tote", "tote-07", 2250), ("F
 _CALLS = ("Product Viewed", "Product Added", "Checkout Started", "Order Completed", "Coupon Applied", "Signed In",
           "Search Performed", "Email Opened", "Trial Started", "Report Exported")
 _AGENTS = ("Mozilla/5.0 (X11; Linux x86_64; rv:126.0) Gecko/20100101 Firefox/126.0",
-           "Mozilla/5.0 (Macintosh; Intel Mac OS X 14_5) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/17.5 Safari/605.1.15",
+           "Mozilla/5.0 (Macintosh; Intel Mac OS X 14_5) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/17.5 "
+           "Safari/605.1.15",
            "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) Mobile/15E148")
 
 
@@ -55,7 +56,7 @@ def tenant_name(rank: int) -> str:
 
 def generate(count: int = EVENTS, tenants: int = TENANTS, seed: int = SEED) -> Iterator[dict[str, object]]:
     """`count` events in order of time. Deterministic."""
-    draw = Random(seed)
+    draw = Random(seed)  # noqa: S311 - it shall be predictable
     weights = list(accumulate(1_000_000 // (rank + 1) for rank in range(tenants)))
     moment = START
     for number in range(count):

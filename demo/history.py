@@ -59,5 +59,6 @@ class History:
         names, *columns = json.loads(text)
         history = cls()
         for queue, number, checksum, verdict in zip(*columns, strict=True):
-            history.add(*names[queue], number, checksum, verdict)
+            tenant, key = names[queue]
+            history.add(tenant, key, number, checksum, verdict)
         return history

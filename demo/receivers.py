@@ -159,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slow-seconds", type=float, default=0.02, help="how long 'slow' takes (default: %(default)s)")
     parser.add_argument("--failing-seconds", type=float, default=10.0,
                         help="how long 'failing' answers 500, from its first request (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=600.0, help="events per second that 'limited' takes (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=600.0,
+                        help="events per second that 'limited' takes (default: %(default)s)")
     options = parser.parse_args(argv)
     asyncio.run(serve(options.slow_seconds, options.failing_seconds, options.rate))
     return 0

@@ -17,7 +17,7 @@ from spillway.client.dispatcher.dispatcher import Counts, Dispatcher, matcher, s
 from spillway.client.dispatcher.lane import RUN_MESSAGES_MAX
 from spillway.client.dispatcher.sender import AddressForbidden
 from spillway.client.dispatcher.source import Target
-from spillway.client.errors import Unavailable
+from spillway.client.errors import StaleLease, Unavailable
 
 QueueName = tuple[str, str, str]
 WAIT_SECONDS_MAX = 20.0  # for what must happen; a test that reaches it fails
@@ -58,77 +58,77 @@ class Run:
         self.destination, self.tenant, self.key = queue.name
         self.messages = [replace(m) for m in list(queue.messages)[:count]]
         self.gap = queue.gap
+        self.ended = False
         self.ends = asyncio.get_running_loop().time() + seconds
 
     def seconds_left(self) -> float:
         return self.ends - asyncio.get_running_loop().time()
 
-    def _settle(self, what: tuple[object, ...]) -> bool:
+    def _settle(self, *what: object) -> bool:
         self.broker.settlements.append((self.tenant, *what))
-        current = self.queue.lease is self
-        if current:
-            self.broker.changed.set()
-        else:
-            self.broker.stale += 1
-        return current
+        self.broker.changed.set()
+        return self.queue.lease is self and not self.ended
 
-    def _end(self) -> None:
+    def _outcome(self, error: Exception | None = None) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if error is None:
+            future.set_result(None)
+        else:
+            self.ended = True
+            future.set_exception(error)
+            future.exception()  # not everybody waits for it
+        return future
+
+    def _end(self) -> asyncio.Future[None]:
+        self.ended = True
         self.queue.lease = None
         self.broker.pump()
+        return self._outcome()
 
-    async def ack(self, upto: int) -> bool:
-        if not self._settle(("ack", upto)):
-            return False
+    def ack(self, upto: int) -> asyncio.Future[None]:
+        if not self._settle("ack", upto):
+            return self._outcome(StaleLease("ack"))
         messages = self.queue.messages
         while messages and messages[0].sequence <= upto:
             messages.popleft()
             self.queue.gap = None
-        if upto == self.messages[-1].sequence:
-            self._end()
-        return True
+        return self._end() if upto == self.messages[-1].sequence else self._outcome()
 
-    async def retry(self, delay: float | None, reason: str) -> bool:
-        if not self._settle(("retry", delay, reason)):
-            return False
+    def retry(self, delay: float | None, reason: str) -> asyncio.Future[None]:
+        if not self._settle("retry", delay, reason):
+            return self._outcome(StaleLease("retry"))
         self.queue.messages[0].attempt += 1
-        self._end()
-        return True
+        return self._end()
 
-    async def throttled(self, delay: float | None) -> bool:
-        if not self._settle(("throttled", delay)):
-            return False
+    def throttled(self, delay: float | None) -> asyncio.Future[None]:
+        if not self._settle("throttled", delay):
+            return self._outcome(StaleLease("throttled"))
         self.broker.parked.add((self.destination, self.tenant))
-        self._end()
-        return True
+        return self._end()
 
-    async def down(self, delay: float | None) -> bool:
-        if not self._settle(("down", delay)):
-            return False
+    def down(self, delay: float | None) -> asyncio.Future[None]:
+        if not self._settle("down", delay):
+            return self._outcome(StaleLease("down"))
         self.broker.parked.add((self.destination, None))
-        self._end()
-        return True
+        return self._end()
 
-    async def reject(self, reason: str) -> bool:
-        if not self._settle(("reject", reason)):
-            return False
+    def reject(self, reason: str) -> asyncio.Future[None]:
+        if not self._settle("reject", reason):
+            return self._outcome(StaleLease("reject"))
         dead = self.queue.messages.popleft()
         self.broker.dead.append(dead.sequence)
         self.queue.gap = Gap(1, dead.sequence, dead.sequence)
-        self._end()
-        return True
+        return self._end()
 
-    async def release(self) -> bool:
-        if not self._settle(("release",)):
-            return False
-        self._end()
-        return True
+    def release(self) -> asyncio.Future[None]:
+        return self._end() if self._settle("release") else self._outcome(StaleLease("release"))
 
-    async def extend(self, seconds: float) -> bool:
-        if self.queue.lease is not self:
-            return False
+    def extend(self, seconds: float) -> asyncio.Future[None]:
+        if self.queue.lease is not self or self.seconds_left() < 0:
+            return self._outcome(StaleLease("extend"))
         self.broker.extended += 1
         self.ends = asyncio.get_running_loop().time() + seconds
-        return True
+        return self._outcome()
 
 
 class Consumer:
@@ -150,7 +150,6 @@ class FakeBroker:
         self.parked: set[tuple[str, str | None]] = set()
         self.dead: list[int] = []
         self.extended = 0
-        self.stale = 0
         self.tokens = 0
         self.sequences = 0
         self.failing = False
@@ -186,7 +185,8 @@ class FakeBroker:
     def expire(self, destination: str) -> None:
         """Takes all leases of a destination away and hands them out again."""
         for queue in self.queues.values():
-            if queue.name[0] == destination:
+            if queue.name[0] == destination and queue.lease is not None:
+                queue.lease.ends = 0.0
                 queue.lease = None
         self.pump()
 
@@ -595,31 +595,12 @@ async def test_lost_lease_stops_the_run(receiver: Receiver) -> None:
         broker.lease_seconds = None
         broker.expire("a")
         await receiver.until(lambda: len(receiver.requests) == 2)
-        for run in list(dispatcher._members["a"].lane._runs.values()):  # type: ignore[union-attr]
-            run.ends = 0.0  # type: ignore[attr-defined]
         receiver.unblocked.set()
         await broker.until(lambda: not broker.left("a"))
         assert dispatcher.counts().lost == 1
     assert receiver.bodies("/a") == [b"0", *numbers(3)]
     tokens = [int(r.headers["Spillway-Fencing-Token"]) for r in receiver.requests]
     assert tokens == [1, 2, 2, 2]
-
-
-async def test_waiting_leases_are_extended(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that waits long for a slot keeps its lease."""
-    monkeypatch.setattr("spillway.client.dispatcher.lane.LEASE_CHECK_SECONDS", 0.01)
-    receiver.handlers["/a"] = receiver.hang
-    broker = FakeBroker(target(receiver, "a", concurrency_max=1))
-    broker.put("a", b"x", key="first")
-    async with dispatching(broker):
-        await receiver.until(lambda: len(receiver.requests) == 1)
-        broker.lease_seconds = 1.0
-        broker.put("a", b"x", key="second")
-        run = broker.queues["a", "t", "second"].lease
-        assert run is not None
-        await spin(lambda: run.seconds_left() > 5)
-        receiver.unblocked.set()
-        await broker.until(lambda: not broker.left("a"))
 
 
 async def test_graceful_stop(receiver: Receiver) -> None:

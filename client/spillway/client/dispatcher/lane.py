@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from spillway.client.dispatcher.headers import request_headers, run_headers
 from spillway.client.dispatcher.outcome import RELEASED, Action, Outcome, decide
 from spillway.client.dispatcher.sender import Answer
 from spillway.client.dispatcher.source import Broker, Message, Run, Target
-from spillway.client.errors import SpillwayError
+from spillway.client.errors import SpillwayError, StaleLease
 
 log = logging.getLogger("spillway.dispatcher")
 
@@ -32,7 +32,6 @@ CREDIT_BYTES = 4 << 20  # of messages held per destination; the broker exceeds i
 CREDIT_MESSAGES_MAX = 8192
 LEASE_SECONDS_MIN = 30.0
 LEASE_MARGIN_SECONDS = 5.0  # beyond a request's timeout: for clocks, and for the settlement to arrive
-LEASE_CHECK_SECONDS = 1.0  # how often leases that wait or run are looked at
 ACK_SECONDS = 0.5  # how much delivered work of a run may at most stand unacknowledged while it goes on
 SETTLE_SECONDS_MAX = 5.0  # how long a stopping lane waits for its last settlements
 TENANTS_REMEMBERED_MAX = 1024  # throttled tenants
@@ -67,7 +66,6 @@ class _Progress:
     sent: int = 0  # messages delivered
     acked: int = 0  # of these, acknowledged
     outcome: Outcome | None = None  # of the message after those; None: there is none
-    lost: bool = False
 
 
 class Lane:
@@ -99,7 +97,6 @@ class Lane:
     async def run(self) -> None:
         """Delivers until `stop`; a subscription that ends is made again."""
         self._reader = asyncio.current_task()
-        keeper = asyncio.create_task(self._keep_leases())
         try:
             while not self._stopping:
                 try:
@@ -111,8 +108,6 @@ class Lane:
         except asyncio.CancelledError:
             if not self._stopping:
                 raise
-        finally:
-            keeper.cancel()
 
     async def _consume(self) -> None:
         target = self.target
@@ -182,20 +177,22 @@ class Lane:
             if not self._stopping:
                 raise
             progress.outcome = RELEASED  # whether the receiver has the message under way is unknown: at least once
+        except StaleLease:
+            self.counts.lost += 1
+            return
+        except SpillwayError:
+            progress.outcome = RELEASED  # no extension to be had: better not to send than to send without a lease
         finally:
             self._waiting.discard(task)
             self._sending.discard(task)
-        if progress.lost:
-            self.counts.lost += 1
-            return
         try:
-            settled = await self._settle(run, progress)
+            await self._settle(run, progress)
+        except StaleLease:
+            self.counts.lost += 1
         except SpillwayError as e:
+            self.counts.lost += 1
             log.warning("destination=%s shard=%d token=%d: settlement failed: %s", run.destination, run.shard,
                         run.fencing_token, e)
-            settled = False
-        if not settled:
-            self.counts.lost += 1
 
     def _known_outcome(self, run: Run, received: float) -> Outcome | None:
         """What is certain without a request: while the run waited for a slot, another one found the destination down
@@ -223,9 +220,10 @@ class Lane:
             if self._stopping:
                 progress.outcome = RELEASED
                 return
-            if run.seconds_left() < self._lease_seconds_min and not await self._extend(run):
-                progress.lost = True
-                return
+            if run.seconds_left() < self._lease_seconds_min:
+                await run.extend(self._lease_seconds)
+            if run.ended:
+                raise StaleLease("the lease was lost")
             outcome = await self._request(run, message, request_headers(shared, run.shard, message, gap))
             gap = None
             if outcome.action is not Action.ACK:
@@ -235,9 +233,7 @@ class Lane:
             now = self._monotonic()
             if now - acked_at > ACK_SECONDS and progress.sent < len(messages):
                 acked_at = now
-                if not await self._ack(run, progress):
-                    progress.lost = True
-                    return
+                self._ack(run, progress)
 
     async def _request(self, run: Run, message: Message, headers: dict[str, str]) -> Outcome:
         status, answered, failure, detail = await self._sender.post(message.payload, headers)
@@ -265,44 +261,28 @@ class Lane:
             self._throttled[run.tenant] = (self._monotonic(), outcome)
         return outcome
 
-    async def _settle(self, run: Run, progress: _Progress) -> bool:
-        """Acknowledges what was delivered, then settles the message behind it."""
-        if progress.sent > progress.acked and not await self._ack(run, progress):
-            return False
+    async def _settle(self, run: Run, progress: _Progress) -> None:
+        """Acknowledges what was delivered, then settles the message behind it; returns once that is committed."""
+        last: Awaitable[None] | None = None
+        if progress.sent > progress.acked:
+            last = self._ack(run, progress)
         outcome = progress.outcome
-        if outcome is None:
-            return True
-        action = outcome.action
-        if action is Action.RETRY:
-            return await run.retry(outcome.delay, outcome.reason)
-        if action is Action.THROTTLED:
-            return await run.throttled(outcome.delay)
-        if action is Action.DOWN:
-            return await run.down(outcome.delay)
-        if action is Action.REJECT:
-            return await run.reject(outcome.reason)
-        self.counts.released += 1
-        return await run.release()
+        if outcome is not None:
+            action = outcome.action
+            if action is Action.RETRY:
+                last = run.retry(outcome.delay, outcome.reason)
+            elif action is Action.THROTTLED:
+                last = run.throttled(outcome.delay)
+            elif action is Action.DOWN:
+                last = run.down(outcome.delay)
+            elif action is Action.REJECT:
+                last = run.reject(outcome.reason)
+            else:
+                self.counts.released += 1
+                last = run.release()
+        if last is not None:
+            await last
 
-    async def _ack(self, run: Run, progress: _Progress) -> bool:
-        sent = progress.sent
-        if not await run.ack(run.messages[sent - 1].sequence):
-            return False
-        progress.acked = sent
-        return True
-
-    # -- leases --------------------------------------------------------------------------------------------------
-
-    async def _extend(self, run: Run) -> bool:
-        try:
-            return await run.extend(self._lease_seconds)
-        except SpillwayError:
-            return run.seconds_left() > 0
-
-    async def _keep_leases(self) -> None:
-        """Extends the leases of runs that wait for a slot; those being sent are looked after by `_send`."""
-        while True:
-            await asyncio.sleep(LEASE_CHECK_SECONDS)
-            due = [run for run in self._runs.values() if 0 < run.seconds_left() < self._lease_seconds_min]
-            if due:
-                await asyncio.gather(*(self._extend(run) for run in due))
+    def _ack(self, run: Run, progress: _Progress) -> Awaitable[None]:
+        progress.acked = progress.sent
+        return run.ack(run.messages[progress.sent - 1].sequence)

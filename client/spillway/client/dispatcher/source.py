@@ -4,7 +4,7 @@ The client library fulfils these protocols; tests fulfil them with a list.
 """
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,7 +61,9 @@ class Gap(Protocol):
 
 
 class Run(Protocol):
-    """A lease of consecutive messages of one queue. Settling methods return once the settlement is committed."""
+    """A lease of consecutive messages of one queue. Settling methods hand the settlement in at once; awaiting what they
+    return waits until it is committed, and raises StaleLease if the lease was lost, or another SpillwayError. Whoever
+    gives out runs keeps their leases from expiring."""
 
     @property
     def shard(self) -> int:
@@ -91,28 +93,32 @@ class Run(Protocol):
     def gap(self) -> Gap | None:
         """What is missing before the first message."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is settled, or the lease turned out to be lost."""
+
     def seconds_left(self) -> float:
         """Until the lease ends, by the caller's clock; negative if it ended."""
 
-    async def ack(self, upto: int) -> bool:
-        """This message and all before it are delivered. False: the lease is lost, nothing changed. So for all."""
+    def ack(self, upto: int) -> Awaitable[None]:
+        """This message and all before it are delivered."""
 
-    async def retry(self, delay: float | None, reason: str) -> bool:
+    def retry(self, delay: float | None, reason: str) -> Awaitable[None]:
         """The first unsettled message failed; None: the destination's backoff."""
 
-    async def throttled(self, delay: float | None) -> bool:
+    def throttled(self, delay: float | None) -> Awaitable[None]:
         """The receiver asked the tenant to slow down."""
 
-    async def down(self, delay: float | None) -> bool:
+    def down(self, delay: float | None) -> Awaitable[None]:
         """The receiver cannot be reached."""
 
-    async def reject(self, reason: str) -> bool:
+    def reject(self, reason: str) -> Awaitable[None]:
         """The first unsettled message can never be delivered."""
 
-    async def release(self) -> bool:
+    def release(self) -> Awaitable[None]:
         """What is unsettled goes back untouched."""
 
-    async def extend(self, seconds: float) -> bool:
+    def extend(self, seconds: float) -> Awaitable[None]:
         """The lease shall last this long from now."""
 
 

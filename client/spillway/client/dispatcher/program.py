@@ -1,0 +1,76 @@
+"""`spillway dispatch`: the dispatcher as a program."""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from spillway.client.client import Client
+from spillway.client.dispatcher.broker import ClientBroker
+from spillway.client.dispatcher.dispatcher import GRACE_SECONDS, Dispatcher
+from spillway.client.errors import SpillwayError
+
+log = logging.getLogger("spillway.dispatcher")
+
+UNREACHABLE = 69  # EX_UNAVAILABLE of sysexits.h
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `spillway dispatch`."""
+    out = argparse.ArgumentParser(
+        prog="spillway dispatch",
+        description="Deliver messages over HTTP: to all destinations that have a URL, or to those named. Any number of"
+                    " dispatchers may run; none gets what another has leased.")
+    out.add_argument("--address", metavar="HOST:PORT[,...]", default=os.environ.get("SPILLWAY_ADDRESS", "127.0.0.1:7070"),
+                     help="nodes to start from (default: %(default)s; variable SPILLWAY_ADDRESS)")
+    out.add_argument("--destination", metavar="NAME", action="append", default=[],
+                     help="only this destination; '*' stands for anything; may be repeated (default: all)")
+    out.add_argument("--name", default="", help="of this dispatcher, for people")
+    out.add_argument("--grace-seconds", type=float, default=GRACE_SECONDS,
+                     help="on SIGTERM, how long to wait for requests under way (default: %(default)s)")
+    out.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+                     help="(default: %(default)s)")
+    return out
+
+
+async def dispatch(addresses: Sequence[str], patterns: Sequence[str], name: str, grace_seconds: float) -> None:
+    """Dispatches until SIGTERM or SIGINT. Raises SpillwayError if the addresses are of no use."""
+    async with Client(*addresses) as client:
+        dispatcher = Dispatcher(ClientBroker(client, name), patterns, grace_seconds)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, dispatcher.stop)
+        try:
+            await dispatcher.run()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where there is one: a third less CPU per request."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the dispatcher; returns the exit code: 0 after a signal, 69 if it cannot start."""
+    options = parser().parse_args(argv)
+    logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    addresses = [address.strip() for address in options.address.split(",") if address.strip()]
+    try:
+        with asyncio.Runner(loop_factory=_event_loop) as runner:
+            runner.run(dispatch(addresses, options.destination, options.name, options.grace_seconds))
+    except SpillwayError as e:
+        log.error("cannot dispatch from %s: %s", options.address, e)
+        return UNREACHABLE
+    return 0
