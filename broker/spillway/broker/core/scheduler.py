@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 COST_PER_MESSAGE_MS = 0.05  # what a message costs a consumer beside its bytes and time
 COST_PER_BYTE_MS = 1 / 65_536  # 64 KiB weigh as much as a millisecond of a consumer's time
@@ -32,7 +32,7 @@ OPEN, CLOSED, HALF_OPEN, PROBING = range(4)  # states of a gate
 class Tenant:
     """A tenant inside a destination."""
 
-    __slots__ = ("destination", "gate", "held", "hold_ms", "name", "queued", "ready", "start", "weight")
+    __slots__ = ("destination", "gate", "held", "hold_ms", "name", "prober", "queued", "ready", "start", "weight")
 
     def __init__(self, name: bytes, destination: Destination) -> None:
         self.name = name
@@ -44,6 +44,7 @@ class Tenant:
         self.hold_ms = destination.hold_ms
         self.queued = False  # stands in destination.heap
         self.gate = OPEN
+        self.prober: Pick | None = None  # what the gate lets through while it is PROBING
 
     def __repr__(self) -> str:
         return f"<Tenant {self.name!r}: {len(self.ready)} ready, {self.held} held, start {self.start:.1f}>"
@@ -52,18 +53,18 @@ class Tenant:
 class Destination:
     """A destination with work or leases."""
 
-    __slots__ = ("gate", "heap", "held", "hold_ms", "name", "start", "subscriptions", "tenants", "virtual", "weight")
+    __slots__ = ("gate", "heap", "held", "hold_ms", "name", "prober", "subscriptions", "tenants", "virtual", "weight")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self.tenants: dict[bytes, Tenant] = {}
         self.heap: list[tuple[float, int, Tenant]] = []
         self.virtual = 0.0  # virtual time: start tag of the last pick
-        self.start = 0.0  # its own tag among the destinations of a subscription
         self.weight = 1.0
         self.held = 0
         self.hold_ms = HOLD_MS_START
         self.gate = OPEN
+        self.prober: Pick | None = None
         self.subscriptions: list[Subscription] = []
 
     def __repr__(self) -> str:
@@ -91,9 +92,11 @@ class Consumer:
 
 
 class Subscription:
-    """A set of destination patterns, shared by the consumers that asked for exactly this set."""
+    """A set of destination patterns, shared by the consumers that asked for exactly this set. It has a virtual time
+    of its own, and so each destination a start tag in each subscription: were the tag shared, a destination that one
+    subscription has served for long would wait in another, younger one until that has caught up."""
 
-    __slots__ = ("consumers", "heap", "matcher", "members", "patterns", "queued", "round", "virtual")
+    __slots__ = ("consumers", "heap", "matcher", "patterns", "queued", "round", "starts", "virtual")
 
     def __init__(self, patterns: frozenset[str]) -> None:
         self.patterns = patterns
@@ -103,6 +106,7 @@ class Subscription:
         self.round: deque[Consumer] = deque()  # those with credit
         self.heap: list[tuple[float, int, Destination]] = []
         self.queued: set[Destination] = set()
+        self.starts: dict[Destination, float] = {}  # virtual start tags of their next leases
         self.virtual = 0.0
 
     def matches(self, destination: bytes) -> bool:
@@ -113,14 +117,14 @@ class Subscription:
 class Pick:
     """A queue to lease, for a consumer. `charge` or `discard` it."""
 
-    __slots__ = ("_tag", "bytes", "consumer", "cost", "messages", "probe", "queue", "since_ms", "tenant")
+    __slots__ = ("bytes", "consumer", "cost", "messages", "probe", "queue", "since_ms", "subscription", "tenant")
 
-    def __init__(self, queue: bytes, tenant: Tenant, consumer: Consumer, probe: bool, tag: float) -> None:
+    def __init__(self, queue: bytes, tenant: Tenant, consumer: Consumer, probe: bool, subscription: Subscription) -> None:
         self.queue = queue
         self.tenant = tenant
         self.consumer = consumer
         self.probe = probe  # a gate is half open: lease one message only
-        self._tag = tag
+        self.subscription = subscription
         self.cost = 0.0
         self.messages = 0
         self.bytes = 0
@@ -178,9 +182,10 @@ class Scheduler:
                     self._queue_destination(destination, subscription)
 
     def _queue_destination(self, destination: Destination, subscription: Subscription) -> None:
+        start = subscription.starts[destination] = max(subscription.virtual, subscription.starts.get(destination, 0.0))
         subscription.queued.add(destination)
         self._order += 1
-        heappush(subscription.heap, (max(subscription.virtual, destination.start), self._order, destination))
+        heappush(subscription.heap, (start, self._order, destination))
 
     # -- consumers -----------------------------------------------------------------------------------------------
 
@@ -206,6 +211,9 @@ class Scheduler:
         consumer.subscription = None
         consumer.messages = 0
         subscription.consumers.discard(consumer)
+        if consumer.active:
+            consumer.active = False
+            subscription.round.remove(consumer)
         if not subscription.consumers:
             del self.subscriptions[subscription.patterns]
             for destination in self.destinations.values():
@@ -228,7 +236,7 @@ class Scheduler:
         round_ = subscription.round
         while round_:
             consumer = round_[0]
-            if consumer.messages > 0 and consumer.bytes > 0 and consumer.subscription is subscription:
+            if consumer.messages > 0 and consumer.bytes > 0:
                 break
             consumer.active = False
             round_.popleft()
@@ -238,16 +246,17 @@ class Scheduler:
         while heap:
             tag, _, destination = heap[0]
             if destination.gate != CLOSED and destination.gate != PROBING:
-                if tag < destination.start:  # its cost was corrected, or another subscription was served
+                start = subscription.starts[destination]
+                if tag < start:  # it was charged since
                     heappop(heap)
                     self._order += 1
-                    heappush(heap, (destination.start, self._order, destination))
+                    heappush(heap, (start, self._order, destination))
                     continue
                 tenant = self._pick_tenant(destination)
                 if tenant is not None:
                     subscription.virtual = max(subscription.virtual, tag)
                     probe = destination.gate == HALF_OPEN or tenant.gate == HALF_OPEN
-                    return Pick(tenant.ready.popleft(), tenant, consumer, probe, tag)
+                    return Pick(tenant.ready.popleft(), tenant, consumer, probe, subscription)
             heappop(heap)
             subscription.queued.discard(destination)
         return None
@@ -277,20 +286,22 @@ class Scheduler:
         destination = tenant.destination
         consumer.messages -= messages
         consumer.bytes -= size
-        consumer.subscription.round.rotate(-1)  # type: ignore[union-attr]
+        pick.subscription.round.rotate(-1)
         pick.messages = messages
         pick.bytes = size
         pick.since_ms = now_ms
         pick.cost = tenant.hold_ms + messages * COST_PER_MESSAGE_MS + size * COST_PER_BYTE_MS
         tenant.held += 1
         destination.held += 1
-        tenant.start = max(tenant.start, destination.virtual) + pick.cost / tenant.weight
-        destination.start = max(destination.start, pick._tag) + pick.cost / destination.weight
+        tenant.start += pick.cost / tenant.weight
+        pick.subscription.starts[destination] += pick.cost / destination.weight
         if pick.probe:
             if destination.gate == HALF_OPEN:
                 destination.gate = PROBING
+                destination.prober = pick
             if tenant.gate == HALF_OPEN:
                 tenant.gate = PROBING
+                tenant.prober = pick
 
     def settled(self, pick: Pick, now_ms: int) -> None:
         """The lease of a charged pick is over: corrects the estimate by what it really cost."""
@@ -300,16 +311,20 @@ class Scheduler:
         destination.held -= 1
         held_ms = min(max(0.0, float(now_ms - pick.since_ms)), HOLD_MS_MAX)
         cost = held_ms + pick.messages * COST_PER_MESSAGE_MS + pick.bytes * COST_PER_BYTE_MS
-        # A lower tag than the one in the heap is only honoured at the tenant's next turn: cheaper, and it evens out.
+        # A lower tag than the one in the heap is only honoured after the tenant's next turn, but it is not lost:
+        # only who returns from idleness is set to the virtual time.
         tenant.start += (cost - pick.cost) / tenant.weight
-        destination.start += (cost - pick.cost) / destination.weight
+        pick.subscription.starts[destination] += (cost - pick.cost) / destination.weight
         tenant.hold_ms += HOLD_GAIN * (held_ms - tenant.hold_ms)
         destination.hold_ms += HOLD_GAIN * (held_ms - destination.hold_ms)
-        if pick.probe:  # whatever came of it, the next step is the gate's owner's
-            if destination.gate == PROBING:
+        if pick.probe:  # unless the gate's owner knows better by now, the next probe may follow
+            if destination.prober is pick:
+                destination.prober = None
                 destination.gate = HALF_OPEN
-            if tenant.gate == PROBING:
+            if tenant.prober is pick:
+                tenant.prober = None
                 tenant.gate = HALF_OPEN
+            self._wake_tenant(tenant)
 
     # -- gates ---------------------------------------------------------------------------------------------------
 
@@ -320,14 +335,17 @@ class Scheduler:
         if separator:
             tenant = self._tenant(destination, tenant_name)
             tenant.gate = state
-            if state in (OPEN, HALF_OPEN) and tenant.ready and not tenant.queued:
-                self._queue_tenant(tenant)
-            elif state in (OPEN, HALF_OPEN) and tenant.ready:
-                self._wake(destination)
+            tenant.prober = None
+            self._wake_tenant(tenant)
             return
         destination.gate = state
-        if state in (OPEN, HALF_OPEN):
-            self._wake(destination)
+        destination.prober = None
+        self._wake(destination)
+
+    def _wake_tenant(self, tenant: Tenant) -> None:
+        if tenant.gate in (OPEN, HALF_OPEN) and tenant.ready and not tenant.queued:
+            self._queue_tenant(tenant)
+        self._wake(tenant.destination)
 
     def _wake(self, destination: Destination) -> None:
         if destination.heap and destination.gate in (OPEN, HALF_OPEN):
@@ -350,19 +368,25 @@ class Scheduler:
 
     def sweep(self) -> None:
         """Forgets tenants and destinations that have nothing, hold nothing and owe nothing. Call now and then."""
-        for destination in list(self.destinations.values()):
-            busy = bool(destination.heap)
+        for destination in self.destinations.values():
+            for _, _, tenant in destination.heap:
+                tenant.queued = bool(tenant.ready)
+            destination.heap = [e for e in destination.heap if e[2].queued]  # picks tidy up too, while there is credit
+            heapify(destination.heap)
             for tenant in list(destination.tenants.values()):
-                if not tenant.ready and not tenant.held and tenant.gate == OPEN and not tenant.queued and (
-                        tenant.start <= destination.virtual or not busy):
+                if not tenant.ready and not tenant.held and tenant.gate == OPEN and (
+                        tenant.start <= destination.virtual or not destination.heap):
                     del destination.tenants[tenant.name]
-            if not destination.tenants and not destination.held and destination.gate == OPEN and not destination.heap:
+        for subscription in self.subscriptions.values():
+            subscription.heap = [e for e in subscription.heap if e[2].heap]
+            heapify(subscription.heap)
+            subscription.queued = {e[2] for e in subscription.heap}
+        for destination in list(self.destinations.values()):
+            if not destination.tenants and not destination.held and destination.gate == OPEN and not any(
+                    s.heap and s.starts.get(destination, 0.0) > s.virtual for s in destination.subscriptions):
                 del self.destinations[destination.name]
                 for subscription in destination.subscriptions:
-                    if destination in subscription.queued:
-                        subscription.queued.discard(destination)
-                        subscription.heap = [e for e in subscription.heap if e[2] is not destination]
-                        subscription.heap.sort()
+                    subscription.starts.pop(destination, None)
 
     def remove_shard(self, belongs: set[int], shard_of: Callable[[bytes], int]) -> None:
         """Drops the queues of shards that the node no longer leads. Linear; leadership changes are rare."""
