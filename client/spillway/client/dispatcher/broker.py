@@ -23,7 +23,7 @@ class ClientBroker:
         """All destinations that have an HTTP target. Raises SpillwayError."""
         return [Target(destination.name, destination.http.url, destination.http.timeout or TIMEOUT_SECONDS,
                        destination.http.concurrency_max or CONCURRENCY_MAX)
-                async for destination in self._client.admin.destinations() if destination.http is not None]
+                async for destination in self._client.admin.list_destinations() if destination.http is not None]
 
     @asynccontextmanager
     async def consume(self, destination: str, credit_messages: int, credit_bytes: int, run_messages_max: int,

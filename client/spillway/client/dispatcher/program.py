@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 async def dispatch(addresses: Sequence[str], patterns: Sequence[str], name: str, grace_seconds: float) -> None:
     """Dispatches until SIGTERM or SIGINT. Raises SpillwayError if the addresses are of no use."""
-    async with Client(*addresses) as client:
+    async with Client(addresses) as client:
         dispatcher = Dispatcher(ClientBroker(client, name), patterns, grace_seconds)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
