@@ -1,0 +1,82 @@
+"""Channels to nodes, and which nodes answer.
+
+Each kind of stream has its own connection: many long streams queue at one connection's limit, and a flood of
+deliveries must not hold up settlements.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import grpc
+
+from spillway.client.retry import Backoff
+
+Kind = Literal["control", "produce", "lease", "ack"]
+MESSAGE_BYTES_MAX = 16 << 20
+DOWN_SECONDS_BASE = 0.05
+DOWN_SECONDS_CAP = 2.0
+
+_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 60_000),  # a server answers faster pings with GOAWAY
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_retries", 0),  # they stop at the first response header: streams resume by themselves here
+    ("grpc.use_local_subchannel_pool", 1),  # else kinds would share a connection
+]
+
+
+class Channels:
+    """The open channels, one per (address, kind). Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._channels: dict[tuple[str, Kind], grpc.aio.Channel] = {}
+
+    def get(self, address: str, kind: Kind) -> grpc.aio.Channel:
+        """The channel to a node for a kind of stream; connects in the background."""
+        channel = self._channels.get((address, kind))
+        if channel is None:
+            channel = grpc.aio.insecure_channel(address, options=[*_OPTIONS, ("spillway.kind", kind)])
+            self._channels[address, kind] = channel
+        return channel
+
+    async def retain(self, addresses: Iterable[str]) -> None:
+        """Closes the channels to all other addresses."""
+        keep = set(addresses)
+        gone = [key for key in self._channels if key[0] not in keep]
+        for channel in [self._channels.pop(key) for key in gone]:
+            await channel.close()
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        await self.retain(())
+
+
+class Health:
+    """Which addresses failed lately. A failed one is avoided for a while that doubles with each failure."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._down: dict[str, tuple[Backoff, float]] = {}
+
+    def failed(self, address: str) -> float:
+        """Notes a failure; returns for how many seconds the address is avoided."""
+        backoff, until = self._down.get(address) or (Backoff(DOWN_SECONDS_BASE, DOWN_SECONDS_CAP), 0.0)
+        now = self._clock()
+        if until > now:  # several streams fail together: that is one failure
+            return until - now
+        wait = backoff.next()
+        self._down[address] = (backoff, now + wait)
+        return wait
+
+    def worked(self, address: str) -> None:
+        """Notes an answer."""
+        self._down.pop(address, None)
+
+    def is_up(self, address: str) -> bool:
+        """Whether there is no reason to avoid the address now."""
+        down = self._down.get(address)
+        return down is None or down[1] <= self._clock()

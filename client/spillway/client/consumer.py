@@ -1,0 +1,618 @@
+"""Leases messages: one stream to every node, credit split over them, leases extended, settlements sent.
+
+The broker sends only what there is credit for; credit comes back when a message is settled. Whatever breaks is opened
+again, for ever, with jittered backoff; a reconnecting stream tells which leases it still has, so that what was lost on
+the way is ready again at once instead of when its lease expires.
+"""
+# ruff: noqa: ASYNC109 - a timeout of our own tells more than a cancellation by the caller
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from spillway.client import wire
+from spillway.client.connection import Channels
+from spillway.client.errors import Closed, InvalidArgument, SpillwayError, Unavailable, from_rpc_error
+from spillway.client.leases import LeasedMessage, LeasedRun
+from spillway.client.retry import Backoff, is_final
+from spillway.client.settlements import ACK, EXTEND, Settlement, Settler
+from spillway.client.topology import Router, Topology
+from spillway.contract.credits import CreditSplitter
+from spillway.contract.limits import LEASE_MS_MAX, LEASE_MS_MIN, RUN_MESSAGES_MAX, SUBSCRIBE_DESTINATIONS_MAX
+from spillway.v1 import queue_service_pb2 as pb
+
+log = logging.getLogger("spillway.client")
+
+METHOD = "/spillway.v1.QueueService/Lease"
+CREDIT_MESSAGES = 256
+CREDIT_BYTES = 16 << 20
+CREDIT_MESSAGES_MAX = 1 << 16  # what a broker takes
+CREDIT_BYTES_MAX = 256 << 20
+LEASE_TOTAL_SECONDS = 3600.0
+SILENCE_SECONDS_MAX = 25.0  # heartbeats come every 10 s
+WATCH_SECONDS = 1.0
+RESUBSCRIBE_SECONDS = 0.25  # after a shard moved to a node: for what its old leader granted and did not deliver
+CLOSE_READ_SECONDS = 1.0  # how long a closing stream may still deliver
+EXTEND_TICK_SECONDS = 0.25
+DRAINING_SECONDS = 1.0  # before a node that is stopping is asked again
+
+
+_Call = grpc.aio.StreamStreamCall[Any, Any]
+
+
+class ConsumerState(enum.Enum):
+    """How a consumer is doing."""
+
+    CONNECTING = "connecting"  # no stream is open yet
+    CONSUMING = "consuming"  # streams to all nodes are open
+    DEGRADED = "degraded"  # some stream is down and being opened again
+    CLOSED = "closed"
+
+
+class _Stream:
+    """The Lease stream to one node, opened again whenever it ends."""
+
+    def __init__(self, consumer: Consumer, node: str, address: str, local_only: bool) -> None:
+        self.consumer = consumer
+        self.node = node
+        self.address = address
+        self.local_only = local_only
+        self.open = False
+        self.failing_since: float | None = None
+        self.owed_messages = 0  # credit planned and not sent
+        self.owed_bytes = 0
+        self._credit = asyncio.Event()
+        self._again = asyncio.Event()  # subscribe anew
+        self._closing = False
+        self._call: _Call | None = None
+        self._loop = asyncio.get_running_loop()
+        consumer.credits.add(node, self._loop.time())  # at once, so that the first split sees all nodes
+        self.task = asyncio.create_task(self._run(), name=f"spillway lease {address}")
+
+    def owe(self, messages: int, bytes: int) -> None:
+        """Credit to send; negative takes back."""
+        self.owed_messages += messages
+        self.owed_bytes += bytes
+        self._credit.set()
+
+    def resubscribe(self) -> None:
+        """Opens the stream anew."""
+        self._again.set()
+
+    async def close(self) -> None:
+        """Takes what is still coming, for a moment, then ends the stream."""
+        self._closing = True
+        call = self._call
+        if call is not None and self.open:
+            try:
+                async with asyncio.timeout(CLOSE_READ_SECONDS):
+                    await call.done_writing()
+                    await asyncio.wait((self.task,))
+            except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        consumer = self.consumer
+        backoff = Backoff(0.05, 2.0)
+        while True:
+            self._again.clear()
+            started = self._loop.time()
+            pause = 0.0
+            try:
+                ended = await self._serve()
+            finally:
+                self.open = False
+                self._call = None
+                self.owed_messages = self.owed_bytes = 0
+                consumer.credits.remove(self.node)
+                consumer.replan()
+            if self._closing:
+                return
+            if ended == "draining":
+                pause = DRAINING_SECONDS
+            elif isinstance(ended, SpillwayError):
+                if self.failing_since is None or self._loop.time() - started > 2 * WATCH_SECONDS:
+                    backoff.reset()
+                    self.failing_since = self._loop.time()
+                consumer.stream_failed(self, ended)
+                pause = backoff.next()
+            if pause:
+                await asyncio.sleep(pause)
+            consumer.credits.add(self.node, self._loop.time())
+
+    async def _serve(self) -> SpillwayError | str:
+        """One call, until it ends. Returns why."""
+        consumer = self.consumer
+        channel = consumer.channels.get(self.address, "lease")
+        call = self._call = channel.stream_stream(METHOD, pb.LeaseRequest.SerializeToString, pb.LeaseResponse.FromString)()
+        consumer.replan_now()
+        subscribe = consumer.subscription(self.owed_messages, self.owed_bytes, self.local_only)
+        self.owed_messages = self.owed_bytes = 0
+        self.heard_at = self._loop.time()
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call, subscribe)),
+            asyncio.create_task(self._again.wait())]
+        try:
+            while True:
+                done, _ = await asyncio.wait(tasks, timeout=WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    break
+                if self._loop.time() - self.heard_at > SILENCE_SECONDS_MAX:
+                    return Unavailable(f"{self.address} is silent")
+                self.opened()
+        finally:
+            call.cancel()
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in ended:
+            if isinstance(result, grpc.aio.AioRpcError):
+                error = from_rpc_error(result)
+                if is_final(result.code()):
+                    consumer.fail(error)
+                return error
+        for result in ended:
+            if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
+                raise result  # a bug
+        if ended[2] is True:
+            return "again"
+        return "draining" if ended[0] is True else Unavailable(f"{self.address} ended the stream")
+
+    def opened(self) -> None:
+        """The stream works."""
+        if not self.open:
+            self.open = True
+            self.failing_since = None
+            self.consumer.stream_opened(self)
+
+    async def _write(self, call: _Call, subscribe: pb.LeaseRequest) -> None:
+        await call.write(subscribe)
+        while True:
+            await self._credit.wait()
+            self._credit.clear()
+            messages, bytes_ = self.owed_messages, self.owed_bytes
+            if messages or bytes_:
+                self.owed_messages = self.owed_bytes = 0
+                await call.write(pb.LeaseRequest(credit=pb.Credit(messages=messages, bytes=bytes_)))
+
+    async def _read(self, call: _Call) -> bool:
+        """Returns whether the node is draining."""
+        consumer = self.consumer
+        while True:
+            response: Any = await call.read()
+            if response is grpc.aio.EOF:
+                return False
+            self.heard_at = self._loop.time()
+            if not self.open:
+                self.opened()
+            if response.runs:
+                consumer.delivered(self.node, response, self.heard_at)
+            if response.draining:
+                return True
+
+
+class Consumer:
+    """Leases messages of some destinations. Made by `Client.consumer`; use it as `async with`.
+
+    Iterate over messages (`async for message in consumer`) or over runs (`async for run in consumer.runs()`), in one
+    task or in several. Leaving gives back what was not handled and waits for the settlements.
+    """
+
+    def __init__(self, router: Router, channels: Channels, destinations: Sequence[str], *, name: str = "",
+                 credit_messages: int = CREDIT_MESSAGES, credit_bytes: int = CREDIT_BYTES, run_messages_max: int = 0,
+                 lease_seconds: float | None = None, lease_total_max: float = LEASE_TOTAL_SECONDS,
+                 on_stale: Callable[[LeasedRun, SpillwayError], None] | None = None, close_timeout: float = 10.0) -> None:
+        _check(destinations, name, credit_messages, credit_bytes, run_messages_max, lease_seconds)
+        self.channels = channels
+        self.destinations = tuple(destinations)
+        self.name = name
+        self.session = secrets.token_hex(16)
+        self.credits: CreditSplitter[str] = CreditSplitter(credit_messages, credit_bytes)
+        self.on_stale = on_stale
+        self._router = router
+        self._run_messages_max = run_messages_max
+        self._lease_seconds = lease_seconds
+        self._lease_total_max = lease_total_max
+        self._close_timeout = close_timeout
+        self._loop = asyncio.get_running_loop()
+        self.time = self._loop.time
+        self._settler = Settler(router, channels, self._finished)
+        self._streams: dict[str, _Stream] = {}
+        self._closing_streams: set[asyncio.Task[None]] = set()
+        self._buffer: deque[LeasedRun] = deque()  # delivered, not handed out
+        self._live: set[LeasedRun] = set()  # delivered, not settled for certain
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._partly: deque[LeasedMessage] = deque()  # of a run handed out in part, to iterators over messages
+        self._replanning = False
+        self._replan_timer: asyncio.TimerHandle | None = None
+        self._extend_timer: asyncio.TimerHandle | None = None
+        self._extend_due = 0.0
+        self._resubscribe_timer: asyncio.TimerHandle | None = None
+        self._moved_to: set[str] = set()
+        self._shortest_lease = lease_seconds or 30.0
+        self._fatal: SpillwayError | None = None
+        self._closed = False
+        self._warned = False
+        self._warned_lag = False
+        router.watch.listen(self._topology_changed)
+        if router.watch.current.shard_count:
+            self._subscribe_everywhere(router.watch.current)
+
+    def __repr__(self) -> str:
+        return (f"<Consumer {self.name!r} of {', '.join(self.destinations)}: {self.state.value}, {len(self._live)} leases, "
+                f"{self.credits!r}>")
+
+    async def __aenter__(self) -> Consumer:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        await self.close()
+
+    @property
+    def state(self) -> ConsumerState:
+        """How it is doing now."""
+        if self._closed:
+            return ConsumerState.CLOSED
+        streams = self._streams.values()
+        if any(stream.failing_since is not None for stream in streams):
+            return ConsumerState.DEGRADED
+        return ConsumerState.CONSUMING if streams and all(s.open for s in streams) else ConsumerState.CONNECTING
+
+    @property
+    def closed(self) -> bool:
+        """Whether it delivers no more."""
+        return self._closed
+
+    # -- taking --------------------------------------------------------------------------------------------------
+
+    async def next_run(self, timeout: float | None = None) -> LeasedRun | None:
+        """The next run; None after `timeout` seconds without one. Raises Closed once the consumer is closed, and the
+        broker's error if it refused the subscription for good."""
+        if timeout is None:
+            return await self._take()
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._take()
+        except TimeoutError:
+            return None
+
+    async def next_message(self, timeout: float | None = None) -> LeasedMessage | None:
+        """The next message; None after `timeout` seconds without one. Raises as `next_run`."""
+        while True:
+            while self._partly:
+                message = self._partly.popleft()
+                if not message.settled:
+                    return message
+            run = await self.next_run(timeout)
+            if run is None:
+                return None
+            self._partly.extend(run.messages)
+
+    def __aiter__(self) -> AsyncIterator[LeasedMessage]:
+        return _Messages(self)
+
+    def runs(self) -> AsyncIterator[LeasedRun]:
+        """Iterates over runs: the fast path. Ends when the consumer is closed."""
+        return _Runs(self)
+
+    async def _take(self) -> LeasedRun:
+        buffer = self._buffer
+        while True:
+            while buffer:
+                run = buffer.popleft()
+                if not run.ended:
+                    return run
+            if self._fatal is not None:
+                raise self._fatal
+            if self._closed:
+                raise Closed("the consumer is closed")
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake(1)  # somebody else shall take it
+                raise
+
+    def _wake(self, count: int) -> None:
+        waiters = self._waiters
+        while waiters and count > 0:
+            waiter = waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
+    # -- streams -------------------------------------------------------------------------------------------------
+
+    def subscription(self, messages: int, bytes: int, local_only: bool) -> pb.LeaseRequest:
+        """The first request of a stream."""
+        subscribe = pb.Subscribe(destinations=self.destinations, consumer=self.name,
+                                 credit=pb.Credit(messages=max(messages, 0), bytes=max(bytes, 0)),
+                                 run_messages_max=self._run_messages_max, local_only=local_only, session=self.session,
+                                 held=[pb.HeldLease(shard=r.shard, fencing_token=r.fencing_token) for r in self._live])
+        if self._lease_seconds is not None:
+            subscribe.lease_duration.FromMilliseconds(round(self._lease_seconds * 1000))
+        return pb.LeaseRequest(subscribe=subscribe)
+
+    def _topology_changed(self, old: Topology, new: Topology) -> None:
+        self._subscribe_everywhere(new)
+        if old.shard_count == new.shard_count:
+            for before, after in zip(old.leaders, new.leaders, strict=True):
+                if before != after and before and after in self._streams:
+                    self._moved_to.add(after)
+            if self._moved_to and self._resubscribe_timer is None:
+                self._resubscribe_timer = self._loop.call_later(RESUBSCRIBE_SECONDS, self._resubscribe_moved)
+
+    def _resubscribe_moved(self) -> None:
+        self._resubscribe_timer = None
+        moved, self._moved_to = self._moved_to, set()
+        for node in moved:
+            if node in self._streams:
+                self._streams[node].resubscribe()
+
+    def _subscribe_everywhere(self, topology: Topology) -> None:
+        for node, stream in list(self._streams.items()):
+            if topology.nodes.get(node) != stream.address:
+                del self._streams[node]
+                task = asyncio.create_task(stream.close())
+                self._closing_streams.add(task)
+                task.add_done_callback(self._closing_streams.discard)
+                self.credits.remove(node)
+        for node, address in topology.nodes.items():
+            if node not in self._streams:
+                self._streams[node] = _Stream(self, node, address, local_only=True)
+        self.replan()
+
+    def stream_opened(self, stream: _Stream) -> None:
+        """A stream works (again)."""
+        if self._warned and all(s.open for s in self._streams.values()):
+            self._warned = False
+            log.info("consumer %r is leasing from all nodes again", self.name)
+
+    def stream_failed(self, stream: _Stream, error: SpillwayError) -> None:
+        """A stream ended and will be opened again."""
+        self._router.health.failed(stream.address)
+        self._router.watch.suspect(stream.address)
+        if not self._warned:
+            self._warned = True
+            log.warning("consumer %r lost its stream to %s (%s); it keeps trying. Further failures are logged at DEBUG.",
+                        self.name, stream.address, error)
+        else:
+            log.debug("consumer %r lost its stream to %s: %s", self.name, stream.address, error)
+
+    def fail(self, error: SpillwayError) -> None:
+        """The broker refuses the subscription for good: whoever iterates gets the error."""
+        self._fatal = error
+        self._wake(len(self._waiters))
+
+    # -- credit --------------------------------------------------------------------------------------------------
+
+    def replan(self) -> None:
+        """Splits the credit again, once in this turn of the loop."""
+        if not self._replanning and not self._closed:
+            self._replanning = True
+            self._loop.call_soon(self.replan_now)
+
+    def replan_now(self) -> None:
+        """Splits the credit again."""
+        self._replanning = False
+        if self._closed:
+            return
+        now = self._loop.time()
+        topology = self._router.watch.current
+        leaders = set(topology.leaders)
+        leaders.discard("")
+        self.credits.prefer(leaders or self._streams)
+        for change in self.credits.plan(now):
+            stream = self._streams.get(change.node)
+            if stream is not None:
+                stream.owe(change.messages, change.bytes)
+        due = self.credits.wake_time(now)
+        if self._replan_timer is not None:
+            self._replan_timer.cancel()
+        self._replan_timer = None if due is None else self._loop.call_at(due + 0.0005, self.replan_now)
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def delivered(self, node: str, response: pb.LeaseResponse, now: float) -> None:
+        """A frame of new leases."""
+        wall = time.time()
+        live = self._live
+        buffer = self._buffer
+        lease = self._lease_seconds
+        total = self._lease_total_max
+        messages_all = bytes_all = 0
+        runs: list[LeasedRun] = []
+        for one in response.runs:
+            messages = one.messages
+            count = len(messages)
+            size = messages[0].message.ByteSize() if count == 1 else sum([m.message.ByteSize() for m in messages])
+            messages_all += count
+            bytes_all += size
+            seconds = lease or max(one.expire_unix_ms / 1000 - wall, 1.0)
+            run = LeasedRun(self, one, count, size, now, seconds, total)
+            if seconds < self._shortest_lease:
+                self._shortest_lease = seconds
+            live.add(run)
+            runs.append(run)
+        credits = self.credits
+        credits.delivered(node, messages_all, bytes_all, now)
+        if credits.surplus > 0 or self._closed:
+            kept = []
+            surplus = credits.surplus
+            for run in reversed(runs):
+                if surplus > 0 or self._closed:
+                    surplus -= run.count
+                    run.release()
+                else:
+                    kept.append(run)
+            runs = kept[::-1]
+        buffer.extend(runs)
+        if self._waiters:
+            self._wake(len(runs))
+        if self._extend_timer is None:
+            self._schedule_extend()
+        self.replan()
+
+    def submit(self, settlement: Settlement) -> None:
+        """Sends a settlement. For runs."""
+        self._settler.submit(settlement)
+
+    def _finished(self, settlement: Settlement, error: SpillwayError | None) -> None:
+        run = settlement.run
+        if error is None:
+            if settlement.outcome == EXTEND:
+                assert settlement.delay is not None
+                now = self._loop.time()
+                run.expire_at = max(run.expire_at, now + settlement.delay)
+                run.extend_at = now + (run.expire_at - now) / 2
+                return
+            upto = settlement.upto if settlement.outcome == ACK else run.count
+            count = upto - run.credited
+            if count > 0:
+                if upto == run.count:
+                    size = run.bytes
+                    self._live.discard(run)
+                else:
+                    size = run.prefix_bytes(upto)
+                run.credited = upto
+                run.bytes -= size
+                self.credits.settled(count, size)
+                if not self._replanning:
+                    self.replan()
+            return
+        run.lost()
+        if run.credited < run.count:
+            self._live.discard(run)
+            self.credits.settled(run.count - run.credited, run.bytes)
+            run.credited, run.bytes = run.count, 0
+            self.replan()
+        if not settlement.awaited and not self._closed:
+            self._report_stale(run, error)
+
+    def _report_stale(self, run: LeasedRun, error: SpillwayError) -> None:
+        if self.on_stale is None:
+            log.warning("%r was lost: %s", run, error)
+            return
+        try:
+            self.on_stale(run, error)
+        except Exception:
+            log.exception("on_stale failed")
+
+    def _schedule_extend(self) -> None:
+        tick = min(EXTEND_TICK_SECONDS, self._shortest_lease / 10)
+        self._extend_due = self._loop.time() + tick
+        self._extend_timer = self._loop.call_at(self._extend_due, self._extend)
+
+    def _extend(self) -> None:
+        """Extends the leases that are half over: one timer for all."""
+        now = self._loop.time()
+        lag = now - self._extend_due
+        if lag > self._shortest_lease / 4 and not self._warned_lag:
+            self._warned_lag = True
+            log.warning("the event loop stood still for %.1f s: leases may expire; keep blocking work off it", lag)
+        for run in self._live:
+            if run.extend_at <= now and not run.ended:
+                if now >= run.given_up_at:
+                    run.extend_at = float("inf")
+                    log.warning("%r has been held for lease_total_max; it will expire", run)
+                    continue
+                run.extend_at = float("inf")  # until it is answered; the settler retries
+                self._settler.submit(Settlement(run, EXTEND, 0, 0, run.lease_seconds, ""))
+        self._extend_timer = None
+        if self._live and not self._closed:
+            self._schedule_extend()
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Stops taking, gives back what is not settled, waits for settlements (at most `close_timeout`)."""
+        if self._closed:
+            return
+        self._closed = True
+        self._router.watch.forget(self._topology_changed)
+        for timer in (self._replan_timer, self._resubscribe_timer):
+            if timer is not None:
+                timer.cancel()
+        self._wake(len(self._waiters))
+        await asyncio.gather(*(stream.close() for stream in self._streams.values()), *self._closing_streams,
+                             return_exceptions=True)
+        if self._extend_timer is not None:
+            self._extend_timer.cancel()
+        self._buffer.clear()
+        for run in list(self._live):
+            if not run.ended:
+                run.release()
+        try:
+            async with asyncio.timeout(self._close_timeout):
+                await self._settler.drained()
+        except TimeoutError:
+            log.warning("%r closed with %d settlements uncertain", self, self._settler.unfinished)
+        finally:
+            await self._settler.close()
+
+
+class _Runs:
+    __slots__ = ("_consumer",)
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    def __aiter__(self) -> _Runs:
+        return self
+
+    async def __anext__(self) -> LeasedRun:
+        try:
+            return await self._consumer._take()
+        except Closed:
+            raise StopAsyncIteration from None
+
+
+class _Messages:
+    __slots__ = ("_consumer",)
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> LeasedMessage:
+        try:
+            message = await self._consumer.next_message()
+        except Closed:
+            raise StopAsyncIteration from None
+        assert message is not None
+        return message
+
+
+def _check(destinations: Sequence[str], name: str, credit_messages: int, credit_bytes: int, run_messages_max: int,
+           lease_seconds: float | None) -> None:
+    if not 1 <= len(destinations) <= SUBSCRIBE_DESTINATIONS_MAX:
+        raise InvalidArgument("destinations", f"there are {len(destinations)}; it must be 1 to {SUBSCRIBE_DESTINATIONS_MAX}")
+    for i, destination in enumerate(destinations):
+        if not wire.name_bytes(f"destinations[{i}]", destination):
+            raise InvalidArgument(f"destinations[{i}]", "it is empty")
+    wire.name_bytes("name", name)
+    if not 1 <= credit_messages <= CREDIT_MESSAGES_MAX:
+        raise InvalidArgument("credit_messages", f"{credit_messages}; it must be 1 to {CREDIT_MESSAGES_MAX}")
+    if not 1 <= credit_bytes <= CREDIT_BYTES_MAX:
+        raise InvalidArgument("credit_bytes", f"{credit_bytes}; it must be 1 to {CREDIT_BYTES_MAX}")
+    if not 0 <= run_messages_max <= RUN_MESSAGES_MAX:
+        raise InvalidArgument("run_messages_max", f"{run_messages_max}; it must be 0 to {RUN_MESSAGES_MAX}")
+    if lease_seconds is not None and not LEASE_MS_MIN <= lease_seconds * 1000 <= LEASE_MS_MAX:
+        raise InvalidArgument("lease_seconds",
+                              f"{lease_seconds}; it must be {LEASE_MS_MIN // 1000} to {LEASE_MS_MAX // 1000}")

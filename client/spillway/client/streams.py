@@ -1,0 +1,151 @@
+"""A stream of batches that are answered in order: what Produce and Ack have in common.
+
+One writer and one reader task; at most a few requests in flight; a stream that breaks or hangs gives back what was not
+answered. What to send, and what to do with answers, is the subclass's.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from spillway.client.connection import Health
+from spillway.client.errors import InternalError, SpillwayError, Unavailable, from_rpc_error
+from spillway.client.retry import is_final
+
+log = logging.getLogger("spillway.client")
+
+WATCH_SECONDS = 0.25  # between looks for a stream that hangs
+ANSWER_SECONDS_MAX = 10.0  # a request without an answer for so long: the node hangs
+MOVED_SECONDS_MAX = 1.0  # the same, once another node is known to lead the shard
+
+
+class Batch:
+    """One request. Subclasses add what it carries."""
+
+    __slots__ = ("frame", "sent_at")
+
+    def __init__(self, frame: bytes) -> None:
+        self.frame = frame
+        self.sent_at = 0.0
+
+
+B = TypeVar("B", bound=Batch)
+
+
+class BatchStream(Generic[B]):
+    """Keeps one stream to one node going while there is work."""
+
+    def __init__(self, address: str, health: Health) -> None:
+        self.address = address
+        self.health = health
+        self.in_flight: deque[B] = deque()
+        self._work = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._run(), name=f"spillway {type(self).__name__} {address}")
+
+    # -- to be provided ------------------------------------------------------------------------------------------
+
+    def open(self) -> grpc.aio.StreamStreamCall[Any, Any]:
+        """Opens the call."""
+        raise NotImplementedError
+
+    def fill(self) -> B | None:
+        """The next request, or None if nothing is to be sent now. `wake` makes it be asked again."""
+        raise NotImplementedError
+
+    def answered(self, batch: B, response: Any) -> None:
+        """The oldest batch in flight was answered."""
+        raise NotImplementedError
+
+    def broken(self, batches: list[B], error: SpillwayError, final: bool) -> None:
+        """The stream ended; `batches` were not answered. `final`: it would end so on any node."""
+        raise NotImplementedError
+
+    def moved(self, batch: B) -> bool:
+        """Whether this node is known not to be the right one any more for what the batch carries."""
+        raise NotImplementedError
+
+    # -- for the owner -------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._work.set()
+
+    async def close(self) -> None:
+        """Ends the stream. What is in flight stays unanswered."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    # -- inner ---------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            await self._work.wait()
+            try:
+                error, final = await self._serve()
+            except Exception as bug:  # else whoever waits would wait for ever
+                log.exception("bug in the stream to %s", self.address)
+                error, final = InternalError(f"{type(bug).__name__}: {bug}"), True
+            batches = list(self.in_flight)
+            self.in_flight.clear()
+            wait = self.health.failed(self.address)
+            self.broken(batches, error, final)
+            await asyncio.sleep(wait)
+
+    async def _serve(self) -> tuple[SpillwayError, bool]:
+        """One call, until it ends. Returns why."""
+        call = self.open()
+        reader = asyncio.create_task(self._read(call))
+        writer = asyncio.create_task(self._write(call))
+        try:
+            while True:
+                done, _ = await asyncio.wait((reader, writer), timeout=WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    break
+                if self._hangs():
+                    return Unavailable(f"{self.address} does not answer"), False
+        finally:
+            call.cancel()
+            reader.cancel()
+            writer.cancel()
+            ended = await asyncio.gather(reader, writer, return_exceptions=True)
+        for result in ended:
+            if isinstance(result, grpc.aio.AioRpcError):
+                return from_rpc_error(result), is_final(result.code())
+        for result in ended:
+            if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
+                raise result  # a bug
+        return Unavailable(f"{self.address} ended the stream"), False
+
+    def _hangs(self) -> bool:
+        if not self.in_flight:
+            return False
+        oldest = self.in_flight[0]
+        age = self._loop.time() - oldest.sent_at
+        return age > ANSWER_SECONDS_MAX or (age > MOVED_SECONDS_MAX and self.moved(oldest))
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        work = self._work
+        while True:
+            batch = self.fill()
+            if batch is None:
+                work.clear()
+                await work.wait()
+                continue
+            batch.sent_at = self._loop.time()
+            self.in_flight.append(batch)
+            await call.write(batch.frame)
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        in_flight = self.in_flight
+        while True:
+            response = await call.read()
+            if response is grpc.aio.EOF:
+                return
+            self.health.worked(self.address)
+            self.answered(in_flight.popleft(), response)
+            self._work.set()

@@ -1,0 +1,215 @@
+"""Who leads which shard, and the task that keeps it up to date.
+
+`Topology` and `merged` are pure. The watch moves to another node when its stream breaks; a failure elsewhere (a leader
+that does not answer) makes it ask other nodes at once, since the node that it watches may be the one that hangs.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from spillway.client.connection import Channels, Health
+from spillway.client.errors import Unavailable
+from spillway.client.retry import Backoff
+from spillway.v1 import cluster_service_pb2 as pb
+from spillway.v1 import cluster_service_pb2_grpc as rpc
+
+log = logging.getLogger("spillway.client")
+
+REFRESH_SECONDS_MIN = 0.1  # between questions that failures cause
+ASK_SECONDS_MAX = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The cluster as last heard of. Tuples by shard start with shard 1."""
+
+    cluster: str = ""
+    shard_count: int = 0  # 0: nothing is known yet
+    nodes: dict[str, str] = field(default_factory=dict)  # id -> host:port
+    leaders: tuple[str, ...] = ()  # node ids; "": none known
+    terms: tuple[int, ...] = ()
+    replicas: tuple[tuple[str, ...], ...] = ()
+
+    def leader_of(self, shard: int) -> str | None:
+        """Address of the node that leads a shard, if one is known to."""
+        return self.nodes.get(self.leaders[shard - 1]) if 1 <= shard <= len(self.leaders) else None
+
+    def leads(self, node: str) -> frozenset[int]:
+        """The shards that a node leads."""
+        return frozenset(i for i, leader in enumerate(self.leaders, 1) if leader == node)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every shard has a leader."""
+        return self.shard_count > 0 and all(leader in self.nodes for leader in self.leaders)
+
+
+def merged(old: Topology, heard: pb.Topology) -> Topology:
+    """What is known after a node said `heard`: its view, but for shards of which a later term is known already."""
+    count = heard.shard_count
+    leaders = [""] * count
+    terms = [0] * count
+    replicas: list[tuple[str, ...]] = [()] * count
+    for shard in heard.shards:
+        if 1 <= shard.shard <= count:
+            leaders[shard.shard - 1] = shard.leader
+            terms[shard.shard - 1] = shard.term
+            replicas[shard.shard - 1] = tuple(shard.replicas)
+    nodes = {node.id: node.address for node in heard.nodes}
+    if old.cluster == heard.cluster and old.shard_count == count:
+        for i, term in enumerate(old.terms):
+            if term > terms[i] and old.leaders[i] in nodes:
+                leaders[i], terms[i] = old.leaders[i], term
+            elif term == terms[i] and not leaders[i]:
+                leaders[i] = old.leaders[i]  # a follower that has not heard from its leader yet
+    return Topology(heard.cluster, count, nodes, tuple(leaders), tuple(terms), tuple(replicas))
+
+
+class TopologyWatch:
+    """Keeps `current` up to date. `start` it in the loop that it is to live in."""
+
+    def __init__(self, seeds: Sequence[str], channels: Channels, health: Health) -> None:
+        self.current = Topology()
+        self._seeds = tuple(seeds)
+        self._channels = channels
+        self._health = health
+        self._listeners: list[Callable[[Topology, Topology], None]] = []
+        self._changed = asyncio.Event()
+        self._watched = ""
+        self._call: grpc.aio.UnaryStreamCall[pb.WatchTopologyRequest, pb.WatchTopologyResponse] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._refresh: asyncio.Task[None] | None = None
+        self._refreshed = 0.0
+        self._turn = 0
+
+    def start(self) -> None:
+        """Starts watching."""
+        self._task = asyncio.create_task(self._run(), name="spillway topology")
+
+    async def close(self) -> None:
+        """Stops watching."""
+        tasks = [task for task in (self._task, self._refresh) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def listen(self, listener: Callable[[Topology, Topology], None]) -> None:
+        """Calls `listener(old, new)` after every change."""
+        self._listeners.append(listener)
+
+    def forget(self, listener: Callable[[Topology, Topology], None]) -> None:
+        """Undoes `listen`."""
+        self._listeners.remove(listener)
+
+    async def known(self, complete: bool = False) -> Topology:
+        """Waits until a topology is known; if `complete`, until every shard has a leader."""
+        while not (self.current.ready if complete else self.current.shard_count):
+            self._changed.clear()
+            await self._changed.wait()
+        return self.current
+
+    @property
+    def addresses(self) -> list[str]:
+        """Every address that may answer: the nodes, then the seeds."""
+        return list(dict.fromkeys((*self.current.nodes.values(), *self._seeds)))
+
+    def suspect(self, address: str) -> None:
+        """Something at `address` failed or hangs: asks others who leads now, and watches elsewhere if need be."""
+        now = asyncio.get_running_loop().time()
+        if now - self._refreshed < REFRESH_SECONDS_MIN or self._task is None:
+            return
+        self._refreshed = now
+        if self._refresh is None or self._refresh.done():
+            self._refresh = asyncio.create_task(self._ask(address), name="spillway topology refresh")
+
+    async def _ask(self, suspect: str) -> None:
+        others = [a for a in self.addresses if a != suspect and self._health.is_up(a)]
+        for address in others[:3]:
+            stub = rpc.ClusterServiceStub(self._channels.get(address, "control"))
+            try:
+                response = await stub.GetTopology(pb.GetTopologyRequest(), timeout=ASK_SECONDS_MAX)
+            except grpc.aio.AioRpcError:
+                continue
+            self._heard(response.topology)
+            if self._watched == suspect and self._call is not None:
+                self._call.cancel()
+            return
+
+    async def _run(self) -> None:
+        backoff = Backoff(0.05, 2.0)
+        warned = False
+        while True:
+            address = self._watched = self._candidate()
+            stub = rpc.ClusterServiceStub(self._channels.get(address, "control"))
+            self._call = call = stub.WatchTopology(pb.WatchTopologyRequest())
+            reason = "the node ended it"
+            try:
+                async for response in call:
+                    self._health.worked(address)
+                    self._heard(response.topology)
+                    backoff.reset()
+                    warned = False
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            except asyncio.CancelledError:
+                if not call.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    call.cancel()
+                    raise
+                reason = "it hangs"
+            self._health.failed(address)
+            if not warned:
+                warned = True
+                log.warning("topology watch at %s ended (%s); trying other nodes", address, reason)
+            await asyncio.sleep(backoff.next())
+
+    def _candidate(self) -> str:
+        """The next address to watch: in turn, those first that did not fail lately."""
+        addresses = self.addresses
+        self._turn += 1
+        order = [addresses[(self._turn + i) % len(addresses)] for i in range(len(addresses))]
+        return next((a for a in order if self._health.is_up(a)), order[0])
+
+    def _heard(self, heard: pb.Topology) -> None:
+        if not heard.shard_count:
+            return  # the node has not joined yet
+        old = self.current
+        new = merged(old, heard)
+        if new == old:
+            return
+        self.current = new
+        self._changed.set()
+        for listener in list(self._listeners):
+            listener(old, new)
+
+
+class Router:
+    """Where requests of a shard go: to its leader; if that is unknown or fails, to any node that answers, which
+    forwards."""
+
+    def __init__(self, watch: TopologyWatch, health: Health) -> None:
+        self.watch = watch
+        self.health = health
+        self._turn = 0
+
+    def route(self, shard: int) -> str:
+        """The address to send a shard's requests to now. Raises Unavailable if no address is known at all."""
+        leader = self.watch.current.leader_of(shard)
+        if leader is not None and self.health.is_up(leader):
+            return leader
+        others = [a for a in self.watch.addresses if self.health.is_up(a)]
+        if others:
+            return others[shard % len(others)]
+        addresses = self.watch.addresses
+        if not addresses:
+            raise Unavailable("no address of a node is known")
+        return leader or addresses[shard % len(addresses)]
+
+    def is_leader(self, shard: int, address: str) -> bool:
+        """Whether the shard is led at `address`, as far as is known."""
+        leader = self.watch.current.leader_of(shard)
+        return leader is None or leader == address
