@@ -75,8 +75,11 @@ class _Stream:
         self._closing = False
         self._call: _Call | None = None
         self._loop = asyncio.get_running_loop()
-        consumer.credits.add(node, self._loop.time())  # at once, so that the first split sees all nodes
+        consumer.credits.add(self, self._loop.time())  # at once, so that the first split sees all nodes
         self.task = asyncio.create_task(self._run(), name=f"spillway lease {address}")
+
+    def __str__(self) -> str:
+        return self.node
 
     def owe(self, messages: int, bytes: int) -> None:
         """Credit to send; negative takes back."""
@@ -115,7 +118,7 @@ class _Stream:
                 self.open = False
                 self._call = None
                 self.owed_messages = self.owed_bytes = 0
-                consumer.credits.remove(self.node)
+                consumer.credits.remove(self)
                 consumer.replan()
             if self._closing:
                 return
@@ -129,7 +132,7 @@ class _Stream:
                 pause = backoff.next()
             if pause:
                 await asyncio.sleep(pause)
-            consumer.credits.add(self.node, self._loop.time())
+            consumer.credits.add(self, self._loop.time())
 
     async def _serve(self) -> SpillwayError | str:
         """One call, until it ends. Returns why."""
@@ -197,7 +200,7 @@ class _Stream:
             if not self.open:
                 self.opened()
             if response.runs:
-                consumer.delivered(self.node, response, self.heard_at)
+                consumer.delivered(self, response, self.heard_at)
             if response.draining:
                 return True
 
@@ -218,7 +221,7 @@ class Consumer:
         self.destinations = tuple(destinations)
         self.name = name
         self.session = secrets.token_hex(16)
-        self.credits: CreditSplitter[str] = CreditSplitter(credit_messages, credit_bytes)
+        self.credits: CreditSplitter[_Stream] = CreditSplitter(credit_messages, credit_bytes)
         self.on_stale = on_stale
         self._router = router
         self._run_messages_max = run_messages_max
@@ -370,7 +373,7 @@ class Consumer:
                 task = asyncio.create_task(stream.close())
                 self._closing_streams.add(task)
                 task.add_done_callback(self._closing_streams.discard)
-                self.credits.remove(node)
+                self.credits.remove(stream)
         for node, address in topology.nodes.items():
             if node not in self._streams:
                 self._streams[node] = _Stream(self, node, address, local_only=True)
@@ -414,12 +417,10 @@ class Consumer:
         now = self._loop.time()
         topology = self._router.watch.current
         leaders = set(topology.leaders)
-        leaders.discard("")
-        self.credits.prefer(leaders or self._streams)
-        for change in self.credits.plan(now):
-            stream = self._streams.get(change.node)
-            if stream is not None:
-                stream.owe(change.messages, change.bytes)
+        streams = self._streams.values()
+        self.credits.prefer([s for s in streams if s.node in leaders] or streams)
+        for stream, messages, bytes_ in self.credits.plan(now):
+            stream.owe(messages, bytes_)
         due = self.credits.wake_time(now)
         if self._replan_timer is not None:
             self._replan_timer.cancel()
@@ -427,7 +428,7 @@ class Consumer:
 
     # -- leases --------------------------------------------------------------------------------------------------
 
-    def delivered(self, node: str, response: pb.LeaseResponse, now: float) -> None:
+    def delivered(self, stream: _Stream, response: pb.LeaseResponse, now: float) -> None:
         """A frame of new leases."""
         wall = time.time()
         live = self._live
@@ -449,7 +450,7 @@ class Consumer:
             live.add(run)
             runs.append(run)
         credits = self.credits
-        credits.delivered(node, messages_all, bytes_all, now)
+        credits.delivered(stream, messages_all, bytes_all, now)
         if credits.surplus > 0 or self._closed:
             kept = []
             surplus = credits.surplus
