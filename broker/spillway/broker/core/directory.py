@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-
 from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.policy import Nack, Policy
 
@@ -17,7 +16,7 @@ DESTINATIONS_MAX = 100_000  # each costs about 1 KiB on every node
 OK, EXISTS, MISSING, ETAG, FULL = range(5)  # outcomes of a change
 
 
-class HttpTarget(msgspec.Struct, array_like=True, frozen=True):
+class HttpTarget(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Where the HTTP dispatcher sends a destination's messages."""
 
     url: str
@@ -25,7 +24,7 @@ class HttpTarget(msgspec.Struct, array_like=True, frozen=True):
     concurrency_max: int = 16
 
 
-class Destination(msgspec.Struct, array_like=True, frozen=True):
+class Destination(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A destination as stored."""
 
     version: int
@@ -52,7 +51,7 @@ def destination(name: str, policy: Policy, http: HttpTarget | None = None) -> De
                        policy.backoff_cap_ms, int(policy.nack), policy.attempts_max, policy.age_ms_max, http)
 
 
-class Put(msgspec.Struct, array_like=True):
+class Put(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Creates or replaces a destination."""
 
     version: int
@@ -107,10 +106,12 @@ class Directory:
             puts = _decode_put(command)
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise CorruptEntry(f"a meta entry of {len(command)} bytes does not decode: {e}") from e
+        for put in puts:
+            if put.version != VERSION or put.destination.version != VERSION:
+                raise CorruptEntry(f"a meta entry has versions {put.version} and {put.destination.version}; "
+                                   f"this node reads {VERSION}")
         changes, rows = [], []
         for put in puts:
-            if put.version != VERSION:
-                raise CorruptEntry(f"a meta entry has version {put.version}; this node reads {VERSION}")
             name = put.destination.name
             old = self.destinations.get(name)
             outcome = OK
