@@ -118,12 +118,16 @@ class World:
     def run(self, program: Program) -> World:
         """All steps, then the proof that all replicas, restarted or not, are equal."""
         for kind, a, b, c in program:
-            STEPS[kind % len(STEPS)](self, a, b, c)
+            self.step(kind, a, b, c)
         self.commit(0, 0, 0)
         self._rebuild_some(1 << 30)
         self._check_announced()
         self.audit()
         return self
+
+    def step(self, kind: int, a: int, b: int, c: int) -> None:
+        """One step of a program."""
+        STEPS[kind % len(STEPS)](self, a, b, c)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
