@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
-
 from spillway.broker.errors import ConfigError
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX
 

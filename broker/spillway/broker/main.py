@@ -7,7 +7,6 @@ import logging
 import sys
 
 import msgspec
-
 from spillway.broker.app import serve_until_stopped
 from spillway.broker.config import load
 from spillway.broker.errors import BrokerError

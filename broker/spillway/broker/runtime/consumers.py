@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from spillway.broker.core.scheduler import Consumer
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
@@ -11,11 +12,12 @@ class Sink:
     """Encoded runs on their way to one consumer. Bounded by the credit that the consumer gave: the scheduler sends
     nothing without it, and credit is capped by the service."""
 
-    __slots__ = ("_event", "_frames", "_parts", "_size", "closed", "consumer")
+    __slots__ = ("_event", "_frames", "_parts", "_size", "closed", "consumer", "tap")
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
         self.closed = False
+        self.tap: Callable[[int, int], None] | None = None  # told of (messages, bytes) of each run from this node
         self._parts: list[bytes] = []
         self._size = 0
         self._frames: list[bytes] = []

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
-
 from spillway.broker.core.directory import Destination, destination
 from spillway.broker.core.policy import Policy
 from spillway.broker.core.scheduler import Consumer
@@ -21,7 +20,6 @@ from spillway.broker.errors import AlreadyExists, Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.contract.credits import CreditSplitter
-from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
 from spillway.v1.admin_service_pb2 import CreateDestinationRequest
 from spillway.v1.admin_service_pb2 import Destination as DestinationProto
@@ -295,3 +293,145 @@ def _ack_failed(item: tuple[Call, list[int]], why: str) -> None:
         call.results[index] = SETTLEMENT_RESULT_REFUSED
         call.fail(index, ERROR_CODE_UNAVAILABLE, "", why)
     call.release()
+
+
+class LeaseProxy:
+    """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged."""
+
+    def __init__(self, forwarder: Forwarder, subscribe: Subscribe, consumer: Consumer, sink: Sink,
+                 give_local: Callable[[Consumer, int, int], None]) -> None:
+        self._forwarder = forwarder
+        self._subscribe = subscribe
+        self._consumer = consumer
+        self._sink = sink
+        self._give_local = give_local
+        self._loop = asyncio.get_running_loop()
+        self._messages = 0  # credit that the client gave in all, less what was delivered
+        self._bytes = 0
+        self._splitter: CreditSplitter[str] | None = None
+        self._local = forwarder.node.config.node_id
+        self._calls: dict[str, Any] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        """Subscribes here and at all other nodes; streams that break are opened again."""
+        node = self._forwarder.node
+        node.scheduler.subscribe(self._consumer, list(self._subscribe.destinations))
+        self._sink.tap = lambda messages, size: self._delivered(self._local, messages, size)
+        for peer in node.members:
+            if peer != self._local:
+                self._tasks.append(self._loop.create_task(self._lease(peer)))
+        self._tasks.append(self._loop.create_task(self._rebalance()))
+        self.credit(self._subscribe.credit.messages, self._subscribe.credit.bytes)
+
+    def stop(self) -> None:
+        """Ends all streams."""
+        for task in self._tasks:
+            task.cancel()
+        for call in self._calls.values():
+            call.cancel()
+
+    def credit(self, messages: int, size: int) -> None:
+        """The client gives (or takes back) credit."""
+        self._messages += messages
+        self._bytes += size
+        splitter = self._splitter
+        if splitter is None:
+            if self._messages <= 0 or self._bytes <= 0:
+                return
+            splitter = self._splitter = CreditSplitter(self._messages, self._bytes)
+            splitter.add(self._local, self._loop.time())
+            for peer in self._calls:
+                splitter.add(peer, self._loop.time())
+        # What is delivered is the client's: it gives new credit for it. So the total is what is left to deliver.
+        splitter.messages_max = max(1, self._messages)
+        splitter.bytes_max = max(1, self._bytes)
+        self._changed.set()
+
+    def _delivered(self, node_id: str, messages: int, size: int) -> None:
+        self._messages -= messages
+        self._bytes -= size
+        splitter = self._splitter
+        if splitter is not None:
+            splitter.delivered(node_id, messages, size, self._loop.time())
+            splitter.settled(messages, size)
+            splitter.messages_max = max(1, self._messages)
+            splitter.bytes_max = max(1, self._bytes)
+            self._changed.set()
+
+    async def _rebalance(self) -> None:
+        while True:
+            self._changed.clear()
+            splitter = self._splitter
+            timeout = None
+            if splitter is not None:
+                now = self._loop.time()
+                if self._messages > 0 and self._bytes > 0:
+                    for change in splitter.plan(now):
+                        await self._give(change.node, change.messages, change.bytes)
+                wake = splitter.wake_time(now)
+                timeout = None if wake is None else max(0.001, wake - now)
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _give(self, node_id: str, messages: int, size: int) -> None:
+        if node_id == self._local:
+            self._give_local(self._consumer, messages, size)
+            return
+        call = self._calls.get(node_id)
+        if call is not None:
+            try:
+                await call.write(LeaseRequest(credit=Credit(messages=messages, bytes=size)).SerializeToString())
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                pass  # the reader sees the end of the stream
+
+    async def _lease(self, peer: str) -> None:
+        subscribe = Subscribe()
+        subscribe.CopyFrom(self._subscribe)
+        subscribe.ClearField("credit")
+        subscribe.local_only = True
+        held = [HeldLease(shard=h.shard, fencing_token=h.fencing_token) for h in self._subscribe.held]
+        wait = LEADER_POLL_SECONDS
+        while True:
+            call = self._forwarder.link(peer).channel.stream_stream("/spillway.v1.QueueService/Lease")()
+            try:
+                del subscribe.held[:]
+                subscribe.held.extend(held)
+                await call.write(LeaseRequest(subscribe=subscribe).SerializeToString())
+                self._calls[peer] = call
+                if self._splitter is not None:
+                    self._splitter.add(peer, self._loop.time())
+                    self._changed.set()
+                while True:
+                    frame = await call.read()
+                    if frame is grpc.aio.EOF:
+                        break
+                    wait = LEADER_POLL_SECONDS
+                    self._pass_on(peer, frame)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                pass
+            finally:
+                call.cancel()
+                self._calls.pop(peer, None)
+                if self._splitter is not None:
+                    self._splitter.remove(peer)
+                    self._changed.set()
+            # Which leases the client still holds is not known here any more; a session must not have them taken away.
+            subscribe.session = ""
+            held = []
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, 0.5)
+
+    def _pass_on(self, peer: str, frame: bytes) -> None:
+        response = LeaseResponse.FromString(frame)
+        messages = size = 0
+        for run in response.runs:
+            messages += len(run.messages)
+            size += sum(m.message.ByteSize() for m in run.messages)
+        if messages:
+            self._delivered(peer, messages, size)
+            self._sink.push_frame(frame)

@@ -24,7 +24,7 @@ from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
-from spillway.cluster.raft.host import RaftHost
+from spillway.cluster.consensus.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
@@ -173,6 +173,8 @@ class Node:
         if len(queue.front) < queue.lease_size:
             runtime.state.ensure(queue, queue.lease_size)
         sink.push(*run_parts(runtime.number, queue, queue.front[:queue.lease_size]))
+        if sink.tap is not None:
+            sink.tap(pick.messages, pick.bytes)
         return True
 
     def return_credit(self, pick: Pick) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from spillway.broker.core import entry as e
 from spillway.broker.core.entry import Enqueue, Entry, Settle, decode_entry, encode_entry
-from spillway.broker.core.policy import backoff_ms, dead_reason, park_ms
+from spillway.broker.core.policy import backoff_ms, dead_reason
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick
 from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of

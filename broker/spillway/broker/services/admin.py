@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
-
 from spillway.broker.core import directory as d
 from spillway.broker.core.policy import Nack, Policy
 from spillway.broker.core.rows import DeadRow, sequence_of

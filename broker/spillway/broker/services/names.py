@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from google.protobuf.duration_pb2 import Duration
-
 from spillway.broker.errors import RequestError
 from spillway.contract.limits import NAME_BYTES_MAX
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-
 from spillway.broker.core import entry as e
 from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import RequestError, Unavailable
@@ -399,7 +398,7 @@ class QueueService:
             if subscribe.session:
                 node.release_lost(session, {(h.shard, h.fencing_token) for h in subscribe.held})
             if not subscribe.local_only and not self.peer and len(node.members) > 1:
-                proxy = LeaseProxy(self.forwarder, subscribe, sink, self._credit)
+                proxy = LeaseProxy(self.forwarder, subscribe, consumer, sink, self._credit)
                 proxy.start()
             else:
                 node.scheduler.subscribe(consumer, patterns)

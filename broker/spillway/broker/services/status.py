@@ -8,7 +8,6 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-
 from spillway.broker import errors as e
 
 DOMAIN = "spillway"

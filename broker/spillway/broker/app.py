@@ -1,0 +1,179 @@
+"""The composition root: builds a node from its settings and runs it until it is told to stop."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from spillway.broker.config import NodeConfig, is_loopback, members_of, split_address
+from spillway.broker.datadir import claim
+from spillway.broker.errors import ConfigError, DataDirError
+from spillway.broker.runtime.forward import Forwarder
+from spillway.broker.runtime.node import Node
+from spillway.broker.services.admin import AdminService
+from spillway.broker.services.cluster import ClusterService
+from spillway.broker.services.queue import QueueService
+from spillway.cluster.consensus.grpc_peers import PROTOCOL, GrpcTransport
+from spillway.cluster.consensus.host import RaftHost
+from spillway.cluster.consensus.journal import JournalStore
+from spillway.cluster.errors import StoreRefused
+from spillway.cluster.placement import place
+from spillway.cluster.state_store import StateStore
+from spillway.contract.limits import FRAME_BYTES_MAX
+from spillway.peer.v1.peer_service_pb2 import Hello
+from spillway.v1 import admin_service_pb2, cluster_service_pb2, queue_service_pb2
+from spillway.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
+from spillway.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+EXIT_CONFIG, EXIT_DATA = 2, 3
+STOP_GRACE_SECONDS = 2.0
+CLIENT_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second broker on the port must fail, not share it
+    ("grpc.max_receive_message_length", FRAME_BYTES_MAX),
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
+]
+PEER_OPTIONS = [*CLIENT_OPTIONS, ("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+
+
+async def serve_until_stopped(config: NodeConfig) -> int:
+    """Runs a node until SIGTERM or SIGINT; returns the exit code."""
+    try:
+        app = App(config)
+    except (DataDirError, StoreRefused, ConfigError) as error:
+        print(f"spillway serve: {error}", file=sys.stderr)
+        return EXIT_DATA
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await app.start()
+    except (ConfigError, StoreRefused) as error:
+        print(f"spillway serve: {error}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
+    _greet(config)
+    await stop.wait()
+    await app.stop()
+    return 0
+
+
+def _greet(config: NodeConfig) -> None:
+    """Tells a person how to talk to the node."""
+    address = config.listen
+    flag = "" if address == "127.0.0.1:7070" else f" --address {address}"
+    print(f"""spillway: node {config.node_id} of cluster {config.cluster!r} serves {address}, data in {config.data_dir}
+  produce:  .venv/bin/spillway produce hello --tenant acme --key user-1{flag} <<< 'first event'
+  consume:  .venv/bin/spillway consume hello --count 1{flag}
+  deliver:  .venv/bin/spillway dispatch{flag}     (POSTs to destinations that have a URL; see README)
+  status:   .venv/bin/spillway status{flag}
+  stop:     Ctrl-C""", flush=True)
+
+
+class App:
+    """One node, wired."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        """Opens the stores. Raises DataDirError, StoreRefused or ConfigError; then nothing is left open."""
+        self.config = config
+        members = members_of(config)
+        for setting in ("listen", "peer_listen"):
+            host, _ = split_address(setting, getattr(config, setting))
+            if not is_loopback(host):
+                log.warning("%s is %s: reachable from other machines, without authentication", setting, host)
+        path = claim(config)
+        self.journal = JournalStore(path / "log", config.cluster, config.node_id)
+        try:
+            self.store = StateStore(path / "state")
+        except StoreRefused:
+            self.journal.close()
+            raise
+        peers = {m.node_id: m.peer_address for m in members.values() if m.node_id != config.node_id}
+        self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export)
+        self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store)
+        placement = place(sorted(members), config.shards, min(config.replicas, len(members)))
+        self.node = Node(config, self.store, self.host, placement)
+        self.forwarder = Forwarder(self.node)
+        self.queue = QueueService(self.node, self.forwarder)
+        self.server = grpc.aio.server(options=CLIENT_OPTIONS)
+        self.peer_server = grpc.aio.server(options=PEER_OPTIONS)
+        self.health = health.aio.HealthServicer()
+        self._running: asyncio.Task[None] | None = None
+
+    def _hello(self) -> Hello:
+        node = self.journal.node
+        return Hello(protocol=PROTOCOL, cluster=node.cluster, node_id=node.node_id, incarnation=node.incarnation,
+                     formed=node.formed, founders=node.founders)
+
+    def _export(self, group: int, peer: str) -> object:
+        return self.host.export(group, peer)
+
+    async def start(self) -> None:
+        """Binds the ports, then starts the groups. Raises ConfigError if a port is taken."""
+        self.server.add_generic_rpc_handlers((self.queue.handler(),))
+        add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder), self.server)
+        cluster = ClusterService(self.node)
+        add_ClusterServiceServicer_to_server(cluster, self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        names = [d.services_by_name[n].full_name for d, n in (
+            (queue_service_pb2.DESCRIPTOR, "QueueService"), (admin_service_pb2.DESCRIPTOR, "AdminService"),
+            (cluster_service_pb2.DESCRIPTOR, "ClusterService"))]
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        self.transport.add_to_server(self.peer_server)
+        self.peer_server.add_generic_rpc_handlers((QueueService(self.node, self.forwarder, peer=True).handler(),))
+        add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder, peer=True), self.peer_server)
+        add_ClusterServiceServicer_to_server(cluster, self.peer_server)
+        _bind("listen", self.config.listen, self.server)
+        _bind("peer_listen", self.config.peer_listen, self.peer_server)
+        await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self.peer_server.start()
+        await self.server.start()
+        self._running = asyncio.get_running_loop().create_task(self.host.run())
+        self.node.start()
+
+    async def stop(self) -> None:
+        """Stops without losing anything: leaderships first, then streams, then stores."""
+        log.info("stopping")
+        await self.health.enter_graceful_shutdown()
+        self.node.stopping = True
+        self.queue.drain()
+        await self.host.stop()
+        assert self._running is not None
+        await self._running
+        await asyncio.gather(self.server.stop(STOP_GRACE_SECONDS if len(self.node.members) > 1 else 0.2),
+                             self.peer_server.stop(STOP_GRACE_SECONDS if len(self.node.members) > 1 else 0.2))
+        await self.transport.close()
+        await self.forwarder.close()
+        await self.node.stop()
+        self.store.close()
+        self.journal.close()
+        log.info("stopped")
+
+
+def _bind(setting: str, address: str, server: grpc.aio.Server) -> None:
+    host, port = split_address(setting, address)
+    if port:  # gRPC only logs why it cannot bind; the socket says it
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ConfigError(f"{setting} {address} cannot be used: {error.strerror}") from None
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"{setting} {address} cannot be used: {error}") from None
+    if not bound:
+        raise ConfigError(f"{setting} {address} cannot be used")
+
+

@@ -1,0 +1,257 @@
+"""Peers over gRPC: one bidirectional stream for each pair of nodes; the node with the lower id calls."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from spillway.cluster.consensus.peers import Handlers
+from spillway.cluster.errors import ClusterError, PeerRefused, SnapshotInvalid
+from spillway.peer.v1 import peer_service_pb2_grpc
+from spillway.peer.v1.peer_service_pb2 import (
+    ExchangeRequest,
+    ExchangeResponse,
+    FetchSnapshotRequest,
+    FetchSnapshotResponse,
+    Hello,
+)
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+SEND_BUFFER_BYTES_MAX = 64 << 20  # to one peer; beyond it the peer does not read, and the connection is reset
+MESSAGE_BYTES_SOFT = 4 << 20  # frames in one gRPC message
+RECONNECT_SECONDS_MAX = 0.5
+SILENCE_SECONDS = 1.5  # a peer that says nothing for so long (claims come every second) is gone
+OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
+           ("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1),
+           ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
+           ("grpc.max_reconnect_backoff_ms", int(RECONNECT_SECONDS_MAX * 1000)),
+           ("grpc.http2.lookahead_bytes", 4 << 20)]
+
+
+class _Connection:
+    """One epoch with one peer."""
+
+    def __init__(self, peer: str, epoch: int) -> None:
+        self.peer = peer
+        self.epoch = epoch
+        self.frames: list[bytes] = []
+        self.size = 0
+        self.some = asyncio.Event()
+        self.closed = False
+
+    def send(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self.size += len(frame)
+        if self.size > SEND_BUFFER_BYTES_MAX:
+            self.close()
+        self.some.set()
+
+    def close(self) -> None:
+        self.closed = True
+        self.frames = []
+        self.some.set()
+
+    async def take(self) -> list[bytes]:
+        """What to send next, in one message; empty when closed."""
+        while not self.frames and not self.closed:
+            self.some.clear()
+            await self.some.wait()
+        taken, size = 0, 0
+        for frame in self.frames:
+            if taken and size + len(frame) > MESSAGE_BYTES_SOFT:
+                break
+            taken += 1
+            size += len(frame)
+        out, self.frames = self.frames[:taken], self.frames[taken:]
+        self.size -= size
+        return out
+
+
+class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
+    """A PeerTransport. Add it to the peers' server with `add_to_server`."""
+
+    def __init__(self, hello: Any, cluster: str, node_id: str, peers: dict[str, str], export: Any) -> None:
+        """`hello()` gives the Hello to send; `peers` maps node ids to host:port; `export(group, peer)` is an async iterator
+        of snapshot chunks."""
+        self._hello = hello
+        self._cluster = cluster
+        self._node_id = node_id
+        self._peers = peers
+        self._export = export
+        self._handlers: Handlers | None = None
+        self._connections: dict[str, _Connection] = {}
+        self._epoch = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing = False
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Serves the other nodes."""
+        peer_service_pb2_grpc.add_PeerServiceServicer_to_server(self, server)
+
+    def start(self, handlers: Handlers) -> None:
+        """See PeerTransport."""
+        self._handlers = handlers
+        for peer in self._peers:
+            if self._node_id < peer:
+                self._tasks.append(asyncio.get_running_loop().create_task(self._dial(peer)))
+
+    def send(self, peer: str, epoch: int, frame: bytes) -> None:
+        """See PeerTransport."""
+        connection = self._connections.get(peer)
+        if connection is not None and connection.epoch == epoch:
+            connection.send(frame)
+
+    async def close(self) -> None:
+        """See PeerTransport."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        for connection in list(self._connections.values()):
+            connection.close()
+        for channel in self._channels.values():
+            await channel.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def channel(self, peer: str) -> grpc.aio.Channel:
+        """A channel to a peer, made anew after it broke."""
+        channel = self._channels.get(peer)
+        if channel is None:
+            channel = self._channels[peer] = grpc.aio.insecure_channel(self._peers[peer], options=OPTIONS)
+        return channel
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    def _open(self, peer: str, hello: Hello) -> _Connection:
+        """Takes a connection into use. Raises PeerRefused."""
+        if hello.protocol != PROTOCOL:
+            raise PeerRefused(f"node {hello.node_id!r} speaks peer protocol {hello.protocol}, this one {PROTOCOL}")
+        if hello.cluster != self._cluster:
+            raise PeerRefused(f"node {hello.node_id!r} is of cluster {hello.cluster!r}, not {self._cluster!r}")
+        if hello.node_id not in self._peers or (peer and hello.node_id != peer):
+            raise PeerRefused(f"node {hello.node_id!r} is not {peer or 'a member of this cluster'!r}")
+        old = self._connections.get(hello.node_id)
+        if old is not None:
+            self._close(old)
+        self._epoch += 1
+        connection = self._connections[hello.node_id] = _Connection(hello.node_id, self._epoch)
+        assert self._handlers is not None
+        log.info("connected to node %s", hello.node_id)
+        self._handlers.connected(hello.node_id, connection.epoch, hello)
+        return connection
+
+    def _close(self, connection: _Connection) -> None:
+        connection.close()
+        if self._connections.get(connection.peer) is connection:
+            del self._connections[connection.peer]
+            assert self._handlers is not None
+            if not self._closing:
+                log.info("lost the connection to node %s", connection.peer)
+            self._handlers.disconnected(connection.peer, connection.epoch)
+
+    async def _read(self, connection: _Connection, read: Any) -> None:
+        """Delivers frames until the stream ends, falls silent or says something of unknown shape."""
+        assert self._handlers is not None
+        frame = self._handlers.frame
+        try:
+            while not connection.closed:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    message = await read()
+                if message is grpc.aio.EOF:
+                    break
+                for data in message.frames:
+                    if not connection.closed:
+                        frame(connection.peer, connection.epoch, data)
+        except TimeoutError:
+            log.warning("node %s: silent for %.1f s", connection.peer, SILENCE_SECONDS)
+        except ClusterError as error:
+            log.warning("node %s: %s", connection.peer, error)
+        except grpc.aio.AioRpcError:
+            pass
+        finally:
+            self._close(connection)
+
+    async def _dial(self, peer: str) -> None:
+        wait = 0.02
+        while True:
+            call: Any = None
+            try:
+                call = peer_service_pb2_grpc.PeerServiceStub(self.channel(peer)).Exchange()  # type: ignore[no-untyped-call]
+                await call.write(ExchangeRequest(hello=self._hello()))
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    first = await call.read()
+                if first is not grpc.aio.EOF:
+                    connection = self._open(peer, first.hello)
+                    wait = 0.02
+                    reader = asyncio.get_running_loop().create_task(self._read(connection, call.read))
+                    try:
+                        while frames := await connection.take():
+                            await call.write(ExchangeRequest(frames=frames))
+                    finally:
+                        reader.cancel()
+                        self._close(connection)
+            except PeerRefused as error:
+                log.error("refused: %s", error)
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
+                pass
+            finally:
+                if call is not None:
+                    call.cancel()
+            # A new channel looks the address up anew.
+            channel = self._channels.pop(peer, None)
+            if channel is not None:
+                await channel.close()
+            await asyncio.sleep(wait * (0.5 + random.random()))  # noqa: S311
+            wait = min(wait * 2, RECONNECT_SECONDS_MAX)
+
+    async def Exchange(self, request_iterator: Any, context: Any) -> None:
+        """See peer_service.proto."""
+        if self._handlers is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
+        first = await context.read()
+        if first is grpc.aio.EOF:
+            return
+        try:
+            hello = self._hello()
+            connection = self._open("", first.hello)
+        except PeerRefused as error:
+            log.error("refused: %s", error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            return
+        reader = asyncio.get_running_loop().create_task(self._read(connection, context.read))
+        try:
+            await context.write(ExchangeResponse(hello=hello))
+            while frames := await connection.take():
+                await context.write(ExchangeResponse(frames=frames))
+        finally:
+            reader.cancel()
+            self._close(connection)
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    async def FetchSnapshot(self, request: FetchSnapshotRequest, context: Any) -> AsyncIterator[FetchSnapshotResponse]:
+        """See peer_service.proto."""
+        if request.cluster != self._cluster:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is cluster {self._cluster!r}")
+        peer = dict(context.invocation_metadata() or ()).get("spillway-node", "")
+        async for chunk in self._export(request.group, peer):
+            yield FetchSnapshotResponse(chunk=chunk)
+
+    async def fetch_snapshot(self, peer: str, group: int) -> AsyncIterator[bytes]:
+        """See PeerTransport."""
+        channel = grpc.aio.insecure_channel(self._peers[peer], options=OPTIONS)
+        try:
+            stub = peer_service_pb2_grpc.PeerServiceStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.FetchSnapshot(FetchSnapshotRequest(group=group, cluster=self._cluster),
+                                      metadata=(("spillway-node", self._node_id),))
+            async for response in call:
+                yield response.chunk
+        except grpc.aio.AioRpcError as error:
+            raise SnapshotInvalid(f"the stream broke: {error.details()}") from None
+        finally:
+            await channel.close()

@@ -1,0 +1,39 @@
+"""Errors of the cluster layer.
+
+ClusterError
+├── UntestedLibrary   the operator's: another pysyncobj than the one that was reviewed
+├── StoreRefused      the operator's: a store that this node must not open; says what to do
+├── StorageFailed     the machine's: a write or sync failed; fatal, nothing later can be trusted
+├── SnapshotInvalid   the peer's: a snapshot is damaged, out of order or too old; fetch again
+├── PeerRefused       the peer's: another cluster, protocol or node id
+└── WireInvalid       the peer's: bytes that are no message of ours; close the connection
+"""
+from __future__ import annotations
+
+
+class ClusterError(Exception):
+    """Base of the cluster layer's errors."""
+
+
+class UntestedLibrary(ClusterError):
+    """pysyncobj's source is not the reviewed one."""
+
+
+class StoreRefused(ClusterError):
+    """A store must not be opened as it is."""
+
+
+class StorageFailed(ClusterError):
+    """A write or a sync failed."""
+
+
+class SnapshotInvalid(ClusterError):
+    """A snapshot cannot be installed."""
+
+
+class PeerRefused(ClusterError):
+    """A peer is not who it should be."""
+
+
+class WireInvalid(ClusterError):
+    """Bytes of unknown shape."""
