@@ -55,7 +55,7 @@ class Plan:
         """The full demo, or a smaller one that takes its share of the time."""
         share = min(1.0, events / cls.events)
         return cls(events=events, produce_seconds=max(3.0, cls.produce_seconds * share),
-                   failing_seconds=max(2.0, cls.failing_seconds * share), rate=max(100.0, cls.rate * share),
+                   failing_seconds=max(2.0, cls.failing_seconds * share), rate=max(300.0, cls.rate * share),
                    **others)  # type: ignore[arg-type]
 
     def kinds(self) -> dict[str, str]:
@@ -86,6 +86,7 @@ class Demo:
         self.counts: dict[str, list[int]] = {name: [0, 0, 0] for name in UP}
         self.stats: dict[str, DestinationStats | None] = dict.fromkeys(NAMES)
         self.restarted = not plan.kill
+        self.dispatcher: Child
         self._started = time.monotonic()
         self._rates: deque[tuple[float, int]] = deque(maxlen=8)
         self._others: list[Child] = []
@@ -121,8 +122,9 @@ class Demo:
         self.note(f"three nodes ready after {self.seconds:.1f} s")
         async with Client(self.cluster.addresses) as client, aiohttp.ClientSession() as session:
             await self.create(client)
-            self._others.append(await self.children.start(
-                "dispatcher", *spillway("dispatch"), "--address", ",".join(self.cluster.addresses)))
+            self.dispatcher = await self.children.start(
+                "dispatcher", *spillway("dispatch"), "--address", ",".join(self.cluster.addresses))
+            self._others.append(self.dispatcher)
             finished = False
             async with asyncio.TaskGroup() as group:
                 working = group.create_task(self.work(client))
@@ -136,6 +138,7 @@ class Demo:
                     working.cancel()
                 looking.cancel()
             self.phase = "verifying"
+            await self.dispatcher.end()
             await self.look(client, session)
             self.display.show(self.view(await self.cluster.statuses()), last=True)
             return await self.judge(session, finished)
@@ -248,6 +251,8 @@ class Demo:
         """Verifies what arrived, shows the verdict, returns whether all is well."""
         reports: dict[str, Report | None] = {}
         problems = [] if finished else ["not everything was delivered in time"]
+        if self.dispatcher.process.returncode != 0:
+            problems.append(f"the dispatcher ended with {self.dispatcher.process.returncode}:\n{self.dispatcher.tail()}")
         if not self.restarted:
             problems.append("the node was not killed and started again in time")
         queued = {name: None if stats is None or stats.shards_missing else stats.messages

@@ -8,7 +8,7 @@ import pytest
 from spillway.client import Destination, HttpTarget
 from spillway.client.dispatcher import main
 from spillway.client.dispatcher.broker import ClientBroker
-from spillway.client.dispatcher.program import UNREACHABLE, parser
+from spillway.client.dispatcher.program import EXIT_USAGE, parser
 from spillway.client.dispatcher.source import Target
 
 
@@ -70,5 +70,5 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_useless_address(caplog: pytest.LogCaptureFixture) -> None:
     """An address that is none ends the program with its own code and a reason."""
-    assert main(["--address", "nonsense"]) == UNREACHABLE
+    assert main(["--address", "nonsense"]) == EXIT_USAGE
     assert "nonsense" in caplog.text

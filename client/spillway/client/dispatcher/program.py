@@ -16,7 +16,7 @@ from spillway.client.errors import SpillwayError
 
 log = logging.getLogger("spillway.dispatcher")
 
-UNREACHABLE = 69  # EX_UNAVAILABLE of sysexits.h
+EXIT_USAGE = 2  # as for all commands of `spillway`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +62,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the dispatcher; returns the exit code: 0 after a signal, 69 if it cannot start."""
+    """Runs the dispatcher; returns the exit code: 0 after a signal, 2 if the addresses are none. A cluster that cannot
+    be reached is waited for."""
     options = parser().parse_args(argv)
     logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -72,5 +73,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             runner.run(dispatch(addresses, options.destination, options.name, options.grace_seconds))
     except SpillwayError as e:
         log.error("cannot dispatch from %s: %s", options.address, e)
-        return UNREACHABLE
+        return EXIT_USAGE
     return 0
