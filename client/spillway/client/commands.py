@@ -34,7 +34,8 @@ Address = Annotated[list[str], typer.Option("--address", "-a", envvar="SPILLWAY_
 Format = Annotated[Output, typer.Option("--output", "-o", help="Tables for people, JSON for programs.")]
 _ADDRESS = ["127.0.0.1:7070"]
 
-app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
                   help="Spillway: a replicated, fair, strictly ordered multi-tenant message queue.",
                   epilog="Installed extras add commands: serve (spillway[broker]), dispatch (spillway[dispatch]).")
 destinations = typer.Typer(no_args_is_help=True, help="Destinations: what consumers lease from.")

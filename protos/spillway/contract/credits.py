@@ -42,8 +42,8 @@ class Change(NamedTuple, Generic[Node]):
 class _Account:
     """One node's balance."""
 
-    __slots__ = ("bytes", "eligible", "hungry_since", "messages", "resting_bytes", "resting_messages", "resting_until",
-                 "stirred", "turn")
+    __slots__ = ("bytes", "bytes_turn", "eligible", "hungry_since", "messages", "resting_bytes", "resting_messages",
+                 "resting_until", "stirred", "turn")
 
     def __init__(self, now: float, turn: int) -> None:
         self.messages = 0  # unused at the node
@@ -51,7 +51,8 @@ class _Account:
         self.eligible = True
         self.hungry_since: float | None = now
         self.stirred = now  # last delivery, or last credit given
-        self.turn = turn  # when it got credit last: the order of going round
+        self.turn = turn  # when it got messages of credit last: the order of going round
+        self.bytes_turn = turn  # the same of bytes
         self.resting_messages = 0  # withdrawn, and may cross a delivery
         self.resting_bytes = 0
         self.resting_until = 0.0
@@ -151,7 +152,7 @@ class CreditSplitter(Generic[Node]):
         if not eligible:
             return self._changes(before)
         self._give_messages(eligible, now)
-        self._give_bytes(eligible)
+        self._give_bytes(eligible, now)
         for account in eligible:
             if account.messages > 0 and account.bytes > 0:
                 account.hungry_since = None
@@ -176,7 +177,8 @@ class CreditSplitter(Generic[Node]):
             floor = self._floor(len(eligible))
             dwell = self._dwell(len(eligible))
             hungry = [a.hungry_since + dwell for a in eligible if a.hungry_since is not None]
-            donors = [a.stirred + dwell for a in self._accounts.values() if a.messages > (floor if a.eligible else 0)]
+            floor_bytes = self._floor_bytes(eligible)
+            donors = [a.stirred + dwell for a in self._accounts.values() if _spare(a, floor, floor_bytes)]
             if hungry and donors:
                 times = [max(min(hungry), min(donors))]
         return max(now, min(times)) if times else None
@@ -200,6 +202,12 @@ class CreditSplitter(Generic[Node]):
                 account.bytes += amount
                 free_bytes -= amount
 
+    def _floor_bytes(self, eligible: list[_Account]) -> int:
+        """Bytes that an idle node keeps: all, unless some node lacks nothing but bytes."""
+        if any(a.messages > 0 >= a.bytes for a in eligible):
+            return self.bytes_max // (SPARE_FACTOR * len(eligible))
+        return self.bytes_max
+
     def _give_messages(self, eligible: list[_Account], now: float) -> None:
         free = self.free_messages
         if free <= 0:
@@ -214,15 +222,19 @@ class CreditSplitter(Generic[Node]):
                 self._turn += 1
                 account.turn = self._turn
 
-    def _give_bytes(self, eligible: list[_Account]) -> None:
+    def _give_bytes(self, eligible: list[_Account], now: float) -> None:
         free = self.free_bytes
-        takers = sorted((a for a in eligible if a.messages > 0), key=lambda a: a.bytes)
+        takers = sorted((a for a in eligible if a.messages > 0), key=lambda a: (a.bytes, a.bytes_turn))
         if free <= 0 or not takers:
             return
         share = max(1, self.bytes_max // len(eligible))
         for account, amount in zip(takers, _poured([a.bytes for a in takers], free), strict=True):
             if amount and (account.bytes * 2 <= share or amount * 4 >= share):
+                if account.bytes <= 0:
+                    account.stirred = now  # only now can it use its messages of credit
                 account.bytes += amount
+                self._turn += 1
+                account.bytes_turn = self._turn
 
     def _withdraw(self, eligible: list[_Account], now: float) -> None:
         """Takes idle credit back if a node has been without for a while. One withdrawal rests at a time, so that
@@ -233,18 +245,18 @@ class CreditSplitter(Generic[Node]):
         if not any(a.hungry_since is not None and a.hungry_since + dwell <= now for a in eligible):
             return
         floor = self._floor(len(eligible))
-        donors = [a for a in self._accounts.values()
-                  if a.stirred + dwell <= now and a.messages > (floor if a.eligible else 0)]
+        floor_bytes = self._floor_bytes(eligible)
+        donors = [a for a in self._accounts.values() if a.stirred + dwell <= now and _spare(a, floor, floor_bytes)]
         if not donors:
             return
         if self.messages_max < len(eligible):
             donors = [min(donors, key=lambda a: a.stirred)]  # one after the other, or all would be resting at once
         for account in donors:
-            if account.eligible:
-                messages = (account.messages - floor + 1) // 2
-                bytes_ = account.bytes if messages == account.messages else account.bytes // 2
+            if account.eligible and account.messages > 0:
+                messages = max(account.messages - floor + 1, 0) // 2
+                bytes_ = account.bytes if messages == account.messages else (account.bytes + 1) // 2
             else:
-                messages, bytes_ = account.messages, account.bytes
+                messages, bytes_ = max(account.messages, 0), account.bytes
             bytes_ = max(bytes_, 0)
             account.messages -= messages
             account.bytes -= bytes_
@@ -254,6 +266,14 @@ class CreditSplitter(Generic[Node]):
             account.stirred = now
             if account.messages <= 0 and account.hungry_since is None:
                 account.hungry_since = now
+
+
+def _spare(account: _Account, floor: int, floor_bytes: int) -> bool:
+    """Whether a node has credit that another may need more: messages or bytes above the floors, or bytes without
+    messages."""
+    if not account.eligible:
+        return account.messages > 0 or account.bytes > 0
+    return account.bytes > 0 and (account.messages > floor or account.messages <= 0 or account.bytes > floor_bytes)
 
 
 def _poured(levels: list[int], amount: int) -> list[int]:
