@@ -313,6 +313,15 @@ class Node:
                 committed = now
             self.scheduler.sweep()
             self._watch_disk()
+            self._balance_leaders()
+
+    def _balance_leaders(self) -> None:
+        """Hands one shard a second back to its preferred leader, once that is up to date: leaders stay spread."""
+        for number, nodes in self.placement.items():
+            runtime = self.shards.get(number)
+            if runtime is not None and runtime.leading and nodes[0] != self.config.node_id and (
+                    self.host.transfer(number, nodes[0])):
+                return
 
     def _watch_disk(self) -> None:
         free = shutil.disk_usage(Path(self.config.data_dir)).free

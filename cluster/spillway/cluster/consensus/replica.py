@@ -170,8 +170,13 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
                 else:
                     self._SyncObj__lastResponseTime[self._nodes[peer]] = now
         self._onTick(0)
+        if self._transfer_to is not None:
+            self._try_transfer()
         if self.recovering:
-            self._ask_recovery(now)
+            if self.barrier and self.applied >= self.barrier:
+                self.recovering = False
+            else:
+                self._ask_recovery(now)
         self.tell_role()
 
     def propose(self) -> bool:
@@ -253,7 +258,7 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
     def _try_transfer(self) -> None:
         peer = self._transfer_to
         if peer is not None and self._isLeader() and library.monotonicTime() < self._transfer_until and (
-                self.matched(peer) == self.journal.last and self.connected(peer)):
+                self.matched(peer) == self.journal.last == self.applied and self.connected(peer)):
             self._transfer_to = None
             self._send(peer, self.group, self.term, {"type": "timeout_now"})
 
@@ -275,8 +280,6 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
                     self.tell_role()  # from here on this leader serves
                 if size > APPLY_BYTES_PER_TURN:
                     break
-            if self.recovering and self.barrier and self._SyncObj__raftLastApplied >= self.barrier:
-                self.recovering = False
         return False
 
     def _SyncObj__connectedToAnyone(self) -> bool:
@@ -465,8 +468,6 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
         self._onMessage(node, m)
         if m["reset"]:
             self._SyncObj__newAppendEntriesTime = 0
-        if now < self._transfer_until:
-            self._try_transfer()
 
     # -- recovery of a lost disk ---------------------------------------------------------------------------------
 
@@ -515,8 +516,6 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
         if self.term < term:
             self._SyncObj__setCurrentTerm(term, None)
         self.machine.reload()
-        if self.recovering and self.barrier and index >= self.barrier:
-            self.recovering = False
 
     def compact(self) -> None:
         """Drops the log below what the state has durably."""
