@@ -354,7 +354,8 @@ class Consumer:
         self._subscribe_everywhere(new)
         if old.shard_count == new.shard_count:
             for before, after in zip(old.leaders, new.leaders, strict=True):
-                if before != after and before and after in self._streams:
+                # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
+                if before != after and after in self._streams:
                     self._moved_to.add(after)
             if self._moved_to and self._resubscribe_timer is None:
                 self._resubscribe_timer = self._loop.call_later(RESUBSCRIBE_SECONDS, self._resubscribe_moved)
