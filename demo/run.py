@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -283,6 +284,9 @@ async def run(plan: Plan) -> bool:
             directory = Path(tempfile.mkdtemp(prefix="spillway-demo-"))
         else:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spillway-demo-")))
+        # What the client library reports belongs beside the processes' logs, not into the table.
+        logging.basicConfig(filename=directory / "demo.log", level="INFO", force=True,
+                            format="%(asctime)s %(levelname)s %(name)s %(message)s")
         async with Children(directory) as children:
             with Display(plan.plain) as display:
                 demo = Demo(plan, directory, children, display)
