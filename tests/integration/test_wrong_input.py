@@ -261,10 +261,12 @@ def test_bytes_that_are_not_http2_close_the_connection(node: NodeProcess, channe
     """A connection that does not speak HTTP/2 is closed; others do not notice."""
     host, port = node.address.split(":")
     with socket.create_connection((host, int(port)), timeout=CALL_SECONDS) as s:
-        s.sendall(b"\x00\x01garbage" * 1000)
-        s.shutdown(socket.SHUT_WR)
-        while s.recv(4096):
-            pass
+        try:
+            s.sendall(b"\x00\x01garbage" * 1000)
+            while s.recv(4096):
+                pass
+        except ConnectionError:
+            pass  # reset by the node, before or after it answered
 
 
 def test_a_client_that_never_reads_gets_no_more_than_its_credit(channel: grpc.Channel, node: NodeProcess) -> None:

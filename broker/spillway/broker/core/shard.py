@@ -99,7 +99,8 @@ class Shard:
         self.counters: dict[bytes, Counters] = {}
         self.producers: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self.gates: dict[bytes, tuple[int, int]] = {}
-        self.settled: dict[int, int] = {}  # token -> messages acked; insertion order, volatile
+        # token -> (messages of the run that were acked, first sequence that was not); insertion order, volatile
+        self.settled: dict[int, tuple[int, int]] = {}
         self.unsaved_bytes = 0  # of message bodies without a row
         self._stored_queues = 0
         self._dirty: dict[bytes, Queue] = {}
@@ -353,7 +354,7 @@ class Shard:
         queue = self.leases.get(token)
         if queue is None:
             done = self.settled.get(token)
-            if done is None or position > done or outcome == EXTEND:
+            if done is None or position > done[0] or outcome == EXTEND:
                 return SettleStatus.STALE
             return SettleStatus.ALREADY
         if position > queue.lease_acked:
@@ -379,7 +380,7 @@ class Shard:
             self._close_gate(destination_of(queue.key), argument, now, effects)
         elif outcome == REJECT:
             self._dead_letter(queue, queue.attempts + 1, reason, now)
-        self._remember_settled(token, queue.lease_acked)
+        self._remember_settled(token, queue)
         self._end_lease(queue, outcome, effects)
         return SettleStatus.OK
 
@@ -398,7 +399,7 @@ class Shard:
         queue.gap = None
         queue.not_before = 0
         if queue.lease_acked == queue.lease_size:
-            self._remember_settled(queue.token, queue.lease_acked)
+            self._remember_settled(queue.token, queue)
             self._end_lease(queue, ACK, effects)
         elif not queue.dirty:
             queue.dirty = True
@@ -450,9 +451,16 @@ class Shard:
         self._touch(queue)
         self._head_changed(queue, effects)
 
-    def _remember_settled(self, token: int, acked: int) -> None:
+    def settled_before(self, token: int, sequence: int, outcome: int) -> bool:
+        """Whether a settlement repeats one that ended its lease, or acknowledges what that lease acknowledged."""
+        done = self.settled.get(token)
+        if done is None or outcome == EXTEND:
+            return False
+        return sequence < done[1] if outcome == ACK else sequence >= done[1] - 1
+
+    def _remember_settled(self, token: int, queue: Queue) -> None:
         settled = self.settled
-        settled[token] = acked
+        settled[token] = (queue.lease_acked, queue.floor)
         if len(settled) > SETTLED_MAX:
             del settled[next(iter(settled))]
 

@@ -259,6 +259,7 @@ class Node:
 
     def start(self) -> None:
         """Starts timers and upkeep; the host runs by itself."""
+        self._watch_disk()
         for work in (self._tick(), self._upkeep()):
             task = asyncio.get_running_loop().create_task(work)
             task.add_done_callback(self._task_done)

@@ -58,7 +58,7 @@ class ShardRuntime:
         self.picks: dict[int, Pick] = {}  # token -> what the scheduler charged for it
         self.rebuild: Iterator[tuple[bytes, int]] | None = None
         self._oldest: dict[bytes, tuple[bytes, int, int]] = {}  # destination -> (queue, enqueue ms, looked up ms)
-        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int]], list[Pick]]] = deque()
+        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick]]] = deque()
         self._clear_pending()
 
     def _clear_pending(self) -> None:
@@ -83,7 +83,7 @@ class ShardRuntime:
         state = self.state
         queue = state.leases.get(token)
         if queue is None:
-            if token in state.settled and outcome != e.EXTEND:
+            if state.settled_before(token, sequence, outcome):
                 call.results[index] = SETTLEMENT_RESULT_ALREADY_SETTLED
             else:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
@@ -218,7 +218,7 @@ class ShardRuntime:
         made = Entry(e.VERSION, self.node.now_ms(), [Enqueue(b.producer, b.first, b.names, b.bodies, b.delays) for b in batches],
                      settles, self._expires, self._gates, grants, list(consumers))
         self._expires, self._gates, self._grants = [], [], []
-        self._in_flight.append((made, batches, calls, picks))  # type: ignore[arg-type]
+        self._in_flight.append((made, batches, calls, picks))
         return encode_entry(made)
 
     def apply(self, index: int, term: int, command: bytes) -> None:
