@@ -46,7 +46,7 @@ class Plan:
     produce_seconds: float = 25.0
     failing_seconds: float = 10.0
     slow_seconds: float = 0.02
-    rate: float = 800.0  # of the limited destination, per second
+    rate: float = 550.0  # of the limited destination, per second
     kill: bool = True
     plain: bool = False
     keep: bool = False
