@@ -46,7 +46,7 @@ class StateStore:
         options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
         table = BlockBasedOptions()
         table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
-        table.set_bloom_filter(10.0, False)
+        table.set_bloom_filter(10, False)
         options.set_block_based_table_factory(table)
         path.mkdir(parents=True, exist_ok=True)
         try:

@@ -71,7 +71,7 @@ class _Stream:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        call = self._link.channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
+        call: Any = self._link.channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
         reader = asyncio.get_running_loop().create_task(self._read(call))
         why = "the stream ended"
         try:
@@ -397,7 +397,7 @@ class LeaseProxy:
         held = [HeldLease(shard=h.shard, fencing_token=h.fencing_token) for h in self._subscribe.held]
         wait = LEADER_POLL_SECONDS
         while True:
-            call = self._forwarder.link(peer).channel.stream_stream("/spillway.v1.QueueService/Lease")()
+            call: Any = self._forwarder.link(peer).channel.stream_stream("/spillway.v1.QueueService/Lease")()
             try:
                 del subscribe.held[:]
                 subscribe.held.extend(held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import grpc
@@ -41,10 +41,11 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         try:
             wanted = parse_destination(request.destination)
             if (stub := self._meta_leader()) is not None:
-                return await stub.CreateDestination(request, timeout=CALL_SECONDS)
+                created: pb.CreateDestinationResponse = await stub.CreateDestination(request, timeout=CALL_SECONDS)
+                return created
             stored = await self.node.meta.put(wanted, create=True, replace=False, etag=0)
         except (BrokerError, grpc.aio.AioRpcError) as error:
-            return await _fail(context, error)
+            await _fail(context, error)
         return pb.CreateDestinationResponse(destination=destination_proto(stored))
 
     async def UpdateDestination(self, request: pb.UpdateDestinationRequest, context: Any) -> pb.UpdateDestinationResponse:
@@ -55,10 +56,11 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             if etag and not etag.isdigit():
                 raise RequestError("destination.etag", f"{etag!r} is not an etag of this cluster")
             if (stub := self._meta_leader()) is not None:
-                return await stub.UpdateDestination(request, timeout=CALL_SECONDS)
+                updated: pb.UpdateDestinationResponse = await stub.UpdateDestination(request, timeout=CALL_SECONDS)
+                return updated
             stored = await self.node.meta.put(wanted, create=request.allow_missing, replace=True, etag=int(etag or 0))
         except (BrokerError, grpc.aio.AioRpcError) as error:
-            return await _fail(context, error)
+            await _fail(context, error)
         return pb.UpdateDestinationResponse(destination=destination_proto(stored))
 
     def _meta_leader(self) -> Any:
@@ -193,12 +195,13 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                 response.next_page_token = _token(shard.to_bytes(4, "big") + after)
             return response
         except (BrokerError, grpc.aio.AioRpcError) as error:
-            return await _fail(context, error)
+            await _fail(context, error)
 
 
-async def _fail(context: Any, error: Exception) -> Any:
+async def _fail(context: Any, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AioRpcError):  # another node's answer, passed on with its details
         await context.abort(error.code(), error.details() or "", error.trailing_metadata() or ())
+        raise AssertionError("abort returned")
     await abort(context, error)
 
 

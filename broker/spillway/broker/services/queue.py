@@ -86,7 +86,7 @@ class QueueService:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for `server.add_generic_rpc_handlers`; requests and responses are bytes."""
-        methods = {name: grpc.stream_stream_rpc_method_handler(method)
+        methods: dict[str, Any] = {name: grpc.stream_stream_rpc_method_handler(method)
                    for name, method in (("Produce", self.produce), ("Lease", self.lease), ("Ack", self.ack))}
         return grpc.method_handlers_generic_handler("spillway.v1.QueueService", methods)
 
@@ -266,9 +266,9 @@ class QueueService:
                 # Records of a producer behind a refused one are refused by the shard as out of sequence.
                 left = Batch(call, batch.producer, batch.first)
                 for k, (name, body, position) in enumerate(zip(batch.names, batch.bodies, batch.positions, strict=True)):
-                    error = refused.get(name[:name.index(b"\0")])
-                    if error is not None:
-                        call.fail(position, error[0], f"records[{position}].destination", error[1])
+                    why = refused.get(name[:name.index(b"\0")])
+                    if why is not None:
+                        call.fail(position, why[0], f"records[{position}].destination", why[1])
                         if batch.producer and left.names:
                             kept.append((shard, left))
                             left = Batch(call, batch.producer, batch.first + k + 1)

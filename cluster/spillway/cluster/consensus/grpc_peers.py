@@ -181,7 +181,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         while True:
             call: Any = None
             try:
-                call = peer_service_pb2_grpc.PeerServiceStub(self.channel(peer)).Exchange()  # type: ignore[no-untyped-call]
+                call = peer_service_pb2_grpc.PeerServiceStub(self.channel(peer)).Exchange()
                 await call.write(ExchangeRequest(hello=self._hello()))
                 async with asyncio.timeout(SILENCE_SECONDS):
                     first = await call.read()
@@ -209,7 +209,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             await asyncio.sleep(wait * (0.5 + random.random()))  # noqa: S311
             wait = min(wait * 2, RECONNECT_SECONDS_MAX)
 
-    async def Exchange(self, request_iterator: Any, context: Any) -> None:
+    async def Exchange(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         """See peer_service.proto."""
         if self._handlers is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
@@ -246,7 +246,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         """See PeerTransport."""
         channel = grpc.aio.insecure_channel(self._peers[peer], options=OPTIONS)
         try:
-            stub = peer_service_pb2_grpc.PeerServiceStub(channel)  # type: ignore[no-untyped-call]
+            stub = peer_service_pb2_grpc.PeerServiceStub(channel)
             call = stub.FetchSnapshot(FetchSnapshotRequest(group=group, cluster=self._cluster),
                                       metadata=(("spillway-node", self._node_id),))
             async for response in call:

@@ -245,9 +245,9 @@ class RaftHost:
                 continue
             self._take_claims(peer, frame)
             for message in frame.messages:
-                replica = replicas.get(message.group)
-                if replica is not None:
-                    self._deliver(replica, peer, message)
+                receiver = replicas.get(message.group)
+                if receiver is not None:
+                    self._deliver(receiver, peer, message)
                     dirty[message.group] = None
         if now - self._last_tick >= TICK_SECONDS:
             self._last_tick = now
@@ -263,10 +263,9 @@ class RaftHost:
             dirty.update(self._woken)
             self._woken = {}
         for group in dirty:
-            replica = replicas.get(group)
-            if replica is not None:
-                if (replica.propose() and len(replica._nodes) == 0) or replica.behind:
-                    self._woken[group] = None  # after the sync it can commit, or there is more to apply
+            proposer = replicas.get(group)
+            if proposer is not None and ((proposer.propose() and not proposer._nodes) or proposer.behind):
+                self._woken[group] = None  # after the sync it can commit, or there is more to apply
         if self._claims_due or now - self._claimed_at > CLAIMS_SECONDS:
             self._claim(now)
         return self.store.write()

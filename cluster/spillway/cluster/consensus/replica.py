@@ -59,7 +59,7 @@ class _Wire(Transport):  # type: ignore[misc]
         return self.replica.send(node.id, message)
 
 
-class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
+class Replica(library.SyncObj):  # type: ignore[misc]
     """See the module. The host calls `deliver`, `tick`, `propose` in its turns; time is `library.monotonicTime`."""
 
     def __init__(self, group: int, node_id: str, members: list[str], machine: GroupMachine, journal: GroupJournal,
@@ -108,7 +108,7 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
         super().__init__(Node(node_id), list(self._nodes.values()), configuration(journal, timing), transport=wire)
         self._poller = NoPoller()
         self._SyncObj__raftLastApplied = max(1, durable)
-        self._SyncObj__raftCommitIndex = max(self._SyncObj__raftCommitIndex, self._SyncObj__raftLastApplied)
+        self._SyncObj__raftCommitIndex = max(journal.getRaftCommitIndex(), 1, durable)
         # The first election need not wait for a leader's silence: pre-votes protect a leader that is there.
         self._SyncObj__raftElectionDeadline = library.monotonicTime() + (random.random() * 0.4 if self._nodes else 0)  # noqa: S311
 
@@ -403,7 +403,7 @@ class Replica(library.SyncObj):  # type: ignore[misc, name-defined]
         if self._isLeader():
             deadline = now - self.timing.election_min
             heard = 1 + sum(t > deadline for t in self._SyncObj__lastResponseTime.values())
-            return heard > (len(self._nodes) + 1) / 2
+            return bool(heard > (len(self._nodes) + 1) / 2)
         return self._SyncObj__raftLeader is not None and now - self._heard_leader < self.timing.election_min
 
     def _deliver_append(self, node: Any, m: dict[str, Any], now: float) -> None:
