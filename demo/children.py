@@ -24,10 +24,11 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """One process and its log file."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, needs_others: bool) -> None:
         self.name = name
         self.process = process
         self.log = log
+        self.needs_others = needs_others
 
     def __repr__(self) -> str:
         return f"<{self.name}: pid {self.process.pid}, {'running' if self.running else self.process.returncode}>"
@@ -73,21 +74,23 @@ class Children:
                         trace: TracebackType | None) -> None:
         running = [child for child in self._children if child.running]
         try:
-            await asyncio.gather(*(child.end() for child in running))
+            for first in (True, False):
+                await asyncio.gather(*(child.end() for child in running if child.needs_others is first))
         finally:
             for child in running:
                 if child.running:
                     child.process.kill()
 
-    async def start(self, name: str, *command: str, pipe: bool = False) -> Child:
-        """Starts a command; its output goes to NAME.log, appended, or to `process.stdout` if `pipe`."""
+    async def start(self, name: str, *command: str, pipe: bool = False, needs_others: bool = False) -> Child:
+        """Starts a command; its output goes to NAME.log, appended, or to `process.stdout` if `pipe`. What `needs_others`
+        is ended before them."""
         log = self._directory / f"{name}.log"
         with log.open("ab") as file:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "demo.children", str(os.getpid()), *command, cwd=ROOT,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE if pipe else file, stderr=file,
                 start_new_session=True)  # Ctrl-C is for the demo, which ends its children in order
-        child = Child(name, process, log)
+        child = Child(name, process, log, needs_others)
         self._children.append(child)
         return child
 

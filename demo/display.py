@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -49,25 +50,25 @@ class View:
 
 def tables(view: View) -> Group:
     """The live tables."""
-    destinations = Table(title=f"{view.seconds:5.0f} s   {view.phase}   {view.produced}/{view.events} events produced"
-                               f"   {view.rate:.0f} deliveries/s", title_justify="left", expand=False)
-    for name, justify in (("destination", "left"), ("behaviour", "left"), ("delivered", "right"), ("refused", "right"),
+    destinations = Table(title=f"{view.seconds:.0f} s, {view.phase}: {view.produced}/{view.events} events produced,"
+                               f" {view.rate:.0f} deliveries/s", title_justify="left", box=box.SIMPLE, show_edge=False,
+                         pad_edge=False)
+    for name, justify in (("to", "left"), ("answers", "left"), ("delivered", "right"), ("refused", "right"),
                           ("queued", "right"), ("oldest", "right"), ("parked", "left")):
-        destinations.add_column(name, justify=justify)  # type: ignore[arg-type]
+        destinations.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in view.destinations:
-        share = row.delivered / view.events if view.events else 0.0
         destinations.add_row(
-            row.name, row.kind, f"{row.delivered} {min(share, 1):4.0%}", str(row.refused) if row.refused else "",
+            row.name, row.kind, str(row.delivered), str(row.refused) if row.refused else "",
             "?" if row.queued is None else str(row.queued), _age(row.oldest_seconds), _parked(row),
             style="green" if row.queued == 0 and row.delivered else "")
-    nodes = Table(expand=False)
+    nodes = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for name in ("node", "state", "leads", "follows", "catching up"):
         nodes.add_column(name, justify="left" if name in ("node", "state") else "right")
     for node in view.nodes:
         nodes.add_row(node.name, node.state, *(("", "", "") if node.state != "up" else (
             str(node.leads), str(node.follows), str(node.other) if node.other else "")),
             style="" if node.state == "up" else "bold red")
-    return Group(destinations, nodes, *(Text(note, style="dim") for note in view.notes[-4:]))
+    return Group(destinations, "", nodes, "", *(Text(note, style="dim") for note in view.notes[-4:]))
 
 
 def line(view: View) -> str:
@@ -88,7 +89,7 @@ def _age(seconds: float | None) -> str:
 def _parked(row: DestinationView) -> str:
     if row.parked_seconds is not None:
         return f"for {max(row.parked_seconds, 0):.1f} s"
-    return f"{row.parked_tenants} tenants" if row.parked_tenants else ""
+    return f"{row.parked_tenants} tenant{'' if row.parked_tenants == 1 else 's'}" if row.parked_tenants else ""
 
 
 class Display:
@@ -130,24 +131,25 @@ class Display:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
-    def verdict(self, reports: dict[str, Report | None], queued: dict[str, int | None], passed: bool,
+    def verdict(self, events: int, reports: dict[str, Report | None], queued: dict[str, int | None], passed: bool,
                 problems: Sequence[str]) -> None:
         """The final table. A report of None: the destination is down, and everything must still be queued."""
-        table = Table(title="verification", title_justify="left")
-        for name in ("destination", "events", "arrived", "lost", "out of order", "changed", "duplicates", "refused",
-                     "stale", "queued", "verdict"):
-            table.add_column(name, justify="left" if name in ("destination", "verdict") else "right")
+        if self._live is not None:
+            self._live.stop()
+        table = Table(title=f"verification: {events} events to each destination", title_justify="left", box=box.SIMPLE,
+                      show_edge=False, pad_edge=False)
+        for name in ("destination", "arrived", "lost", "disorder", "changed", "duplicates", "queued", "verdict"):
+            table.add_column(name, justify="left" if name in ("destination", "verdict") else "right", no_wrap=True)
         for name, report in reports.items():
             left = queued.get(name)
             shown = "?" if left is None else str(left)
             good = not any(problem.startswith(f"{name}: ") for problem in problems)
             verdict = Text("ok" if good else "FAILED", style="green" if good else "bold red")
             if report is None:
-                table.add_row(name, "", "0", "0", "", "", "", "", "", shown, verdict)
+                table.add_row(name, "", "", "", "", "", shown, verdict)
             else:
-                table.add_row(name, str(report.expected), str(report.arrived), str(report.lost), str(report.overtaken),
-                              str(report.corrupt + report.misplaced), str(report.duplicates), str(report.refused),
-                              str(report.stale), shown, verdict)
+                table.add_row(name, str(report.arrived), str(report.lost), str(report.overtaken),
+                              str(report.corrupt + report.misplaced), str(report.duplicates), shown, verdict)
         self._console.print(table)
         for problem in problems:
             self._console.print(problem, style="red", highlight=False)

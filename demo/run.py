@@ -62,11 +62,11 @@ class Plan:
     def kinds(self) -> dict[str, str]:
         """What is the matter with each destination, for people."""
         return {
-            "healthy": "answers 204 at once",
-            "slow": f"takes {self.slow_seconds * 1000:.0f} ms",
-            "failing": f"500 for its first {self.failing_seconds:.0f} s",
-            "limited": f"429 beyond {self.rate:.0f}/s",
-            "down": "refuses connections",
+            "healthy": "at once",
+            "slow": f"after {self.slow_seconds * 1000:.0f} ms",
+            "failing": f"500 for {self.failing_seconds:.0f} s",
+            "limited": f"429 over {self.rate:.0f}/s",
+            "down": "no listener",
         }
 
 
@@ -124,7 +124,8 @@ class Demo:
         async with Client(self.cluster.addresses) as client, aiohttp.ClientSession() as session:
             await self.create(client)
             self.dispatcher = await self.children.start(
-                "dispatcher", *spillway("dispatch"), "--address", ",".join(self.cluster.addresses))
+                "dispatcher", *spillway("dispatch"), "--address", ",".join(self.cluster.addresses),
+                needs_others=True)
             self._others.append(self.dispatcher)
             finished = False
             async with asyncio.TaskGroup() as group:
@@ -273,7 +274,7 @@ class Demo:
         problems += [f"{name}: {stats.dead_letters} dead letters" for name, stats in self.stats.items()
                      if stats is not None and stats.dead_letters]
         passed = not problems
-        self.display.verdict(reports, queued, passed, problems)
+        self.display.verdict(len(self.events), reports, queued, passed, problems)
         return passed
 
 

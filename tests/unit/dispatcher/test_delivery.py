@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import socket
 from collections import defaultdict, deque
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import pytest
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.test_utils import TestServer
 from spillway.client.dispatcher.dispatcher import Counts, Dispatcher, matcher, state_of
 from spillway.client.dispatcher.lane import RUN_MESSAGES_MAX
@@ -727,3 +728,30 @@ def test_patterns(patterns: list[str], name: str, fits: bool) -> None:
 def test_states(counts: Counts, state: str | None) -> None:
     """A destination is what its last second was; a second without requests changes nothing."""
     assert state_of(counts) == state
+
+
+async def test_no_header_blocks_its_message(receiver: Receiver) -> None:
+    """Whatever header a message has, it is delivered: otherwise a tenant could block its queue, or a header that a
+    library treats specially could change the request."""
+    names = sorted({str(value) for name, value in vars(hdrs).items() if name.isupper() and isinstance(value, str)}
+                   - {"*", "Sec-WebSocket-Key1"} - hdrs.METH_ALL)  # that one this server refuses, as a server may
+    assert len(names) > 50
+    broker = FakeBroker(target(receiver, "a"))
+    for name in names:
+        broker.put("a", b"payload", tenant=name, headers={name: "x"})
+    async with dispatching(broker) as dispatcher:
+        await broker.until(lambda: not broker.left("a"))
+        assert dispatcher.counts().delivered == len(names) == len(receiver.requests)
+    assert set(receiver.bodies("/a")) == {b"payload"}
+
+
+async def test_password_in_url(receiver: Receiver) -> None:
+    """Credentials of the URL go into the Authorization header; they win over a message's own."""
+    url = receiver.url("/a").replace("://", "://user:p%40ss@")
+    broker = FakeBroker(Target("a", url, 5.0, 1))
+    broker.put("a", b"0", headers={"authorization": "Bearer tenant"})
+    broker.put("a", b"1")
+    async with dispatching(broker):
+        await broker.until(lambda: not broker.left("a"))
+    assert [[v for k, v in r.headers.items() if k.lower() == "authorization"] for r in receiver.requests] == [
+        ["Basic " + base64.b64encode(b"user:p@ss").decode()]] * 2

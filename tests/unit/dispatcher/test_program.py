@@ -62,7 +62,7 @@ async def test_consume() -> None:
 def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags have defaults that work on loopback; the address may come from the environment."""
     options = parser().parse_args([])
-    assert (options.address, options.destination, options.grace_seconds) == ("127.0.0.1:7070", [], 20.0)
+    assert (options.address, options.destination, options.grace_seconds) == ("127.0.0.1:7070", [], 15.0)
     monkeypatch.setenv("SPILLWAY_ADDRESS", "a:1,b:2")
     options = parser().parse_args(["--destination", "crm.*", "--destination", "x"])
     assert (options.address, options.destination) == ("a:1,b:2", ["crm.*", "x"])

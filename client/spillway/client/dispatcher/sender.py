@@ -75,9 +75,12 @@ class Sender:
     def __init__(self, target: Target, resolver: AbstractResolver, user_agent: str,
                  address_check: AddressCheck | None = None) -> None:
         """Raises ValueError if the target's URL is not usable."""
-        self.url = URL(target.url)
-        if self.url.scheme not in ("http", "https") or not self.url.host:
+        url = URL(target.url)
+        if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"the URL of destination {target.destination!r} is not http:// or https:// with a host")
+        # aiohttp refuses a request that has credentials both in its URL and in a header, which is the tenant's to set.
+        self._authorization = "" if url.user is None else aiohttp.encode_basic_auth(url.user, url.password or "")
+        self.url = url.with_user(None)
         self._headers = {"User-Agent": user_agent}
         self._timeout = aiohttp.ClientTimeout(total=target.timeout, connect=min(target.timeout / 2, CONNECT_SECONDS_MAX))
         self._connections = target.concurrency_max
@@ -112,6 +115,9 @@ class Sender:
     async def post(self, payload: bytes, headers: Mapping[str, str]) -> Answer:
         """Sends one message and waits for the whole answer; never raises but for cancellation and bugs."""
         assert self._session is not None
+        if self._authorization:
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            headers["Authorization"] = self._authorization
         try:
             async with self._session.post(self.url, data=payload, headers=headers, allow_redirects=False) as response:
                 size = 0
