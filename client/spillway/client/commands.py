@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from spillway.client.cli import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_USAGE
@@ -45,20 +44,14 @@ app.add_typer(destinations, name="destination")
 def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
     try:
-        code = app(args=argv, prog_name="spillway", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return EXIT_USAGE
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (click.Abort, KeyboardInterrupt):
-        return 130
+        app(args=argv, prog_name="spillway")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             sys.stdout.close()
         return EXIT_FAILED
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 @app.command()
@@ -74,7 +67,7 @@ def produce(
     whole: Annotated[bool, typer.Option(help="The whole input is one message.")] = False,
     output: Format = Output.TABLE,
     address: Address = _ADDRESS,
-) -> int:
+) -> None:
     """Sends messages, one per line of input; returns when all are stored."""
     from spillway.client import Client, Record
 
@@ -107,7 +100,7 @@ def produce(
             print(f"{sent} messages stored", file=sys.stderr)
         return 0
 
-    return _run(send)
+    _run(send)
 
 
 @app.command()
@@ -119,7 +112,7 @@ def consume(
     idle: Annotated[float, typer.Option(help="Stop after so many seconds without a message; 0: never.")] = 0.0,
     output: Format = Output.TABLE,
     address: Address = _ADDRESS,
-) -> int:
+) -> None:
     """Prints messages as they come, and acknowledges each once it is printed."""
     from spillway.client import Client
 
@@ -143,14 +136,14 @@ def consume(
                         message.ack()
         return 0
 
-    return _run(take)
+    _run(take)
 
 
 @app.command()
 def status(
     output: Format = Output.TABLE,
     address: Address = _ADDRESS,
-) -> int:
+) -> None:
     """Shows nodes and who leads which shard. Exit code 4 if a shard has no leader."""
     from spillway.client import Client, Unavailable
 
@@ -177,11 +170,11 @@ def status(
                 (node, where, ", ".join(map(str, sorted(topology.leads(node))))) for node, where in topology.nodes.items()])
         return 0 if topology.ready else EXIT_UNAVAILABLE
 
-    return _run(show)
+    _run(show)
 
 
 @destinations.command("list")
-def destination_list(output: Format = Output.TABLE, address: Address = _ADDRESS) -> int:
+def destination_list(output: Format = Output.TABLE, address: Address = _ADDRESS) -> None:
     """Lists all destinations, by name."""
 
     async def show(admin: Any) -> int:
@@ -195,24 +188,24 @@ def destination_list(output: Format = Output.TABLE, address: Address = _ADDRESS)
                 for one in found])
         return 0
 
-    return _run_admin(address, show)
+    _run_admin(address, show)
 
 
 @destinations.command("show")
 def destination_show(name: Annotated[str, typer.Argument(help="The destination.")], output: Format = Output.TABLE,
-                     address: Address = _ADDRESS) -> int:
+                     address: Address = _ADDRESS) -> None:
     """Shows one destination's policy and target."""
 
     async def show(admin: Any) -> int:
         _print_one(_plain(await admin.get_destination(name)), output)
         return 0
 
-    return _run_admin(address, show)
+    _run_admin(address, show)
 
 
 @destinations.command("stats")
 def destination_stats(name: Annotated[str, typer.Argument(help="The destination.")], output: Format = Output.TABLE,
-                      address: Address = _ADDRESS) -> int:
+                      address: Address = _ADDRESS) -> None:
     """Shows counts of one destination. Exit code 4 if shards did not answer."""
 
     async def show(admin: Any) -> int:
@@ -220,7 +213,7 @@ def destination_stats(name: Annotated[str, typer.Argument(help="The destination.
         _print_one(_plain(stats), output)
         return EXIT_UNAVAILABLE if stats.shards_missing else 0
 
-    return _run_admin(address, show)
+    _run_admin(address, show)
 
 
 @destinations.command("apply")
@@ -239,12 +232,12 @@ def destination_apply(
     concurrency_max: Annotated[int | None, typer.Option(help="Requests at a time per dispatcher.")] = None,
     output: Format = Output.TABLE,
     address: Address = _ADDRESS,
-) -> int:
+) -> None:
     """Creates a destination, or changes what is given and keeps the rest."""
-    from spillway.client import Destination, DestinationNotFound, HttpTarget, NackPolicy
+    from spillway.client import Destination, DestinationNotFound, HttpTarget, InvalidArgument, NackPolicy
 
     if nack_policy is not None and nack_policy.upper() not in NackPolicy.__members__:
-        raise click.BadParameter(f"{nack_policy!r} is not block, block_until or skip", param_hint="--nack-policy")
+        raise typer.BadParameter(f"{nack_policy!r} is not block, block_until or skip", param_hint="--nack-policy")
     changes: dict[str, Any] = {
         "run_messages_max": run_messages_max, "lease_seconds": lease_seconds, "backoff_base": backoff_base,
         "backoff_cap": backoff_cap, "nack_policy": NackPolicy[nack_policy.upper()] if nack_policy else None,
@@ -260,7 +253,7 @@ def destination_apply(
         if url is not None:
             http = HttpTarget(url, http.timeout if http else None, http.concurrency_max if http else None) if url else None
         if http is None and (timeout is not None or concurrency_max is not None):
-            raise click.UsageError("--timeout and --concurrency-max need a --url")
+            raise InvalidArgument("--timeout, --concurrency-max", "they need a --url")
         if http is not None:
             http = dataclasses.replace(http, timeout=http.timeout if timeout is None else timeout,
                                        concurrency_max=concurrency_max or http.concurrency_max)
@@ -268,46 +261,52 @@ def destination_apply(
         _print_one(_plain(await admin.update_destination(new, create=True)), output)
         return 0
 
-    return _run_admin(address, apply)
+    _run_admin(address, apply)
 
 
 # -- inner -------------------------------------------------------------------------------------------------------
 
 
-def _run(command: Callable[[], Coroutine[Any, Any, int]]) -> int:
-    """Runs a command's coroutine, faster if uvloop is there; turns errors into a line and an exit code."""
+def _run(command: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
+    """Runs a command's coroutine, faster if uvloop is there, and exits; an error becomes a line and an exit code."""
     from spillway.client.errors import DestinationNotFound, InvalidArgument, SpillwayError, Unavailable
 
     try:
         try:
             import uvloop
         except ImportError:
-            return asyncio.run(command())
-        return uvloop.run(command())  # type: ignore[no-any-return,unused-ignore]
+            code = asyncio.run(command())
+        else:
+            code = uvloop.run(command())
     except SpillwayError as error:
         print(f"spillway: {error}", file=sys.stderr)
+        code = EXIT_FAILED
         if isinstance(error, InvalidArgument):
-            return EXIT_USAGE
-        if isinstance(error, DestinationNotFound):
-            return EXIT_NOT_FOUND
-        return EXIT_UNAVAILABLE if isinstance(error, Unavailable) else EXIT_FAILED
+            code = EXIT_USAGE
+        elif isinstance(error, DestinationNotFound):
+            code = EXIT_NOT_FOUND
+        elif isinstance(error, Unavailable):
+            code = EXIT_UNAVAILABLE
+    raise typer.Exit(code)
 
 
-def _run_admin(address: list[str], command: Callable[[Any], Coroutine[Any, Any, int]]) -> int:
+def _run_admin(address: list[str], command: Callable[[Any], Coroutine[Any, Any, int]]) -> NoReturn:
     from spillway.client import Client
 
     async def connected() -> int:
         async with Client(address) as client:
             return await command(client.admin)
 
-    return _run(connected)
+    _run(connected)
 
 
 def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
     except OSError as error:
-        raise click.FileError(str(path), error.strerror or "cannot be read") from None
+        from spillway.client import InvalidArgument
+
+        raise InvalidArgument(str(path), error.strerror or "it cannot be read") from None
 
 
 def _headers(given: list[str]) -> dict[str, str]:
@@ -315,7 +314,7 @@ def _headers(given: list[str]) -> dict[str, str]:
     for one in given:
         name, equals, value = one.partition("=")
         if not equals:
-            raise click.BadParameter(f"{one!r} is not NAME=VALUE", param_hint="--header")
+            raise typer.BadParameter(f"{one!r} is not NAME=VALUE", param_hint="--header")
         headers[name] = value
     return headers
 

@@ -30,7 +30,7 @@ from spillway.client.errors import (
     from_item_error,
 )
 from spillway.client.model import Receipt, Record
-from spillway.client.retry import Backoff, verdict_of
+from spillway.client.retry import Backoff, Verdict, verdict_of
 from spillway.client.sequencing import Entry, Lane, Refusal
 from spillway.client.streams import Batch, BatchStream
 from spillway.client.topology import Router, Topology
@@ -154,7 +154,7 @@ class _Stream(BatchStream[_Request]):
 
     def _build(self) -> _Request | None:
         ready = self.ready
-        producer_id = ready[0].producer_id
+        producer_id = next((lane.producer_id for lane in ready if lane.sendable), ready[0].producer_id)
         head = wire.produce_head(producer_id)
         pieces = [head]
         parts: list[tuple[_Lane, list[Entry]]] = []
@@ -187,7 +187,7 @@ class _Stream(BatchStream[_Request]):
         return _Request(b"".join(pieces), parts) if parts else None
 
     def answered(self, batch: _Request, response: pb.ProduceResponse) -> None:
-        self.producer._answered(batch, response)
+        self.producer._answered(self, batch, response)
 
     def broken(self, batches: list[_Request], error: SpillwayError, final: bool) -> None:
         self.producer._broken(self, batches, error, final)
@@ -522,7 +522,7 @@ class Producer:
 
     # -- inner: answers ------------------------------------------------------------------------------------------
 
-    def _answered(self, batch: _Request, response: pb.ProduceResponse) -> None:
+    def _answered(self, stream: _Stream, batch: _Request, response: pb.ProduceResponse) -> None:
         sequences = list(response.sequences)
         errors = response.errors
         start = 0
@@ -540,6 +540,8 @@ class Producer:
         else:
             refusals = {item.index: Refusal(verdict_of(item.code), from_item_error(item)) for item in errors}
             self._warn(next(iter(refusals.values())).error)
+            if any(refusal.verdict is Verdict.UNKNOWN for refusal in refusals.values()):
+                self._router.watch.suspect(stream.address, alive=True)  # somebody may know of another leader
             for lane, entries in batch.parts:
                 end = start + len(entries)
                 refused = {i - start: refusals[i] for i in range(start, end) if i in refusals}

@@ -133,7 +133,7 @@ class _Stream(BatchStream[_Request]):
         return _Request(b"".join(pieces), settlements) if settlements else None
 
     def answered(self, batch: _Request, response: pb.AckResponse) -> None:
-        self.settler._answered(batch.settlements, response)
+        self.settler._answered(self, batch.settlements, response)
 
     def broken(self, batches: list[_Request], error: SpillwayError, final: bool) -> None:
         unanswered = [one for batch in batches for one in batch.settlements]
@@ -201,7 +201,7 @@ class Settler:
             self._timer.cancel()
             self._resend()
 
-    def _answered(self, settlements: list[Settlement], response: pb.AckResponse) -> None:
+    def _answered(self, stream: _Stream, settlements: list[Settlement], response: pb.AckResponse) -> None:
         finished = self._finished
         if not response.errors:
             for one in settlements:
@@ -223,7 +223,9 @@ class Settler:
                     self._retry.append(one)
                 else:
                     self._finish(one, from_item_error(item))
-            self._retry_later()
+            if self._retry:
+                self._router.watch.suspect(stream.address, alive=True)  # somebody may know of another leader
+                self._retry_later()
         if not self.unfinished and self._drained:
             self._tell_drained()
 

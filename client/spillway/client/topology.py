@@ -118,16 +118,17 @@ class TopologyWatch:
         """Every address that may answer: the nodes, then the seeds."""
         return list(dict.fromkeys((*self.current.nodes.values(), *self._seeds)))
 
-    def suspect(self, address: str) -> None:
-        """Something at `address` failed or hangs: asks others who leads now, and watches elsewhere if need be."""
+    def suspect(self, address: str, *, alive: bool = False) -> None:
+        """Something at `address` failed: asks others who leads now, and, unless it is `alive`, watches elsewhere if
+        need be."""
         now = asyncio.get_running_loop().time()
         if now - self._refreshed < REFRESH_SECONDS_MIN or self._task is None:
             return
         self._refreshed = now
         if self._refresh is None or self._refresh.done():
-            self._refresh = asyncio.create_task(self._ask(address), name="spillway topology refresh")
+            self._refresh = asyncio.create_task(self._ask(address, alive), name="spillway topology refresh")
 
-    async def _ask(self, suspect: str) -> None:
+    async def _ask(self, suspect: str, alive: bool) -> None:
         others = [a for a in self.addresses if a != suspect and self._health.is_up(a)]
         for address in others[:3]:
             stub = rpc.ClusterServiceStub(self._channels.get(address, "control"))
@@ -136,7 +137,7 @@ class TopologyWatch:
             except grpc.aio.AioRpcError:
                 continue
             self._heard(response.topology)
-            if self._watched == suspect and self._call is not None:
+            if self._watched == suspect and not alive and self._call is not None:
                 self._call.cancel()
             return
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -71,6 +72,7 @@ class FakeCluster:
         self.destinations: dict[str, admin.Destination] = {}
         self._numbers = itertools.count(1 << 20)
         self.changed = asyncio.Condition()
+        self.revision = 0
 
     async def start(self, nodes: int = 1) -> FakeCluster:
         """Starts nodes n1.. that lead the shards in turn."""
@@ -111,6 +113,7 @@ class FakeCluster:
     async def tell(self) -> None:
         """The topology changed."""
         async with self.changed:
+            self.revision += 1
             self.changed.notify_all()
 
     def stored(self, destination: str, tenant: str = "", key: str = "") -> list[bytes]:
@@ -159,7 +162,6 @@ class FakeCluster:
                 run = q.LeasedRun(shard=shard, fencing_token=next(self._numbers), destination=destination, tenant=tenant,
                                   key=key)
                 lease_ms = stream.subscribe.lease_duration.ToMilliseconds() or self.lease_ms
-                import time
                 run.expire_unix_ms = int(time.time() * 1000) + lease_ms
                 for sequence, message, attempts in list(queue)[:limit]:
                     if run.messages and stream.bytes <= 0:
@@ -354,9 +356,10 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
     async def WatchTopology(self, request: cluster.WatchTopologyRequest,
                             context: Any) -> AsyncIterator[cluster.WatchTopologyResponse]:
         while True:
+            revision = self.cluster.revision
             yield cluster.WatchTopologyResponse(topology=self.cluster.topology())
             async with self.cluster.changed:
-                await self.cluster.changed.wait()
+                await self.cluster.changed.wait_for(lambda seen=revision: self.cluster.revision != seen)  # type: ignore[misc]
 
     async def CreateDestination(self, request: admin.CreateDestinationRequest,
                                 context: Any) -> admin.CreateDestinationResponse:
