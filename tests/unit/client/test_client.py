@@ -212,7 +212,8 @@ def test_destinations_and_status_on_the_command_line(capsys: pytest.CaptureFixtu
     """Tables for people, JSON for programs, exit codes for scripts."""
     with threaded() as cluster:
         at = ("--address", cluster.addresses[0])
-        code, out, _ = run(capsys, "destination", "apply", "d", "--nack-policy", "skip", "--url", "http://x", "-o", "json", *at)
+        code, out, _ = run(capsys, "destination", "apply", "d", "--nack-policy", "skip", "--url", "http://x", "-o", "json",
+                           *at)
         assert code == 0 and json.loads(out)["policy"]["nack_policy"] == "skip"
         code, out, _ = run(capsys, "destination", "apply", "d", "--timeout", "3", "--lease-seconds", "9", "-o", "json", *at)
         shown = json.loads(out)
@@ -252,7 +253,8 @@ class Plugin:
         return lambda argv: print("plugged", argv) or 7
 
 
-def test_plugged_in_commands_parse_for_themselves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugged_in_commands_parse_for_themselves(capsys: pytest.CaptureFixture[str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """`spillway x --help` reaches x; without its extra there is a hint."""
     points = [Plugin("x"), Plugin("serve", missing="rocksdict")]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
