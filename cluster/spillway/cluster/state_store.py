@@ -20,8 +20,8 @@ from rocksdict import BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, 
 from spillway.cluster.errors import SnapshotInvalid, StorageFailed, StoreRefused
 
 FORMAT = 1
-WRITE_BUFFER_BYTES = 32 << 20
-BLOCK_CACHE_BYTES = 32 << 20
+WRITE_BUFFER_BYTES = 16 << 20
+BLOCK_CACHE_BYTES = 16 << 20
 CHUNK_BYTES = 128 << 10  # of a snapshot
 EXPORT_BYTES_PER_SECOND = 64 << 20  # leaves room for the traffic of the day
 _META = struct.Struct("<BIQQ")
@@ -39,7 +39,7 @@ class StateStore:
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(WRITE_BUFFER_BYTES)
-        options.set_max_write_buffer_number(3)
+        options.set_max_write_buffer_number(2)
         options.set_max_background_jobs(2)
         options.set_keep_log_file_num(2)
         options.set_max_total_wal_size(128 << 20)
@@ -78,6 +78,13 @@ class StateStore:
         self._flush()
         for rows in self._groups.values():
             rows.durable_index = rows.applied_index
+
+    def rest(self) -> None:
+        """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
+        try:
+            self.db.flush(True)
+        except Exception as e:
+            raise StorageFailed(f"the state cannot be written: {e}") from e
 
     def write(self, batch: WriteBatch) -> None:
         """Writes a batch, unsynced. Raises StorageFailed."""

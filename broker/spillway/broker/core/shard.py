@@ -21,8 +21,8 @@ from spillway.broker.core.queue import Counters, Message, Queue
 
 SEQUENCE_SHIFT = 20  # sequence = log index << 20 | position: an entry holds fewer than 2^20 messages
 PRODUCERS_MAX = 65_536  # idempotent producers remembered per shard; the longest idle is forgotten first
-SETTLED_MAX = 65_536  # recent settled leases remembered, to tell "already settled" from "stale"
-CACHE_BYTES_MAX = 4 << 20  # message bytes a shard keeps in memory across a checkpoint
+SETTLED_MAX = 4_096  # recent settled leases remembered, to tell "already settled" from "stale"
+CACHE_BYTES_MAX = 1 << 20  # message bytes a shard keeps in memory across a checkpoint
 _ALL = (1 << 64) - 1  # Queue.persisted: every message has a row; the next enqueue lowers it
 
 

@@ -6,6 +6,7 @@ the moment between the applies of a turn and its proposals, when the scheduler h
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import random
 import shutil
@@ -37,6 +38,9 @@ TICK_SECONDS = 0.005  # how late a timer may be
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
 SYNC_SECONDS = 1.0
 META_GROUP = 0
+TRIM_SECONDS = 10.0
+QUIET_SECONDS = 5.0  # without a checkpoint: then write buffers are given back, too
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; ctypes releases the GIL meanwhile
 
 
 class Node:
@@ -59,7 +63,7 @@ class Node:
         self.revision = 0  # of the topology
         self._topology_event = asyncio.Event()
         self._due_checkpoints: dict[ShardRuntime, None] = {}
-        self._synced_index = 0
+        self._trimmed = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
         host.add_group(META_GROUP, sorted(self.members)[:7], self.meta)
@@ -299,7 +303,8 @@ class Node:
 
     async def _upkeep(self) -> None:
         """Periodic checkpoints, syncs, sweeps, disk watermark."""
-        last_checkpoint = time.monotonic()
+        last_checkpoint = busy_at = time.monotonic()
+        rested = True
         committed = {n: r.rows.applied_index for n, r in self.shards.items()}
         while True:
             await asyncio.sleep(SYNC_SECONDS)
@@ -312,9 +317,24 @@ class Node:
             if now != committed or self.meta.rows.applied_index != self.meta.rows.durable_index:
                 await self.store.sync()
                 committed = now
+                busy_at = time.monotonic()
+                rested = False
+            elif not rested and time.monotonic() - busy_at > QUIET_SECONDS:
+                rested = True
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(None, self.store.rest)
+                await loop.run_in_executor(None, self.host.store.rest)
             self.scheduler.sweep()
             self._watch_disk()
             self._balance_leaders()
+            await self._trim_memory()
+
+    async def _trim_memory(self) -> None:
+        """Gives memory that a burst left behind back to the system: the allocator alone keeps it for ever."""
+        now = time.monotonic()
+        if _malloc_trim is not None and now - self._trimmed > TRIM_SECONDS:
+            self._trimmed = now
+            await asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)
 
     def _balance_leaders(self) -> None:
         """Hands one shard a second back to its preferred leader, once that is up to date: leaders stay spread."""

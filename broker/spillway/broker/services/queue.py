@@ -60,7 +60,6 @@ STREAM_CALLS_MAX = 64  # requests of a stream under way
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
 CREDIT_BYTES_MAX = 256 << 20
 HEARTBEAT_SECONDS = 10.0
-ROUTES_MAX = 200_000  # cached routes of queues; the cache starts anew when full
 _HEARTBEAT = LeaseResponse().SerializeToString()
 _DRAINING = LeaseResponse(draining=True).SerializeToString()
 _Error = tuple[int, int, str, str]
@@ -79,8 +78,8 @@ class QueueService:
         self.peer = peer
         self._loop = asyncio.get_running_loop()
         self._streams = itertools.count(1)
-        self._routes: dict[tuple[str, str, str], tuple[bytes, int]] = {}
-        self._routes_revision = -1
+        self._known: set[str] = set()  # destinations whose name is valid and that exist
+        self._known_revision = -1
         self._sinks: set[Sink] = set()
         self.open_streams = 0
 
@@ -185,36 +184,38 @@ class QueueService:
                           "the disk of this node is nearly full (disk_free_bytes_min); nothing was stored")
             call.release()
             return call
-        if self._routes_revision != node.meta.revision or len(self._routes) > ROUTES_MAX:
-            self._routes.clear()
-            self._routes_revision = node.meta.revision
-        routes = self._routes
+        if self._known_revision != node.meta.revision:
+            self._known.clear()
+            self._known_revision = node.meta.revision
+        known = self._known
+        shard_count = node.config.shards
         batches: dict[int, Batch] = {}
         closed: list[tuple[int, Batch]] = []
         unknown: set[str] = set()
         payload_max = node.config.payload_bytes_max
         now = 0
         for i, record in enumerate(records):
-            names = (record.destination, record.tenant, record.key)
+            destination, tenant, key = record.destination, record.tenant, record.key
             body = record.message
-            route = routes.get(names)
-            if route is None:
+            # The common case costs one test: known destination, short printable names.
+            if destination not in known or not (tenant + key).isprintable() or len(tenant) > 63 or len(key) > 63:
                 try:
-                    route = self._route(names, i)
+                    _check_names(destination, tenant, key, i)
                 except RequestError as error:
                     call.fail(i, ERROR_CODE_INVALID_ARGUMENT, error.field, error.description)
                     continue
-                if node.meta.get(names[0]) is None:
-                    unknown.add(names[0])
+                if node.meta.get(destination) is None:
+                    unknown.add(destination)
                 else:
-                    routes[names] = route
+                    known.add(destination)
             size = len(body)
             if size > payload_max or (size and body[0] != 0x1A):  # big, or with an id or headers: look inside
                 problem = _check_message(request.records[i].message, i, payload_max)
                 if problem is not None:
                     call.fail(*problem)
                     continue
-            name, shard = route
+            name = queue_key(destination, tenant, key)
+            shard = shard_of(name, shard_count)
             batch = batches.get(shard)
             if batch is None:
                 batch = batches[shard] = Batch(call, producer, record.producer_sequence if producer else 0)
@@ -240,13 +241,6 @@ class QueueService:
             return self._create_then_submit(stream, call, closed, unknown)
         self._submit(stream, call, closed)
         return call
-
-    def _route(self, names: tuple[str, str, str], i: int) -> tuple[bytes, int]:
-        check_destination(f"records[{i}].destination", names[0])
-        check_name(f"records[{i}].tenant", names[1], empty=True)
-        check_name(f"records[{i}].key", names[2], empty=True)
-        name = queue_key(*names)
-        return name, shard_of(name, self.node.config.shards)
 
     async def _create_then_submit(self, stream: int, call: Call, batches: list[tuple[int, Batch]], unknown: set[str]) -> Call:
         refused: dict[bytes, tuple[int, str]] = {}
@@ -458,6 +452,12 @@ class _Pump:
         self.ended = False
         self.error: RequestError | None = None
         self.some = asyncio.Event()
+
+
+def _check_names(destination: str, tenant: str, key: str, i: int) -> None:
+    check_destination(f"records[{i}].destination", destination)
+    check_name(f"records[{i}].tenant", tenant, empty=True)
+    check_name(f"records[{i}].key", key, empty=True)
 
 
 def _check_message(message: Message, i: int, payload_max: int) -> _Error | None:

@@ -20,7 +20,7 @@ from spillway.cluster.consensus.seam import Journal
 from spillway.cluster.errors import StorageFailed, StoreRefused
 
 FORMAT = 1
-WRITE_BUFFER_BYTES = 32 << 20  # most of the log is dropped before it leaves the memtable
+WRITE_BUFFER_BYTES = 16 << 20  # most of the log is dropped before it leaves the memtable
 _HARD = struct.Struct(">Q")
 _KEY = struct.Struct(">cIQ")
 _TERM = struct.Struct("<Q")
@@ -45,7 +45,7 @@ class JournalStore:
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(WRITE_BUFFER_BYTES)
-        options.set_max_write_buffer_number(3)
+        options.set_max_write_buffer_number(2)
         options.set_max_background_jobs(2)
         options.set_keep_log_file_num(2)
         # The default silently forgets synced records after a damaged one.
@@ -114,6 +114,13 @@ class JournalStore:
     def sync(self) -> None:
         """Makes everything written durable; releases the GIL. Raises StorageFailed."""
         self._flush()
+
+    def rest(self) -> None:
+        """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
+        try:
+            self._db.flush(True)
+        except Exception as e:
+            raise StorageFailed(f"the log cannot be written: {e}") from e
 
     def _flush(self) -> None:
         try:
