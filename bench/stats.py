@@ -1,0 +1,29 @@
+"""Statistics of samples. Pure."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The smallest sample that at least `percent` % of the samples do not exceed (nearest rank)."""
+    if not samples:
+        raise ValueError("no samples")
+    if not 0 < percent <= 100:
+        raise ValueError(f"{percent} is not in (0, 100]")
+    return sorted(samples)[math.ceil(len(samples) * percent / 100) - 1]
+
+
+def summary(samples: Sequence[float]) -> dict[str, float | int | None]:
+    """Count, p50, p99 and maximum, in milliseconds, of samples in seconds."""
+    if not samples:
+        return {"count": 0, "p50_ms": None, "p99_ms": None, "max_ms": None}
+    return {"count": len(samples), "p50_ms": round(percentile(samples, 50) * 1e3, 3),
+            "p99_ms": round(percentile(samples, 99) * 1e3, 3), "max_ms": round(max(samples) * 1e3, 3)}
+
+
+def longest_gap(times: Iterable[float], since: float, until: float) -> float:
+    """The longest stretch of [since, until] without an event."""
+    inside = [since, *sorted(t for t in times if since <= t <= until), until]
+    return max(b - a for a, b in pairwise(inside))
