@@ -40,6 +40,8 @@ CREDIT_BYTES_MAX = 256 << 20
 LEASE_TOTAL_SECONDS = 3600.0
 SILENCE_SECONDS_MAX = 25.0  # heartbeats come every 10 s
 WATCH_SECONDS = 1.0
+OPENING_SECONDS = 0.05  # between looks whether a stream has connected
+FORWARD_SECONDS = 2.0  # how long a leader may be unreachable before another node is asked to forward its messages
 RESUBSCRIBE_SECONDS = 0.25  # after a shard moved to a node: for what its old leader granted and did not deliver
 CLOSE_READ_SECONDS = 1.0  # how long a closing stream may still deliver
 EXTEND_TICK_SECONDS = 0.25
@@ -52,7 +54,7 @@ _Call = grpc.aio.StreamStreamCall[Any, Any]
 class ConsumerState(enum.Enum):
     """How a consumer is doing."""
 
-    CONNECTING = "connecting"  # no stream is open yet
+    CONNECTING = "connecting"  # some stream is not open yet
     CONSUMING = "consuming"  # streams to all nodes are open
     DEGRADED = "degraded"  # some stream is down and being opened again
     CLOSED = "closed"
@@ -120,14 +122,14 @@ class _Stream:
                 self.owed_messages = self.owed_bytes = 0
                 consumer.credits.remove(self)
                 consumer.replan()
-            if self._closing:
+            if self._closing or consumer.failed:
                 return
             if ended == "draining":
                 pause = DRAINING_SECONDS
             elif isinstance(ended, SpillwayError):
-                if self.failing_since is None or self._loop.time() - started > 2 * WATCH_SECONDS:
+                if self.failing_since is None:
                     backoff.reset()
-                    self.failing_since = self._loop.time()
+                    self.failing_since = started
                 consumer.stream_failed(self, ended)
                 pause = backoff.next()
             if pause:
@@ -142,18 +144,25 @@ class _Stream:
         consumer.replan_now()
         subscribe = consumer.subscription(self.owed_messages, self.owed_bytes, self.local_only)
         self.owed_messages = self.owed_bytes = 0
-        self.heard_at = self._loop.time()
+        started = self.heard_at = self._loop.time()
         tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call, subscribe)),
             asyncio.create_task(self._again.wait())]
         try:
             while True:
-                done, _ = await asyncio.wait(tasks, timeout=WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(tasks, timeout=WATCH_SECONDS if self.open else OPENING_SECONDS,
+                                             return_when=asyncio.FIRST_COMPLETED)
                 if done:
                     break
-                if self._loop.time() - self.heard_at > SILENCE_SECONDS_MAX:
+                now = self._loop.time()
+                if now - self.heard_at > SILENCE_SECONDS_MAX:
                     return Unavailable(f"{self.address} is silent")
-                self.opened()
+                if not self.open:
+                    if channel.get_state() is grpc.ChannelConnectivity.READY:
+                        self.opened()
+                    elif self.failing_since is None and now - started > FORWARD_SECONDS:
+                        self.failing_since = started
+                        consumer.stream_failed(self, Unavailable(f"{self.address} cannot be reached"))
         finally:
             call.cancel()
             for task in tasks:
@@ -232,6 +241,8 @@ class Consumer:
         self.time = self._loop.time
         self._settler = Settler(router, channels, self._finished)
         self._streams: dict[str, _Stream] = {}
+        self._forwarded: _Stream | None = None  # for what leaders have that cannot be reached from here
+        self._forward_timer: asyncio.TimerHandle | None = None
         self._closing_streams: set[asyncio.Task[None]] = set()
         self._buffer: deque[LeasedRun] = deque()  # delivered, not handed out
         self._live: set[LeasedRun] = set()  # delivered, not settled for certain
@@ -371,17 +382,46 @@ class Consumer:
         for node, stream in list(self._streams.items()):
             if topology.nodes.get(node) != stream.address:
                 del self._streams[node]
-                task = asyncio.create_task(stream.close())
-                self._closing_streams.add(task)
-                task.add_done_callback(self._closing_streams.discard)
-                self.credits.remove(stream)
+                self._close_stream(stream)
         for node, address in topology.nodes.items():
             if node not in self._streams:
                 self._streams[node] = _Stream(self, node, address, local_only=True)
+        self._check_forwarding()
         self.replan()
+
+    def _check_forwarding(self) -> None:
+        """If leaders cannot be reached from here while others can, one of those forwards what they have."""
+        if self._closed:
+            return
+        if self._forward_timer is not None:
+            self._forward_timer.cancel()
+            self._forward_timer = None
+        now = self._loop.time()
+        leaders = set(self._router.watch.current.leaders)
+        failing = {s: now - s.failing_since for s in self._streams.values()
+                   if s.node in leaders and s.failing_since is not None}
+        unreachable = {s.address for s, seconds in failing.items() if seconds >= FORWARD_SECONDS}
+        if unreachable and self._forwarded is None:
+            health = self._router.health
+            address = next((a for a in self._router.watch.addresses if a not in unreachable and health.is_up(a)), None)
+            if address is not None:
+                log.info("consumer %r leases through %s what %s lead", self.name, address, ", ".join(sorted(unreachable)))
+                self._forwarded = _Stream(self, "forwarded", address, local_only=False)
+        elif not unreachable and self._forwarded is not None:
+            stream, self._forwarded = self._forwarded, None
+            self._close_stream(stream)
+        if failing and self._forwarded is None:
+            self._forward_timer = self._loop.call_later(FORWARD_SECONDS / 4, self._check_forwarding)
+
+    def _close_stream(self, stream: _Stream) -> None:
+        self.credits.remove(stream)
+        task = asyncio.create_task(stream.close())
+        self._closing_streams.add(task)
+        task.add_done_callback(self._closing_streams.discard)
 
     def stream_opened(self, stream: _Stream) -> None:
         """A stream works (again)."""
+        self._check_forwarding()
         if self._warned and all(s.open for s in self._streams.values()):
             self._warned = False
             log.info("consumer %r is leasing from all nodes again", self.name)
@@ -390,12 +430,18 @@ class Consumer:
         """A stream ended and will be opened again."""
         self._router.health.failed(stream.address)
         self._router.watch.suspect(stream.address)
+        self._check_forwarding()
         if not self._warned:
             self._warned = True
             log.warning("consumer %r lost its stream to %s (%s); it keeps trying. Further failures are logged at DEBUG.",
                         self.name, stream.address, error)
         else:
             log.debug("consumer %r lost its stream to %s: %s", self.name, stream.address, error)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the broker refused the subscription for good."""
+        return self._fatal is not None
 
     def fail(self, error: SpillwayError) -> None:
         """The broker refuses the subscription for good: whoever iterates gets the error."""
@@ -419,7 +465,10 @@ class Consumer:
         topology = self._router.watch.current
         leaders = set(topology.leaders)
         streams = self._streams.values()
-        self.credits.prefer([s for s in streams if s.node in leaders] or streams)
+        preferred = [s for s in streams if s.node in leaders] or list(streams)
+        if self._forwarded is not None:
+            preferred.append(self._forwarded)
+        self.credits.prefer(preferred)
         for stream, messages, bytes_ in self.credits.plan(now):
             stream.owe(messages, bytes_)
         due = self.credits.wake_time(now)
@@ -546,12 +595,12 @@ class Consumer:
             return
         self._closed = True
         self._router.watch.forget(self._topology_changed)
-        for timer in (self._replan_timer, self._resubscribe_timer):
+        for timer in (self._replan_timer, self._resubscribe_timer, self._forward_timer):
             if timer is not None:
                 timer.cancel()
         self._wake(len(self._waiters))
-        await asyncio.gather(*(stream.close() for stream in self._streams.values()), *self._closing_streams,
-                             return_exceptions=True)
+        streams = [*self._streams.values(), *([self._forwarded] if self._forwarded is not None else [])]
+        await asyncio.gather(*(stream.close() for stream in streams), *self._closing_streams, return_exceptions=True)
         if self._extend_timer is not None:
             self._extend_timer.cancel()
         self._buffer.clear()

@@ -133,6 +133,8 @@ def from_rpc_error(error: grpc.RpcError) -> SpillwayError:
             return StaleLease(details)
         case status.UNAVAILABLE | status.CANCELLED | status.DEADLINE_EXCEEDED | None:
             return Unavailable(details)
+        case status.INTERNAL | status.UNKNOWN if "from Core" in details or details == "Stream removed":
+            return Unavailable(details)  # how a connection that breaks during a write looks
         case _:
             return InternalError(f"{code.name}: {details}")
 

@@ -59,7 +59,8 @@ class _Account:
 
 
 class CreditSplitter(Generic[Node]):
-    """Splits `messages` and `bytes` of credit over nodes. Nodes are any hashable value."""
+    """Splits `messages` and `bytes` of credit over nodes. Nodes are any hashable value. The totals, `messages_max` and
+    `bytes_max`, may be set at any time; the next `plan` follows them."""
 
     def __init__(self, messages: int, bytes: int) -> None:
         if messages < 1 or bytes < 1:
@@ -148,6 +149,7 @@ class CreditSplitter(Generic[Node]):
                 account.resting_messages = account.resting_bytes = 0
         before = {node: (a.messages, a.bytes) for node, a in self._accounts.items()}
         self._repay()
+        self._reclaim()
         eligible = [a for a in self._accounts.values() if a.eligible]
         if not eligible:
             return self._changes(before)
@@ -201,6 +203,24 @@ class CreditSplitter(Generic[Node]):
                 amount = min(-account.bytes, free_bytes)
                 account.bytes += amount
                 free_bytes -= amount
+
+    def _reclaim(self) -> None:
+        """If more is given than there is (the total shrank, or an overdrawn stream ended), takes it back, first from
+        those that have most."""
+        lacking = -self.free_messages
+        for account in sorted(self._accounts.values(), key=lambda a: -a.messages):
+            if lacking <= 0 or account.messages <= 0:
+                break
+            amount = min(lacking, account.messages)
+            account.messages -= amount
+            lacking -= amount
+        lacking = -self.free_bytes
+        for account in sorted(self._accounts.values(), key=lambda a: -a.bytes):
+            if lacking <= 0 or account.bytes <= 0:
+                break
+            amount = min(lacking, account.bytes)
+            account.bytes -= amount
+            lacking -= amount
 
     def _floor_bytes(self, eligible: list[_Account]) -> int:
         """Bytes that an idle node keeps: all, unless some node lacks nothing but bytes."""

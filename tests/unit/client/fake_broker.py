@@ -154,7 +154,8 @@ class FakeCluster:
                 continue
             destination, tenant, key = name.decode().split("\0")
             node = self.nodes[leader]
-            for stream in node.streams:
+            proxies = [s for n in self.nodes.values() for s in n.streams if not s.subscribe.local_only]
+            for stream in [*node.streams, *proxies]:
                 if stream.messages <= 0 or stream.bytes <= 0 or node.draining or not any(
                         _matches(p, destination) for p in stream.subscribe.destinations):
                     continue
@@ -172,8 +173,8 @@ class FakeCluster:
                 self.leases[shard, run.fencing_token] = Lease(run.fencing_token, shard, name, stream.subscribe.session,
                                                               [x.sequence for x in run.messages])
                 self.outstanding_high = max(self.outstanding_high, sum(len(x.sequences) for x in self.leases.values()))
-                node.streams.remove(stream)
-                node.streams.append(stream)  # the next takes the next
+                stream.node.streams.remove(stream)
+                stream.node.streams.append(stream)  # the next takes the next
                 stream.out.put_nowait(q.LeaseResponse(runs=[run]))
                 break
 
@@ -244,6 +245,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.requests: list[q.ProduceRequest] = []
         self.subscriptions: list[q.Subscribe] = []
         self.ack_requests = 0
+        self.refuse_lease: tuple[grpc.StatusCode, str] | None = None
 
     @property
     def address(self) -> str:
@@ -320,6 +322,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
             await context.write(response)
 
     async def Lease(self, requests: AsyncIterator[q.LeaseRequest], context: Any) -> None:
+        if self.refuse_lease is not None:
+            await context.abort(*self.refuse_lease)
         first = await anext(requests)
         assert first.WhichOneof("request") == "subscribe"
         stream = Stream(self, first.subscribe)

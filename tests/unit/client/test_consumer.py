@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import grpc
 import pytest
 
 from spillway.client import (
@@ -14,6 +15,7 @@ from spillway.client import (
     Gap,
     InvalidArgument,
     LeasedRun,
+    PermissionDenied,
     Producer,
     Record,
     Reject,
@@ -463,6 +465,39 @@ async def test_wrong_options_are_refused(options: dict[str, object], field: str)
         with pytest.raises(InvalidArgument) as error:
             client.consumer(**{"destinations": "d", **options})  # type: ignore[arg-type]
         assert error.value.field == field
+
+
+async def test_a_leader_that_cannot_be_reached_is_leased_from_through_another_node() -> None:
+    """Its address does not answer from here: another node forwards, until it does."""
+    async with serving(2) as (cluster, client):
+        await send(client, 8, keys=8)
+        dead = cluster.nodes["n1"]
+        await dead.stop()
+        async with client.consumer("d") as consumer:
+            got = 0
+            while got < 8:
+                run = await consumer.next_run(8)
+                assert run is not None
+                await run.ack()
+                got += len(run)
+            assert not cluster.nodes["n2"].subscriptions[-1].local_only
+            await dead.start()
+            await until(lambda: consumer.state is ConsumerState.CONSUMING and consumer._forwarded is None)
+            await send(client, 8, keys=8)
+            for _ in range(8):
+                run = await consumer.next_run(5)
+                assert run is not None
+                await run.ack()
+
+
+async def test_a_refused_subscription_is_raised() -> None:
+    """Whoever iterates gets the broker's error, and nothing is tried again."""
+    async with serving() as (cluster, client):
+        cluster.nodes["n1"].refuse_lease = (grpc.StatusCode.PERMISSION_DENIED, "no right to lease d")
+        async with client.consumer("d") as consumer:
+            with pytest.raises(PermissionDenied, match="no right"):
+                async for _ in consumer:
+                    pass
 
 
 async def test_several_tasks_share_a_consumer() -> None:

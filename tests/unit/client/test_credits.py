@@ -195,7 +195,7 @@ def test_credit_is_conserved_and_never_exceeded(data: st.DataObject) -> None:
     out: list[tuple[int, int]] = []
     up = set(names)
     for _ in range(data.draw(st.integers(0, 40))):
-        step = data.draw(st.sampled_from(["time", "deliver", "settle", "down", "up", "prefer"]))
+        step = data.draw(st.sampled_from(["time", "deliver", "settle", "down", "up", "prefer", "resize"]))
         name = data.draw(st.sampled_from(names))
         if step == "time":
             nodes.run(data.draw(st.sampled_from([0.0, 0.003, 0.02, 0.2])))
@@ -219,12 +219,16 @@ def test_credit_is_conserved_and_never_exceeded(data: st.DataObject) -> None:
         elif step == "prefer":
             nodes.splitter.prefer(data.draw(st.sets(st.sampled_from(names), min_size=1)) | {min(up)})
             nodes.plan()
+        elif step == "resize":
+            total = nodes.splitter.messages_max = data.draw(st.sampled_from([1, 3, 16, 100]))
+            nodes.plan()
         spent = sum(count for count, _ in out)
         assert spent == nodes.splitter.messages_out
-        assert spent + sum(max(nodes.messages[n], 0) for n in up) <= total
+        unused = sum(max(nodes.messages[n], 0) for n in up)
+        assert spent + unused <= total or (not unused and nodes.splitter.surplus > 0)
         for n in up:
             assert nodes.splitter.unused(n) == (nodes.messages[n], nodes.bytes[n])
-        assert nodes.splitter.surplus <= 0 and nodes.splitter.free_messages >= 0
+        assert nodes.splitter.surplus == spent - total
     for one in out:
         nodes.splitter.settled(*one)
     nodes.splitter.prefer(names)
