@@ -53,7 +53,7 @@ def _never(what: str) -> Any:
     return raises
 
 
-class Engine(library.SyncObj):  # type: ignore[misc, name-defined]
+class Engine(library.SyncObj):  # type: ignore[misc]
     """One replica's library object, driven by its group. Time and chance are those of `seam.source`."""
 
     def __init__(self, owner: EngineOwner, node_id: str, members: list[str], journal: GroupJournal, timing: Timing,
@@ -61,15 +61,16 @@ class Engine(library.SyncObj):  # type: ignore[misc, name-defined]
         """`applied` is the index of the last entry that the machine has; nothing below it is applied again."""
         self._owner = owner
         self.nodes = {m: PeerNode(m) for m in members if m != node_id}
-        super().__init__(PeerNode(node_id), list(self.nodes.values()), configuration(journal, timing), transport=_Wire(owner))
+        super().__init__(PeerNode(node_id), list(self.nodes.values()), configuration(journal, timing),
+                         transport=_Wire(owner))
         # The library keeps a set, whose order depends on the process; a simulation needs the same order every time.
-        self._SyncObj__otherNodes = {n: None for n in self.nodes.values()}.keys()
-        self._SyncObj__raftMatchIndex = {n: 0 for n in self.nodes.values()}
-        self._SyncObj__raftNextIndex = {n: journal.last + 1 for n in self.nodes.values()}
+        self._SyncObj__otherNodes = dict.fromkeys(self.nodes.values()).keys()
+        self._SyncObj__raftMatchIndex = dict.fromkeys(self.nodes.values(), 0)
+        self._SyncObj__raftNextIndex = dict.fromkeys(self.nodes.values(), journal.last + 1)
         self._poller = NoPoller()
         # R6: it would begin at 1 and apply everything again.
         self._SyncObj__raftLastApplied = max(1, applied)
-        self._SyncObj__raftCommitIndex = max(self._SyncObj__raftCommitIndex, self._SyncObj__raftLastApplied)
+        self._SyncObj__raftCommitIndex = max(journal.getRaftCommitIndex(), self._SyncObj__raftLastApplied)
         journal.applied = self._SyncObj__raftLastApplied
         journal.setRaftCommitIndex(self._SyncObj__raftCommitIndex)
 
@@ -101,28 +102,28 @@ class Engine(library.SyncObj):  # type: ignore[misc, name-defined]
     @property
     def term(self) -> int:
         """Current term."""
-        return self._SyncObj__raftCurrentTerm  # type: ignore[no-any-return]
+        return int(self._SyncObj__raftCurrentTerm)
 
     @property
     def state(self) -> int:
         """seam.FOLLOWER, CANDIDATE or LEADER."""
-        return self._SyncObj__raftState  # type: ignore[no-any-return]
+        return int(self._SyncObj__raftState)
 
     @property
     def leader(self) -> str | None:
         """Node id of the leader that it follows or is, None if unknown."""
         node = self._SyncObj__raftLeader
-        return None if node is None else node.id
+        return None if node is None else str(node.id)
 
     @property
     def commit(self) -> int:
         """Highest index known to be committed."""
-        return self._SyncObj__raftCommitIndex  # type: ignore[no-any-return]
+        return self._SyncObj__raftCommitIndex
 
     @property
     def applied(self) -> int:
         """Highest index applied."""
-        return self._SyncObj__raftLastApplied  # type: ignore[no-any-return]
+        return self._SyncObj__raftLastApplied
 
     @applied.setter
     def applied(self, index: int) -> None:
@@ -131,17 +132,18 @@ class Engine(library.SyncObj):  # type: ignore[misc, name-defined]
     @property
     def first_of_term(self) -> int | None:
         """Leader: index of its own no-op."""
-        return self._SyncObj__noopIDx  # type: ignore[no-any-return]
+        index: int | None = self._SyncObj__noopIDx
+        return index
 
     @property
     def transfer_pending(self) -> bool:
         """The leader has asked for an election of this replica."""
-        return self._SyncObj__transferInProgress  # type: ignore[no-any-return]
+        return bool(self._SyncObj__transferInProgress)
 
     @property
     def deadline(self) -> float:
         """When to campaign, unless a leader is heard."""
-        return self._SyncObj__raftElectionDeadline  # type: ignore[no-any-return]
+        return self._SyncObj__raftElectionDeadline
 
     @deadline.setter
     def deadline(self, when: float) -> None:
@@ -149,7 +151,7 @@ class Engine(library.SyncObj):  # type: ignore[misc, name-defined]
 
     def next_index(self, peer: str) -> int:
         """Leader: what to send next."""
-        return self._SyncObj__raftNextIndex[self.nodes[peer]]  # type: ignore[no-any-return]
+        return self._SyncObj__raftNextIndex[self.nodes[peer]]
 
     def set_next_index(self, peer: str, index: int) -> None:
         """Leader: what to send next."""
@@ -157,7 +159,7 @@ class Engine(library.SyncObj):  # type: ignore[misc, name-defined]
 
     def match_index(self, peer: str) -> int:
         """Leader: the peer's log agrees up to here."""
-        return self._SyncObj__raftMatchIndex[self.nodes[peer]]  # type: ignore[no-any-return]
+        return int(self._SyncObj__raftMatchIndex[self.nodes[peer]])
 
     def forget_match(self, peer: str) -> None:
         """Leader: the peer's log is lost; what it acknowledged does not count any more."""

@@ -75,7 +75,7 @@ class RaftGroup:
         self._transfer_sent = NEVER
         self._told: tuple[int, int, str | None, bool, bool] | None = None
         durable = machine.durable_index()
-        _check_fit(number, journal, durable, len(members))
+        check_fit(number, journal, durable, len(members))
         self.engine = Engine(self, node_id, members, journal, timing, durable)
         if not self._progress:
             self.engine.deadline = NEVER  # nobody to wait for
@@ -382,7 +382,7 @@ class RaftGroup:
         index = answer["next_node_idx"]
         last = self.journal.last
         if answer["success"] and index > last + 1:
-            raise LogViolation(f"group {self.number}: node {peer} claims entry {index - 1} of our term; our log ends at {last}")
+            raise LogViolation(f"group {self.number}: node {peer} claims entry {index - 1}; our log ends at {last}")
         before = engine.next_index(peer)
         if answer["recovering"]:
             engine.forget_match(peer)
@@ -572,13 +572,15 @@ def adopt_snapshot(journal: GroupJournal, index: int, term: int) -> None:
     journal.end_install()
 
 
-def _check_fit(group: int, journal: GroupJournal, durable: int, members: int) -> None:
+def check_fit(group: int, journal: GroupJournal, durable: int, members: int) -> None:
     """Refuses a log and a state that do not belong together (R18)."""
     if journal.last == 0 and durable:
-        remedy = ("restore both from a backup of one moment, or remove the whole directory to start empty, without what it held"
-                  if members == 1 else RESTART_HINT)
-        raise StoreRefused(f"group {group}: its state is as of entry {durable}, but its log is lost: {remedy}")
+        alone = "restore both from a backup of one moment, or remove the whole directory to start empty"
+        raise StoreRefused(f"group {group}: its state is as of entry {durable}, but its log is lost: "
+                           f"{alone if members == 1 else RESTART_HINT}")
     if journal.last and durable > journal.last:
-        raise StoreRefused(f"group {group}: its state is as of entry {durable}, but its log ends at {journal.last}: {RESTART_HINT}")
+        raise StoreRefused(f"group {group}: its state is as of entry {durable}, but its log ends at {journal.last}: "
+                           f"{RESTART_HINT}")
     if journal.first > 1 and durable < journal.first:
-        raise StoreRefused(f"group {group}: its log begins at {journal.first}, but its state ends at {durable}: {RESTART_HINT}")
+        raise StoreRefused(f"group {group}: its log begins at {journal.first}, but its state ends at {durable}: "
+                           f"{RESTART_HINT}")

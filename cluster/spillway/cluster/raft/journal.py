@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import msgspec
 from rocksdict import DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
-
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.raft.seam import NO_OP, Journal
 
@@ -99,7 +98,8 @@ class RocksDisk:
             self._db = Rdict(str(path), options)
         except Exception as e:
             if "lock" in str(e).lower():
-                raise StoreRefused(f"{path} is in use by another process; stop that one, or name another directory") from None
+                raise StoreRefused(f"{path} is in use by another process; stop that one, or name another directory"
+                                   ) from None
             raise StoreRefused(f"{path} cannot be opened: {e}. If the disk is sound, replace this node by an empty one: the "
                                "others will bring it up to date") from None
 
@@ -180,8 +180,8 @@ class JournalStore:
         except msgspec.MsgspecError:
             self._refuse("its node row is damaged; replace this node by an empty one")
         if self.node.format > FORMAT:
-            self._refuse(f"it has format {self.node.format}, written by a newer Spillway, and this one reads up to {FORMAT}; "
-                         "start the newer version")
+            self._refuse(f"it has format {self.node.format}, written by a newer Spillway, and this one reads up to "
+                         f"{FORMAT}; start the newer version")
         if (self.node.cluster, self.node.node_id) != (cluster, node_id):
             self._refuse(f"it belongs to node {self.node.node_id!r} of cluster {self.node.cluster!r}, not to {node_id!r} of "
                          f"{cluster!r}; start that node, or name another directory")
@@ -280,8 +280,8 @@ class GroupJournal(Journal):  # type: ignore[misc]
         for key, value in disk.scan(self._key(0), self._key(_INDEX_MAX)):
             index = int.from_bytes(key[-8:], "big")
             if self.last and index != self.last + 1:
-                raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}; replace "
-                                   "this node by an empty one")
+                raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}; "
+                                   "replace this node by an empty one")
             self._append((value[8:], index, _TERM.unpack_from(value)[0]))
         if self.last > 1 and not hard:
             raise StoreRefused(f"term and vote of group {self.group} are lost; replace this node by an empty one")

@@ -20,7 +20,6 @@ from pysyncobj.config import SyncObjConf
 from pysyncobj.journal import Journal
 from pysyncobj.node import Node
 from pysyncobj.transport import Transport
-
 from spillway.cluster.errors import UntestedLibrary
 
 REVIEWED_SHA256 = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4"
@@ -70,8 +69,8 @@ def check(path: str | None = None) -> None:
     """Raises UntestedLibrary unless the library's source is the reviewed one."""
     found = hashlib.sha256(Path(path or library.__file__).read_bytes()).hexdigest()
     if found != REVIEWED_SHA256:
-        raise UntestedLibrary(f"pysyncobj's syncobj.py has sha256 {found[:12]}..., not the reviewed {REVIEWED_SHA256[:12]}...; "
-                              "install pysyncobj==0.3.17")
+        raise UntestedLibrary(f"pysyncobj's syncobj.py has sha256 {found[:12]}..., not the reviewed "
+                              f"{REVIEWED_SHA256[:12]}...; install pysyncobj==0.3.17")
 
 
 def _given_journal(journal: Any = None) -> Journal:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.message import DecodeError
-
 from spillway.cluster.errors import WireInvalid
 from spillway.cluster.machine import ENTRY_BYTES_MAX
 from spillway.cluster.raft.guard import Message
@@ -122,7 +121,7 @@ def _append(m: RaftGroupMessage, term: int) -> Message:
         if not command or command[0] not in ENTRY_TYPES:
             raise WireInvalid(f"group {m.group}: entry {index} has no known type")
         if len(command) > ENTRY_BYTES_MAX + 1:
-            raise WireInvalid(f"group {m.group}: entry {index} has {len(command)} bytes; at most {ENTRY_BYTES_MAX} are allowed")
+            raise WireInvalid(f"group {m.group}: entry {index} has {len(command)} bytes; at most {ENTRY_BYTES_MAX}")
         if entry_term < last_term:
             raise WireInvalid(f"group {m.group}: entry {index} has term {entry_term}, after {last_term}")
         last_term = entry_term
@@ -130,7 +129,8 @@ def _append(m: RaftGroupMessage, term: int) -> Message:
     if last_term > term:
         raise WireInvalid(f"group {m.group}: an entry of term {last_term} in a message of term {term}")
     return {"type": "append_entries", "term": term, "sender_term": term, "round": append.round, "prevLogIdx": prev,
-            "prevLogTerm": append.prev_term, "entries": entries, "commit_index": _number(append.commit_index, "commit_index")}
+            "prevLogTerm": append.prev_term, "entries": entries,
+            "commit_index": _number(append.commit_index, "commit_index")}
 
 
 def _number(value: int, field: str) -> int:

@@ -1,0 +1,516 @@
+"""All Raft groups of a node, driven together.
+
+One turn, for all groups (R2):
+
+    begin    deliver what peers sent; tick the groups concerned (commit, apply); `before_collect`, where the broker's
+             scheduler runs; take new commands into the logs and send; write one batch
+    sync     make it durable; nothing else of the host runs meanwhile, only input collects
+    finish   release what the turn has to send
+
+So no vote, no answer and no leader's own entry ever counts before it is on disk: messages leave after the sync, and what is
+synced is applied and counted in the next turn. The three phases are plain functions of the time given to them; a simulator
+calls them, and `run` is a thin loop around them. Errors of the disk, exceptions of a machine and violations of the log are
+fatal: `fatal` ends the process, because after one failed sync nothing later can be trusted.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from spillway.cluster.clock import Clock, SystemClock
+from spillway.cluster.errors import ClusterError, StorageFailed, StoreRefused
+from spillway.cluster.machine import GroupMachine, Role
+from spillway.cluster.raft import wire
+from spillway.cluster.raft.claims import Claims
+from spillway.cluster.raft.formation import Hello, Standing, decide
+from spillway.cluster.raft.group import RaftGroup, adopt_snapshot, check_fit
+from spillway.cluster.raft.guard import Message
+from spillway.cluster.raft.journal import JournalStore
+from spillway.cluster.raft.seam import Timing, drive
+from spillway.cluster.transport.base import Handlers, PeerHello, PeerTransport
+from spillway.peer.v1.raft_pb2 import RaftFrame, RaftGroupMessage
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.05  # idle groups are ticked this often
+INLINE_SYNC_BYTES = 64 << 10  # a smaller sync takes 0.13 ms, less than the way to a thread and back
+STALL_SECONDS = 0.4  # a longer gap between two turns was ours, not the leader's
+CLAIMS_SECONDS = 1.0  # all claims are repeated this often, though only changes matter
+KEEP_LOG_BYTES = 16 << 20  # of all groups of the node, for followers that are merely slow
+KEEP_LOG_BYTES_MIN = 256 << 10  # of one group
+STOP_SECONDS = 3.0  # to hand leaderships over
+EXIT_FATAL = 70  # EX_SOFTWARE: start again
+EXIT_REFUSED = 3  # the data directory: look before starting again
+
+
+class SnapshotStore(Protocol):
+    """The state store's part in snapshots."""
+
+    def export(self, group: int) -> AsyncIterator[bytes]:
+        """The group's rows as of one moment, in chunks."""
+
+    async def install(self, group: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
+        """Replaces the group's rows, atomically and durably; returns (index, term) of the last entry in them. Raises
+        SnapshotInvalid if the snapshot is damaged or not above entry `above`; nothing changed then."""
+
+    def applied(self, group: int) -> tuple[int, int]:
+        """(index, term) of the last entry in the group's rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """One replica, for people and metrics."""
+
+    role: Role
+    leader: str | None
+    term: int
+    commit_index: int
+    applied_index: int
+    durable_index: int
+    log_first_index: int
+    log_last_index: int
+
+
+def end_process(error: BaseException) -> None:
+    """The default of `fatal`: what was acknowledged is safe on disk, and a restart begins from there."""
+    if isinstance(error, StoreRefused):
+        log.critical("%s", error)
+    else:
+        log.critical("fatal: %s; the process ends, what it acknowledged is safe", error, exc_info=error)
+    logging.shutdown()
+    os._exit(EXIT_REFUSED if isinstance(error, StoreRefused) else EXIT_FATAL)
+
+
+class RaftHost:
+    """The replicas of one node. Everything is called on the node's loop."""
+
+    def __init__(self, node_id: str, members: list[str], store: JournalStore, transport: PeerTransport,
+                 snapshots: SnapshotStore | None = None, timing: Timing | None = None,
+                 fatal: Callable[[BaseException], None] = end_process, clock: Clock | None = None,
+                 chance: Callable[[], float] = random.random) -> None:
+        """`members` are all nodes of the cluster. `snapshots` may be missing where nobody ever falls behind the log."""
+        self.node_id = node_id
+        self.members = members
+        self.store = store
+        self.transport = transport
+        self.snapshots = snapshots
+        self.timing = timing or Timing()
+        self.clock = clock or SystemClock()
+        self.chance = chance
+        self.before_collect: Callable[[], None] = lambda: None
+        self.groups: dict[int, RaftGroup] = {}
+        self.fetches: dict[int, str] = {}  # group -> peer: snapshots to fetch, for `run` or a simulator to take
+        self.failed: BaseException | None = None
+        self._fatal = fatal
+        self._pending: dict[int, tuple[list[str], GroupMachine]] = {}
+        self._started = False
+        self._hellos: dict[str, PeerHello] = {}
+        self._epochs: dict[str, int] = {}  # of present connections
+        self._input: deque[tuple[str, int, Callable[[], None]]] = deque()  # peer ("" for none), epoch, what to do
+        self._woken: dict[int, None] = {}
+        self._out: dict[str, list[RaftGroupMessage]] = {}
+        self._out_epochs: dict[str, int] = {}
+        self._claims = Claims()
+        self._claims_due = False
+        self._claims_at = 0.0
+        self._claims_frame = b""
+        self._leads: dict[int, int] = {}  # group -> term, as announced
+        self._watchers: list[Callable[[int, str | None, int], None]] = []
+        self._known: dict[int, tuple[str | None, int]] = {}
+        self._last_turn = 0.0
+        self._last_tick = 0.0
+        self._written = 0
+        self._event: asyncio.Event | None = None
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- groups --------------------------------------------------------------------------------------------------
+
+    def add_group(self, group: int, members: list[str], machine: GroupMachine) -> None:
+        """A replica of a group on this node. It starts with the host, once the cluster has formed."""
+        assert self.node_id in members, f"group {group} has no replica on node {self.node_id}"
+        assert not self._started, "groups are added before the host starts"
+        self._pending[group] = (members, machine)
+
+    def wake(self, group: int) -> None:
+        """The group's machine has something to propose: a turn comes soon."""
+        self._woken[group] = None
+        if self._event is not None:
+            self._event.set()
+
+    def leader_of(self, group: int) -> tuple[str | None, int]:
+        """(node id, term) of a group's leader as far as known: from the replica here, else from what leaders announce."""
+        replica = self.groups.get(group)
+        return self._claims.leader(group) if replica is None else (replica.leader, replica.engine.term)
+
+    def on_leadership(self, callback: Callable[[int, str | None, int], None]) -> None:
+        """Calls back with (group, node id or None, term) whenever `leader_of` changes; within a turn."""
+        self._watchers.append(callback)
+
+    def status(self) -> dict[int, GroupStatus]:
+        """Every replica of this node."""
+        return {n: GroupStatus(g.role, g.leader, g.engine.term, g.engine.commit, g.engine.applied, g.machine.durable_index(),
+                               g.journal.first, g.journal.last) for n, g in self.groups.items()}
+
+    def transfer(self, group: int, to: str | None = None) -> bool:
+        """Hands a group over to a follower; proposals pause meanwhile. False if it cannot now."""
+        drive(self.clock.monotonic(), self.chance)
+        replica = self.groups.get(group)
+        done = replica is not None and replica.transfer(to)
+        if done:
+            self.wake(group)
+        return done
+
+    def hello(self) -> Hello:
+        """What this node says of itself when a connection begins."""
+        node = self.store.node
+        return Hello(node.node_id, node.incarnation, node.formed, node.founders)
+
+    def __repr__(self) -> str:
+        leads = sum(g.serving for g in self.groups.values())
+        return f"<raft host {self.node_id}: {len(self.groups)} groups, leads {leads}, peers {sorted(self._epochs)}>"
+
+    # -- input ---------------------------------------------------------------------------------------------------
+
+    def handlers(self) -> Handlers:
+        """For the transport."""
+        return Handlers(self._on_connected, self._on_frame, self._on_disconnected)
+
+    def _enqueue(self, peer: str, epoch: int, action: Callable[[], None]) -> None:
+        self._input.append((peer, epoch, action))
+        if self._event is not None:
+            self._event.set()
+
+    def _on_connected(self, peer: str, epoch: int, hello: PeerHello) -> None:
+        self._epochs[peer] = epoch
+        self._hellos[peer] = hello
+        self._enqueue("", 0, lambda: self._connect(peer, epoch))
+
+    def _on_frame(self, peer: str, epoch: int, data: bytes) -> None:
+        """Raises WireInvalid, before anything of the frame is delivered; the transport closes the connection."""
+        if self._epochs.get(peer) == epoch:
+            messages, claims, complete = wire.decode_frame(data)
+            self._enqueue(peer, epoch, lambda: self._deliver(peer, messages, claims, complete))
+
+    def _on_disconnected(self, peer: str, epoch: int) -> None:
+        if self._epochs.get(peer) == epoch:
+            del self._epochs[peer]
+            self._enqueue("", 0, lambda: self._disconnect(peer))
+
+    def _connect(self, peer: str, epoch: int) -> None:
+        if self._epochs.get(peer) != epoch:
+            return
+        self._claims_due = True
+        if not self._started:
+            self._try_start()
+            return
+        for number, group in self.groups.items():
+            if peer in group.members:
+                group.connected(peer)
+                self._woken[number] = None
+
+    def _disconnect(self, peer: str) -> None:
+        for number, group in self.groups.items():
+            if peer in group.members:
+                group.disconnected(peer)
+                self._woken[number] = None
+        self._changed_claims(self._claims.drop(peer))
+
+    def _deliver(self, peer: str, messages: list[tuple[int, Message]], claims: list[tuple[int, int]],
+                 complete: bool) -> None:
+        groups, woken = self.groups, self._woken
+        for number, message in messages:
+            group = groups.get(number)
+            if group is not None:
+                group.deliver(peer, message)
+                woken[number] = None
+        if claims or complete:
+            self._changed_claims(self._claims.take(peer, claims, complete))
+
+    # -- forming -------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> None:
+        """Starts the groups, if the cluster has formed; else that waits for the peers. Raises StoreRefused if logs and
+        states do not fit together."""
+        drive(now, self.chance)
+        self._last_turn = self._last_tick = now
+        self._try_start()
+
+    def _try_start(self) -> None:
+        node = self.store.node
+        if not node.formed and not node.recovering:
+            standing = decide(self.node_id, node.incarnation, self.members, self._hellos)
+            if standing is Standing.WAIT:
+                return
+            for group, (members, machine) in self._pending.items():
+                check_fit(group, self.store.journal(group), machine.durable_index(), len(members))
+            if standing is Standing.LOST:
+                log.warning("this node's store is new, but its cluster is not: it recovers from the others")
+                self.store.change_node(recovering=True)
+            else:
+                incarnations = {peer: hello.incarnation for peer, hello in self._hellos.items()}
+                self.store.change_node(formed=True, founders={**incarnations, self.node_id: node.incarnation})
+        self._started = True
+        for number, (members, machine) in self._pending.items():
+            self._start_group(number, members, machine)
+        self._check_recovered()
+
+    def _start_group(self, number: int, members: list[str], machine: GroupMachine) -> None:
+        journal = self.store.journal(number)
+        if journal.install_above is not None:
+            # A snapshot was being installed. If it took effect, the log is still the one from before it.
+            if self.snapshots is None:
+                raise StoreRefused(f"group {number}: a snapshot was being installed, and there is no state store to ask")
+            index, term = self.snapshots.applied(number)
+            if index > journal.install_above:
+                adopt_snapshot(journal, index, term)
+            else:
+                journal.end_install()
+        group = self.groups[number] = RaftGroup(number, self.node_id, members, machine, journal, self.timing, self._send,
+                                                self.clock, self._changed)
+        node = self.store.node
+        if node.recovering and journal.admitted != node.incarnation:
+            group.recover(node.incarnation)
+        for peer in self._epochs:
+            if peer in group.members:
+                group.connected(peer)
+        self._woken[number] = None
+
+    def _check_recovered(self) -> None:
+        """All replicas are admitted, and that is on disk: the node is an ordinary one again."""
+        if self._started and self.store.node.recovering and all(g.recovery is None for g in self.groups.values()):
+            log.info("recovered: this node takes part again")
+            self.store.change_node(recovering=False, formed=True)
+
+    # -- the turn ------------------------------------------------------------------------------------------------
+
+    def begin(self, now: float) -> int:
+        """The first phase, up to the write; returns the bytes that `sync` is to make durable. `now` is in seconds. Raises
+        whatever is fatal."""
+        drive(now, self.chance)
+        groups = self.groups
+        if now - self._last_turn > STALL_SECONDS:
+            for group in groups.values():
+                group.stalled(now - self._last_turn)
+        self._last_turn = now
+        waiting, epochs = self._input, self._epochs
+        for _ in range(len(waiting)):
+            peer, epoch, action = waiting.popleft()
+            if not peer or epochs.get(peer) == epoch:  # R8: nothing of an older connection
+                action()
+        dirty, self._woken = self._woken, {}
+        if now - self._last_tick >= TICK_SECONDS:
+            self._last_tick = now
+            keep = max(KEEP_LOG_BYTES // max(1, len(groups)), KEEP_LOG_BYTES_MIN)
+            for number, group in groups.items():
+                group.tick()
+                group.compact(keep)
+                dirty[number] = None
+        else:
+            for number in dirty:
+                if number in groups:
+                    groups[number].tick()
+        self.before_collect()
+        if self._woken:
+            dirty.update(self._woken)
+            self._woken = {}
+        for number in dirty:
+            if number in groups:
+                group = groups[number]
+                # Alone in its group, a leader may commit as soon as this is synced.
+                if (group.collect() and group.quorum == 1) or group.behind or group.journal.synced < group.engine.commit:
+                    self._woken[number] = None
+                if group.fetch_from is not None:
+                    self.fetches[number] = group.fetch_from
+                    group.fetch_from = None
+        if self._claims_due or now - self._claims_at >= CLAIMS_SECONDS:
+            self._announce(now)
+        self._written = self.store.write()
+        return self._written
+
+    def sync(self) -> None:
+        """The second phase; may run in a thread. Raises StorageFailed."""
+        self.store.sync()
+
+    def finish(self) -> None:
+        """The third phase, on the loop: what was written is durable, so what depends on it leaves."""
+        if self._written:
+            self._written = 0
+            self.store.synced()
+            if self.store.node.recovering:
+                self._check_recovered()
+        if self._claims_frame:
+            for peer, present in self._epochs.items():
+                self.transport.send(peer, present, self._claims_frame)
+            self._claims_frame = b""
+        if self._out:
+            out, self._out = self._out, {}
+            for peer, messages in out.items():
+                epoch = self._epochs.get(peer)
+                if epoch is not None and epoch == self._out_epochs[peer]:
+                    self._release(peer, epoch, messages)
+
+    def turn(self, now: float) -> None:
+        """All three phases at once."""
+        if self.begin(now):
+            self.sync()
+        self.finish()
+
+    def _send(self, peer: str, group: int, term: int, message: Message) -> None:
+        """A replica's message, kept until the turn is durable, for the connection that is up now."""
+        epoch = self._epochs.get(peer)
+        if epoch is None:
+            return
+        if self._out_epochs.get(peer) != epoch:
+            self._out_epochs[peer] = epoch
+            self._out.pop(peer, None)
+        self._out.setdefault(peer, []).append(wire.encode(group, term, message))
+
+    def _release(self, peer: str, epoch: int, messages: list[RaftGroupMessage]) -> None:
+        size, part = 0, []
+        for message in messages:
+            part.append(message)
+            size += message.ByteSize()
+            if size >= wire.FRAME_BYTES_SOFT_MAX:
+                self.transport.send(peer, epoch, RaftFrame(messages=part).SerializeToString())
+                size, part = 0, []
+        if part:
+            self.transport.send(peer, epoch, RaftFrame(messages=part).SerializeToString())
+
+    # -- who leads -----------------------------------------------------------------------------------------------
+
+    def _changed(self, group: int) -> None:
+        """A replica's role, term or leader changed."""
+        replica = self.groups.get(group)
+        if replica is not None and replica.serving != (group in self._leads):
+            self._claims_due = True
+        self._notify(group)
+
+    def _changed_claims(self, groups: set[int]) -> None:
+        for group in groups:
+            if group not in self.groups:
+                self._notify(group)
+
+    def _notify(self, group: int) -> None:
+        leader = self.leader_of(group)
+        if self._known.get(group, (None, 0)) != leader:
+            self._known[group] = leader
+            for watcher in self._watchers:
+                watcher(group, *leader)
+
+    def _announce(self, now: float) -> None:
+        self._claims_due = False
+        self._claims_at = now
+        self._leads = {n: g.engine.term for n, g in self.groups.items() if g.serving}
+        frame = RaftFrame(claims_complete=True)
+        for group, term in self._leads.items():
+            frame.claims.add(group=group, term=term)
+        self._claims_frame = frame.SerializeToString()
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    async def export(self, group: int, peer: str) -> AsyncIterator[bytes]:
+        """The state of a group for a peer that fetches it, in chunks. Nothing if there is no replica of it here, or while
+        its own state is being replaced."""
+        replica = self.groups.get(group)
+        if replica is not None and self.snapshots is not None and not replica.installing and peer in replica.members:
+            async for chunk in self.snapshots.export(group):
+                yield chunk
+
+    def installed(self, group: int, index: int, term: int) -> None:
+        """A snapshot took effect durably, and the machine was reloaded: the log follows in the next turn."""
+        self._enqueue("", 0, lambda: self.groups[group].installed(index, term))
+        self.wake(group)
+
+    def fetch_failed(self, group: int) -> None:
+        """A snapshot did not come about; the state is as it was."""
+        self._enqueue("", 0, lambda: self.groups[group].fetch_failed())
+        self.wake(group)
+
+    async def _fetch(self, group: int, peer: str) -> None:
+        replica = self.groups[group]
+        try:
+            if self.snapshots is None:
+                raise StoreRefused(f"group {group} needs a snapshot, and there is no state store to take it")
+            index, term = await self.snapshots.install(group, self.transport.fetch_snapshot(peer, group),
+                                                       replica.engine.applied)
+            # Nothing else of the loop runs between the end of `install` and this.
+            replica.machine.reload()
+        except (StoreRefused, StorageFailed) as error:
+            self.fatal(error)
+        except ClusterError as error:
+            log.warning("group %d: the snapshot from node %s did not come about: %s", group, peer, error)
+            self.fetch_failed(group)
+        except Exception as error:
+            self.fatal(error)
+        else:
+            log.info("group %d: installed a snapshot from node %s as of entry %d", group, peer, index)
+            self.installed(group, index, term)
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def fatal(self, error: BaseException) -> None:
+        """Ends the process, by way of the callback. No turn comes after it."""
+        if self.failed is None:
+            self.failed = error
+            self._stopping = True
+            if self._event is not None:
+                self._event.set()
+            self._fatal(error)
+
+    async def run(self) -> None:
+        """Turns until `stop`. Whatever is raised is fatal."""
+        loop = asyncio.get_running_loop()
+        event = self._event = asyncio.Event()
+        now = self.clock.monotonic
+        try:
+            self.transport.start(self.handlers())
+            self.start(now())
+            while not self._stopping:
+                if not self._woken and not self._input:
+                    wait = self._last_tick + TICK_SECONDS - now()
+                    if wait > 0:
+                        timer = loop.call_later(wait, event.set)
+                        await event.wait()
+                        timer.cancel()
+                event.clear()
+                size = self.begin(now())
+                if size > INLINE_SYNC_BYTES:
+                    await loop.run_in_executor(None, self.sync)
+                elif size:
+                    self.sync()
+                self.finish()
+                while self.fetches:
+                    self._start_fetch(*self.fetches.popitem())
+                await asyncio.sleep(0)
+        except Exception as error:
+            self.fatal(error)
+
+    def _start_fetch(self, group: int, peer: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._fetch(group, peer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Hands leaderships over, for at most `seconds`, then ends `run`. The transport and the store stay open."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while self._epochs and not self._stopping and loop.time() < until:
+            led = [n for n, g in self.groups.items() if g.serving and len(g.members) > 1]
+            if not led:
+                break
+            for number in led:
+                self.transfer(number)
+            await asyncio.sleep(0.02)
+        self._stopping = True
+        if self._event is not None:
+            self._event.set()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
