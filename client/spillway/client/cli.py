@@ -9,6 +9,7 @@ Heavy modules are imported by the commands that need them, so that completion an
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
 GROUP = "spillway.commands"
@@ -20,6 +21,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE = 1, 2, 3, 4
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. The console script's entry point."""
     arguments = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC reports on every connection that a node closes
     if arguments and not arguments[0].startswith("-"):
         plugged = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
         if arguments[0] in plugged:

@@ -120,6 +120,7 @@ class _Stream(BatchStream[_Request]):
         self.producer = producer
         self.ready: deque[_Lane] = deque()
         self.first_at: float | None = None  # when the oldest of `ready` became so; for linger
+        self.alarm = 0.0  # when a timer will wake the stream; for linger
         super().__init__(address, producer._router.health)
 
     def open(self) -> grpc.aio.StreamStreamCall[Any, Any]:
@@ -145,7 +146,9 @@ class _Stream(BatchStream[_Request]):
             assert self.first_at is not None
             due = self.first_at + self.producer.linger
             if due > self._loop.time() and self._waiting() < FRAME_BYTES_SOFT_MAX:
-                self._loop.call_at(due, self.wake)
+                if due != self.alarm:
+                    self.alarm = due
+                    self._loop.call_at(due, self.wake)
                 return None
         return self._build()
 
@@ -226,6 +229,7 @@ class Producer:
         self._flushes: list[tuple[dict[_Lane, int], asyncio.Future[None]]] = []
         self._hurry = 0  # flushes under way: nothing lingers
         self._closed = False
+        self._ending: asyncio.Future[None] = self._loop.create_future()  # done once closed
         self._warned = False
         self._close_timeout = close_timeout
         router.watch.listen(self._topology_changed)
@@ -335,7 +339,7 @@ class Producer:
             self._forget_many(encoded, entries)
             raise
         if many.errors:
-            raise PartialFailure(many.receipts, dict(sorted(many.errors.items())))
+            raise PartialFailure(list(many.receipts), dict(sorted(many.errors.items())))
         return many.receipts  # type: ignore[return-value] # none is None
 
     async def flush(self) -> None:
@@ -359,6 +363,7 @@ class Producer:
         if self._closed:
             return
         self._closed = True
+        self._ending.set_result(None)
         try:
             if flush:
                 async with asyncio.timeout(self._close_timeout):
@@ -367,9 +372,10 @@ class Producer:
             log.warning("%r closed with records unacknowledged", self)
         finally:
             self._router.watch.forget(self._topology_changed)
-            for _, waiter in self._room_waiters:
+            for size, waiter in self._room_waiters:
+                self._room -= size  # as if granted: each gives it back when it finds the producer closed
                 if not waiter.done():
-                    waiter.set_exception(Closed("the producer is closed"))
+                    waiter.set_result(None)
             self._room_waiters.clear()
             for lane in self._lanes.values():
                 if lane.timer is not None:
@@ -393,11 +399,16 @@ class Producer:
         if self._closed:
             raise Closed("the producer is closed")
         if not self._router.watch.current.shard_count:
+            known = asyncio.ensure_future(self._router.watch.known())
             try:
-                async with asyncio.timeout_at(deadline):
-                    await self._router.watch.known()
-            except TimeoutError:
-                raise SendTimeout("no node could be reached in time", outcome_unknown=False) from None
+                await asyncio.wait((known, self._ending), return_when=asyncio.FIRST_COMPLETED,
+                                   timeout=None if deadline is None else max(deadline - self._loop.time(), 0))
+            finally:
+                known.cancel()
+            if self._closed:
+                raise Closed("the producer is closed")
+            if not self._router.watch.current.shard_count:
+                raise SendTimeout("no node could be reached in time", outcome_unknown=False)
 
     def _encode(self, record: Record) -> tuple[_Lane, bytes]:
         destination, payload, tenant, key, headers, id, delay = record
@@ -475,6 +486,9 @@ class Producer:
                 self._room += size  # granted at the same moment
             self._wake_senders()
             raise
+        if self._closed:
+            self._room += size
+            raise Closed("the producer is closed")
 
     def _wake_senders(self) -> None:
         waiters = self._room_waiters

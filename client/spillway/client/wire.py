@@ -93,6 +93,8 @@ def duration(field: str, seconds: float) -> bytes:
 def record(name: QueueName, payload: bytes, headers: Mapping[str, str] | None, id: str, delay: float | None,
            payload_bytes_max: int) -> bytes:
     """One record of a ProduceRequest but for its number. Raises InvalidArgument naming the field."""
+    if not isinstance(payload, bytes | bytearray):
+        raise InvalidArgument("payload", f"it is {type(payload).__name__}, not bytes")
     size = len(payload)
     if size > payload_bytes_max:
         raise InvalidArgument("payload", f"it has {size} bytes; the limit is {payload_bytes_max}")

@@ -246,7 +246,7 @@ async def test_a_full_disk_is_waited_for() -> None:
     ({"destination": "x" * 256}, "destination"), ({"tenant": "é" * 128}, "tenant"), ({"key": "\x7f"}, "key"),
     ({"key": "\ud800"}, "key"), ({"id": "\x00"}, "id"), ({"headers": {"a": "b" * 70_000}}, "headers"),
     ({"delay": -1.0}, "delay"), ({"delay": 8 * 86400.0}, "delay"), ({"delay": float("nan")}, "delay"),
-    ({"payload": bytes((1 << 20) + 1)}, "payload"),
+    ({"payload": bytes((1 << 20) + 1)}, "payload"), ({"payload": "text"}, "payload"), ({"tenant": None}, "tenant"),
 ])
 async def test_wrong_fields_are_refused_before_anything_is_sent(arguments: dict[str, object], field: str) -> None:
     """InvalidArgument names the field, for single sends and in batches."""
@@ -353,6 +353,24 @@ async def test_closing_without_an_answer_tells_what_is_unknown() -> None:
         results = await asyncio.gather(*futures, return_exceptions=True)
         assert [type(r) for r in results] == [OutcomeUnknown, OutcomeUnknown, Closed, Closed]
         cluster.nodes["n1"].hang.set()
+
+
+async def test_closing_turns_waiting_senders_away() -> None:
+    """Whoever waits for room or for the topology when the producer closes hears Closed, and nothing is sent later."""
+    async with serving() as (cluster, client):
+        async with client.producer(in_flight_bytes_max=1000, close_timeout=0.1) as producer:
+            cluster.nodes["n1"].hang.clear()
+            sends = [asyncio.create_task(producer.send("d", bytes(700))) for _ in range(3)]
+            await until(lambda: len(producer._room_waiters) == 2)
+        results = await asyncio.gather(*sends, return_exceptions=True)
+        assert [type(r) for r in results] == [OutcomeUnknown, Closed, Closed]
+        cluster.nodes["n1"].hang.set()
+    async with Client("127.0.0.1:1") as client:
+        async with client.producer() as producer:
+            send = asyncio.create_task(producer.send("d", b"x"))
+            await asyncio.sleep(0)
+        with pytest.raises(Closed):
+            await send
 
 
 async def test_without_a_cluster_sends_wait_and_time_out() -> None:
