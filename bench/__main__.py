@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import limits, machine, throughput
+from bench import failover, limits, machine, memory, neighbour, round_trip, throughput
 from bench.report import render
 
-WORKLOADS: dict[str, Callable[[Path, bool], Any]] = {}
 DISK_TYPES_REFUSED = ("tmpfs", "ramfs")
 
 
@@ -25,7 +24,29 @@ def throughputs(directory: Path, quick: bool) -> list[dict[str, Any]]:
             for nodes in (1, 3) for queues in (1, 1_000, 100_000)]
 
 
-WORKLOADS["a"] = throughputs
+def round_trips(directory: Path, quick: bool) -> list[dict[str, Any]]:
+    """Workload b."""
+    return [round_trip.measure(directory / f"b-{nodes}", nodes, 200 if quick else 500) for nodes in (1, 3)]
+
+
+def noisy_neighbour(directory: Path, quick: bool) -> dict[str, Any]:
+    """Workload c."""
+    return neighbour.measure(directory / "c", 5.0 if quick else 15.0)
+
+
+def memories(directory: Path, quick: bool) -> list[dict[str, Any]]:
+    """Workload d."""
+    return [memory.measure(directory / f"d-{queues}", queues)
+            for queues in ((20_000, 100_000) if quick else (100_000, 1_000_000))]
+
+
+def fail_over(directory: Path, quick: bool) -> dict[str, Any]:
+    """Workload e."""
+    return failover.measure(directory / "e", 4.0 if quick else 6.0)
+
+
+WORKLOADS: dict[str, Callable[[Path, bool], Any]] = {
+    "a": throughputs, "b": round_trips, "c": noisy_neighbour, "d": memories, "e": fail_over}
 
 
 def main(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned: the first to the left, the others to the right."""
     cells = [[_text(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
              for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
@@ -27,7 +27,7 @@ def _text(cell: object) -> str:
 def render(results: dict[str, Any]) -> str:
     """All tables."""
     parts = [_machine(results)]
-    for letter, section in (("a", _throughput),):
+    for letter, section in (("a", _throughput), ("b", _round_trip), ("c", _neighbour), ("d", _memory), ("e", _failover)):
         if letter in results:
             parts.append(section(results))
     parts += [f"Workload {letter} FAILED: {why}" for letter, why in results["failed"].items()]
@@ -60,3 +60,59 @@ def _throughput(results: dict[str, Any]) -> str:
                      brokers, cores["producer"], cores["consumer"], r["produced"] - r["settled"]))
     return "a  Throughput, 1 KiB, produced to acknowledged\n" + table(
         ("", "messages/s", "of raw gRPC", "of raw RocksDB", "brokers' cores", "producer's", "consumer's", "missing"), rows)
+
+
+def _round_trip(results: dict[str, Any]) -> str:
+    limits = results["limits"]
+    floor = limits["grpc"]["round_trip"]["p50_ms"] + limits["rocksdb"]["single_sync"]["p50_ms"]
+    rows = []
+    for r in results["b"]:
+        for key, what in (("produced", "stored"), ("delivered", "delivered"), ("settled", "acknowledgement confirmed")):
+            rows.append((f"{r['nodes']} node{'s' if r['nodes'] > 1 else ''}, sent until {what}", r[key]["p50_ms"],
+                         r[key]["p99_ms"], r[key]["p50_ms"] / floor))
+    return "b  Round trip of one message, nothing else going on\n" + table(
+        ("", "p50 ms", "p99 ms", "p50 of raw gRPC + sync"), rows)
+
+
+def _neighbour(results: dict[str, Any]) -> str:
+    c = results["c"]
+    rows = []
+    for key, what in (("to_handler", "sent until its handler starts"), ("to_stored", "sent until stored")):
+        for phase, when in (("before", "before the dump"), ("while_dumping", "while the dump is taken in"),
+                            ("during", "from the dump on")):
+            one = c[key][phase]
+            rows.append((f"{what}, {when}", one["count"], one["p50_ms"], one["p99_ms"], one["max_ms"]))
+    return (f"c  100 quiet tenants beside one that dumps 50,000 messages (stored in {c['burst_stored_seconds']} s; "
+            f"backlog at the end {c['burst_backlog_at_end']:,}; {c['handled_per_second']:,} handled/s of 1,000)\n"
+            + table(("quiet tenants", "messages", "p50 ms", "p99 ms", "max ms"), rows))
+
+
+def _memory(results: dict[str, Any]) -> str:
+    rows = []
+    for r in results["d"]:
+        for turn in ("first", "second"):
+            rows.append((f"{r['queues']:,} queues, {turn} round", r["rss_before"] / 1e6, r[f"{turn}_rss_full"] / 1e6,
+                         r[f"{turn}_rss_drained"] / 1e6, r[f"{turn}_bytes_per_full_queue"],
+                         r[f"{turn}_bytes_per_emptied_queue"]))
+    return "d  Memory of the broker, one message of 100 B per queue\n" + table(
+        ("", "before MB", "full MB", "drained MB", "B per full queue", "B per emptied queue"), rows)
+
+
+def _failover(results: dict[str, Any]) -> str:
+    e = results["e"]
+    rows = []
+    for key, what in (("all", "all queues"), ("affected", f"{e['queues_affected']} queues that the killed node led"),
+                      ("others", "other queues"), ("around_restart", "all queues, around the restart")):
+        one = e[key]
+        if one["messages"]:
+            rows.append((what, one["send_to_stored_max"], one["send_to_delivered_max"], one["delivery_gap_overall"],
+                         one["delivery_gap_of_worst_queue"], one["delivery_gap_of_median_queue"]))
+    restart = e["restart"]
+    return "\n".join([
+        f"e  The leader of {e['shards_led_by_victim']} shards is killed at 2,000 messages/s: {e['sent']:,} sent, "
+        f"{e['sends_failed']} sends failed, {e['lost']} lost, {e['stored_twice']} stored twice, {e['reordered']} "
+        f"reordered, {e['misplaced']} misplaced, {e['redelivered']} redelivered",
+        table(("seconds", "longest to stored", "longest to delivered", "delivery gap overall", "of worst queue",
+               "of median queue"), rows),
+        f"Started again after {restart['down_seconds']} s, it answered after {restart['answers_after_seconds']} s and had "
+        f"caught up after {restart['caught_up_after_seconds']} s."])

@@ -1,0 +1,53 @@
+"""What a fault cost, from the traces of the messages around it. Pure."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from bench.stats import longest_gap, percentile
+
+
+class Trace(NamedTuple):
+    """One message: when it was handed in, stored and delivered for the first time; None: never."""
+
+    number: int
+    queue: int
+    sent_at: float
+    stored_at: float | None
+    delivered_at: float | None
+
+
+def outage(traces: Sequence[Trace], since: float, until: float) -> dict[str, Any]:
+    """The worst waits of messages handed in from a second before `since` until `until`, the longest time without any
+    delivery, and the longest time without a delivery in one queue, in that time, in seconds. A message that never
+    arrived makes the worst wait None."""
+    chosen = [t for t in traces if since - 1.0 <= t.sent_at < until]
+    if not chosen:
+        return {"messages": 0}
+    delivered = [t.delivered_at for t in traces if t.delivered_at is not None]
+    queues: dict[int, list[float]] = {t.queue: [] for t in traces}
+    for t in traces:
+        if t.delivered_at is not None:
+            queues[t.queue].append(t.delivered_at)
+    gaps = [longest_gap(times, since, until) for times in queues.values()]
+    worst: dict[int, float] = {}
+    for t in chosen:
+        wait = float("inf") if t.delivered_at is None else t.delivered_at - t.sent_at
+        worst[t.queue] = max(worst.get(t.queue, 0.0), wait)
+    return {
+        "messages": len(chosen),
+        "send_to_stored_max": _worst([None if t.stored_at is None else t.stored_at - t.sent_at for t in chosen]),
+        "send_to_delivered_max": _worst([None if t.delivered_at is None else t.delivered_at - t.sent_at for t in chosen]),
+        "send_to_delivered_max_of_median_queue": _finite(percentile(list(worst.values()), 50)),
+        "delivery_gap_overall": round(longest_gap(delivered, since, until), 3),
+        "delivery_gap_of_worst_queue": round(max(gaps), 3),
+        "delivery_gap_of_median_queue": round(percentile(gaps, 50), 3),
+    }
+
+
+def _worst(waits: Sequence[float | None]) -> float | None:
+    return None if None in waits else round(max(w for w in waits if w is not None), 3)
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else round(value, 3)
