@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENTRY_BYTES_TARGET = 256 << 10  # an entry takes no further batch beyond this: keeps turns short under a flood
-SETTLES_PER_ENTRY_MAX = 8192
+SETTLES_PER_ENTRY_BYTES = 256 << 10  # with their reasons
+SETTLE_BYTES = 64  # without its reason
+GRANTS_PER_ENTRY_MAX = 256  # with names at their limit, about 200 KiB
+EXPIRES_PER_ENTRY_MAX = 4096
 UNSAVED_BYTES_MAX = 2 << 20  # a checkpoint is due: keeps memory bounded and one checkpoint a few milliseconds
 UNSAVED_QUEUES_MAX = 4096
 LOG_BYTES_MAX = 3 << 20  # log applied since the last checkpoint; bounds the replay at start
@@ -203,21 +206,25 @@ class ShardRuntime:
             else:
                 del self._batches[stream]
         settles, calls = self._settles, self._settle_calls
-        if len(settles) > SETTLES_PER_ENTRY_MAX:
-            self._settles, self._settle_calls = settles[SETTLES_PER_ENTRY_MAX:], calls[SETTLES_PER_ENTRY_MAX:]
-            settles, calls = settles[:SETTLES_PER_ENTRY_MAX], calls[:SETTLES_PER_ENTRY_MAX]
-        else:
-            self._settles, self._settle_calls = [], []
+        size = taken = 0
+        for settle in settles:
+            size += SETTLE_BYTES + len(settle[5])
+            if size > SETTLES_PER_ENTRY_BYTES:
+                break
+            taken += 1
+        self._settles, self._settle_calls = settles[taken:], calls[taken:]
+        settles, calls = settles[:taken], calls[:taken]
         grants: list[e.Grant] = []
         consumers: dict[str, int] = {}
         picks: list[Pick] = []
-        for pick, messages, deadline in self._grants:
+        for pick, messages, deadline in self._grants[:GRANTS_PER_ENTRY_MAX]:
             session = pick.consumer.session
             grants.append((pick.queue, messages, deadline, consumers.setdefault(session, len(consumers))))
             picks.append(pick)
         made = Entry(e.VERSION, self.node.now_ms(), [Enqueue(b.producer, b.first, b.names, b.bodies, b.delays) for b in batches],
-                     settles, self._expires, self._gates, grants, list(consumers))
-        self._expires, self._gates, self._grants = [], [], []
+                     settles, self._expires[:EXPIRES_PER_ENTRY_MAX], self._gates, grants, list(consumers))
+        del self._grants[:GRANTS_PER_ENTRY_MAX], self._expires[:EXPIRES_PER_ENTRY_MAX]
+        self._gates = []
         self._in_flight.append((made, batches, calls, picks))
         return encode_entry(made)
 

@@ -56,6 +56,7 @@ from spillway.v1.queue_service_pb2 import (
 )
 
 STREAM_BYTES_MAX = 4 << 20  # of a Produce stream, accepted and not yet committed
+BATCH_BYTES_MAX = 1 << 20  # of messages for one shard in one piece: keeps a log entry well below its limit
 STREAM_CALLS_MAX = 64  # requests of a stream under way
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
 CREDIT_BYTES_MAX = 256 << 20
@@ -219,9 +220,9 @@ class QueueService:
             batch = batches.get(shard)
             if batch is None:
                 batch = batches[shard] = Batch(call, producer, record.producer_sequence if producer else 0)
-            elif producer and record.producer_sequence != batch.first + len(batch.names):
+            elif batch.size > BATCH_BYTES_MAX or (producer and record.producer_sequence != batch.first + len(batch.names)):
                 closed.append((shard, batch))
-                batch = batches[shard] = Batch(call, producer, record.producer_sequence)
+                batch = batches[shard] = Batch(call, producer, record.producer_sequence if producer else 0)
             if record.HasField("delay"):
                 try:
                     delay = duration_ms(f"records[{i}].delay", record.delay, 0, DELAY_MS_MAX)
