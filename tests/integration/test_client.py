@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from spillway.client import (
     Client,
     DeliveryPolicy,

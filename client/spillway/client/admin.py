@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-
 from spillway.client.connection import Channels
 from spillway.client.errors import InvalidArgument, Unavailable, from_rpc_error
 from spillway.client.model import (

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import grpc
-
 from spillway.client.retry import Backoff
 
 Kind = Literal["control", "produce", "lease", "ack"]

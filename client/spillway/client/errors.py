@@ -23,7 +23,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import grpc
-
 from spillway.v1 import message_pb2
 
 if TYPE_CHECKING:

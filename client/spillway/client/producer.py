@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-
 from spillway.client import wire
 from spillway.client.connection import Channels
 from spillway.client.errors import (

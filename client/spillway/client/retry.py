@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 
 import grpc
-
 from spillway.v1 import message_pb2
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import grpc
-
 from spillway.client import wire
 from spillway.client.connection import Channels
 from spillway.client.errors import Closed, SpillwayError, StaleLease, from_item_error

@@ -11,7 +11,6 @@ from collections import deque
 from typing import Any, Generic, TypeVar
 
 import grpc
-
 from spillway.client.connection import Health
 from spillway.client.errors import InternalError, SpillwayError, Unavailable, from_rpc_error
 from spillway.client.retry import is_final

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-
 from spillway.client.connection import Channels, Health
 from spillway.client.errors import Unavailable
 from spillway.client.retry import Backoff

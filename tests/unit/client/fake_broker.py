@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1 import admin_service_pb2_grpc as admin_rpc

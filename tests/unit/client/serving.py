@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from spillway.client import Client
+
 from tests.unit.client.fake_broker import FakeCluster
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-
 from spillway.client import (
     AlreadyExists,
     Client,
@@ -35,6 +34,7 @@ from spillway.client import (
 )
 from spillway.client.errors import from_item_error, from_rpc_error
 from spillway.v1 import message_pb2 as m
+
 from tests.unit.client.fake_broker import FakeCluster
 from tests.unit.client.serving import serving
 

@@ -6,7 +6,6 @@ import logging
 
 import grpc
 import pytest
-
 from spillway.client import (
     Client,
     Closed,
@@ -27,6 +26,7 @@ from spillway.client import (
 )
 from spillway.v1 import message_pb2 as m
 from spillway.v1 import queue_service_pb2 as q
+
 from tests.unit.client.fake_broker import FakeCluster
 from tests.unit.client.serving import serving, until
 

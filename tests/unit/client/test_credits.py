@@ -4,7 +4,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from spillway.contract.credits import CYCLE_SECONDS, DWELL_SECONDS_MAX, REST_SECONDS, CreditSplitter
 
 

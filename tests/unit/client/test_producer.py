@@ -4,8 +4,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.unit.client.serving import serving, until
-
 from spillway.client import (
     BufferFull,
     Client,
@@ -21,6 +19,8 @@ from spillway.client import (
 )
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import message_pb2 as m
+
+from tests.unit.client.serving import serving, until
 
 
 def shard(destination: str, key: str = "", shards: int = 4) -> int:

@@ -6,7 +6,6 @@ from collections import deque
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from spillway.client.errors import InvalidArgument, OutcomeUnknown, SpillwayError, Unavailable
 from spillway.client.model import Receipt
 from spillway.client.retry import Verdict

@@ -4,13 +4,13 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-
 from spillway.client import Topology
 from spillway.client.connection import Health
 from spillway.client.retry import Backoff, Verdict, is_final, verdict_of
 from spillway.client.topology import merged
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import message_pb2 as m
+
 from tests.unit.client.serving import serving, until
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from spillway.client import wire
 from spillway.client.errors import InvalidArgument
 from spillway.contract.hashing import queue_key, shard_of
