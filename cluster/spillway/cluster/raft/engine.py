@@ -151,7 +151,7 @@ class Engine(library.SyncObj):  # type: ignore[misc]
 
     def next_index(self, peer: str) -> int:
         """Leader: what to send next."""
-        return self._SyncObj__raftNextIndex[self.nodes[peer]]
+        return int(self._SyncObj__raftNextIndex[self.nodes[peer]])
 
     def set_next_index(self, peer: str, index: int) -> None:
         """Leader: what to send next."""
@@ -167,7 +167,7 @@ class Engine(library.SyncObj):  # type: ignore[misc]
 
     def responses_since(self, when: float) -> int:
         """Leader: how many members were heard since then, itself included."""
-        return 1 + sum(t > when for t in self._SyncObj__lastResponseTime.values())
+        return 1 + sum(bool(t > when) for t in self._SyncObj__lastResponseTime.values())
 
     def heartbeat_at(self, when: float) -> None:
         """Leader: when to send again though there is nothing new."""

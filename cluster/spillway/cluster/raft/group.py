@@ -20,7 +20,7 @@ from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
 from spillway.cluster.raft.engine import Engine
 from spillway.cluster.raft.guard import Guard, Message
 from spillway.cluster.raft.journal import ENTRY_OVERHEAD_BYTES, GroupJournal, LogViolation
-from spillway.cluster.raft.progress import APPEND_BYTES, WINDOW_BYTES, Progress
+from spillway.cluster.raft.progress import Limits, Progress
 from spillway.cluster.raft.recovery import Barriers, Recovery
 from spillway.cluster.raft.seam import CANDIDATE, FOLLOWER, LEADER, NO_OP, REGULAR, Timing, source
 
@@ -30,7 +30,6 @@ TRANSFER_SECONDS = 1.0  # proposals pause at most so long for a transfer that do
 TRANSFER_REPEAT_SECONDS = 0.1
 SNAPSHOT_ALIVE_SECONDS = 3.0  # a follower that answers offers may be fetching
 SNAPSHOT_RETRY_SECONDS = 0.5  # after a fetch that failed
-SNAPSHOT_HOLD_BYTES = 128 << 20  # of log kept for followers that fetch: 2 s of a saturated network
 RESTART_HINT = "replace this node by an empty one; the others will bring it up to date"
 
 Send = Callable[[str, int, int, Message], None]  # peer, group, sender's term, message
@@ -41,7 +40,8 @@ class RaftGroup:
     """See the module. `send` takes (peer, group, term, message), to be released after the turn's sync."""
 
     def __init__(self, number: int, node_id: str, members: list[str], machine: GroupMachine, journal: GroupJournal,
-                 timing: Timing, send: Send, clock: Clock, changed: Callable[[int], None] = lambda group: None) -> None:
+                 timing: Timing, limits: Limits, send: Send, clock: Clock,
+                 changed: Callable[[int], None] = lambda group: None) -> None:
         """Raises StoreRefused if log and state do not fit together: then something acknowledged is missing."""
         self.number = number
         self.node_id = node_id
@@ -50,6 +50,7 @@ class RaftGroup:
         self.machine = machine
         self.journal = journal
         self.timing = timing
+        self.limits = limits
         self.clock = clock
         self.guard = Guard(journal)
         self.recovery: Recovery | None = None
@@ -194,7 +195,7 @@ class RaftGroup:
         if journal.bytes <= keep_bytes + keep_bytes // 4:
             return 0
         upto = self.machine.durable_index()
-        if journal.bytes <= SNAPSHOT_HOLD_BYTES:
+        if journal.bytes <= self.limits.hold:
             for progress in self._progress.values():
                 if progress.offering and source.now < progress.offer_until:
                     upto = min(upto, progress.hold_index)
@@ -322,8 +323,8 @@ class RaftGroup:
             progress.offered()
             engine.set_connected(peer, True)
         last = journal.last
-        while index <= last and progress.in_flight_bytes < WINDOW_BYTES:
-            entries = journal.entries_up_to(index, last + 1, APPEND_BYTES)
+        while index <= last and progress.in_flight_bytes < self.limits.window:
+            entries = journal.entries_up_to(index, last + 1, self.limits.append)
             self._append(peer, progress, index, entries)
             index = entries[-1][1] + 1
             progress.sent(index - 1, sum(len(e[0]) for e in entries) + ENTRY_OVERHEAD_BYTES * len(entries))

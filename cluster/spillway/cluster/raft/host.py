@@ -32,6 +32,7 @@ from spillway.cluster.raft.formation import Hello, Standing, decide
 from spillway.cluster.raft.group import RaftGroup, adopt_snapshot, check_fit
 from spillway.cluster.raft.guard import Message
 from spillway.cluster.raft.journal import JournalStore
+from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing, drive
 from spillway.cluster.transport.base import Handlers, PeerHello, PeerTransport
 from spillway.peer.v1.raft_pb2 import RaftFrame, RaftGroupMessage
@@ -42,8 +43,6 @@ TICK_SECONDS = 0.05  # idle groups are ticked this often
 INLINE_SYNC_BYTES = 64 << 10  # a smaller sync takes 0.13 ms, less than the way to a thread and back
 STALL_SECONDS = 0.4  # a longer gap between two turns was ours, not the leader's
 CLAIMS_SECONDS = 1.0  # all claims are repeated this often, though only changes matter
-KEEP_LOG_BYTES = 16 << 20  # of all groups of the node, for followers that are merely slow
-KEEP_LOG_BYTES_MIN = 256 << 10  # of one group
 STOP_SECONDS = 3.0  # to hand leaderships over
 EXIT_FATAL = 70  # EX_SOFTWARE: start again
 EXIT_REFUSED = 3  # the data directory: look before starting again
@@ -91,7 +90,7 @@ class RaftHost:
     """The replicas of one node. Everything is called on the node's loop."""
 
     def __init__(self, node_id: str, members: list[str], store: JournalStore, transport: PeerTransport,
-                 snapshots: SnapshotStore | None = None, timing: Timing | None = None,
+                 snapshots: SnapshotStore | None = None, timing: Timing | None = None, limits: Limits | None = None,
                  fatal: Callable[[BaseException], None] = end_process, clock: Clock | None = None,
                  chance: Callable[[], float] = random.random) -> None:
         """`members` are all nodes of the cluster. `snapshots` may be missing where nobody ever falls behind the log."""
@@ -101,6 +100,7 @@ class RaftHost:
         self.transport = transport
         self.snapshots = snapshots
         self.timing = timing or Timing()
+        self.limits = limits or Limits()
         self.clock = clock or SystemClock()
         self.chance = chance
         self.before_collect: Callable[[], None] = lambda: None
@@ -262,7 +262,7 @@ class RaftHost:
         self._check_recovered()
 
     def _start_group(self, number: int, members: list[str], machine: GroupMachine) -> None:
-        journal = self.store.journal(number)
+        journal = self.store.journal(number, self.limits.tail)
         if journal.install_above is not None:
             # A snapshot was being installed. If it took effect, the log is still the one from before it.
             if self.snapshots is None:
@@ -272,8 +272,8 @@ class RaftHost:
                 adopt_snapshot(journal, index, term)
             else:
                 journal.end_install()
-        group = self.groups[number] = RaftGroup(number, self.node_id, members, machine, journal, self.timing, self._send,
-                                                self.clock, self._changed)
+        group = self.groups[number] = RaftGroup(number, self.node_id, members, machine, journal, self.timing, self.limits,
+                                                self._send, self.clock, self._changed)
         node = self.store.node
         if node.recovering and journal.admitted != node.incarnation:
             group.recover(node.incarnation)
@@ -307,7 +307,7 @@ class RaftHost:
         dirty, self._woken = self._woken, {}
         if now - self._last_tick >= TICK_SECONDS:
             self._last_tick = now
-            keep = max(KEEP_LOG_BYTES // max(1, len(groups)), KEEP_LOG_BYTES_MIN)
+            keep = self.limits.keep // max(1, len(groups))
             for number, group in groups.items():
                 group.tick()
                 group.compact(keep)

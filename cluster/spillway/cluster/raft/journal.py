@@ -30,7 +30,6 @@ from spillway.cluster.raft.seam import NO_OP, Journal
 FORMAT = 1
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
 WAL_BYTES_MAX = 64 << 20  # a quiet group must not keep the write-ahead log of busy ones
-TAIL_BYTES_MAX = 2 << 20  # of each group in memory: what followers that keep up still need
 ENTRY_OVERHEAD_BYTES = 64  # what an entry costs beside its command, roughly
 NODE_KEY = b"\xff\xff\xff\xffN"
 _KEY = struct.Struct(">IcQ")
@@ -201,7 +200,7 @@ class JournalStore:
         self.node = msgspec.structs.replace(self.node, **changes)
         self._put_node()
 
-    def journal(self, group: int, tail_bytes_max: int = TAIL_BYTES_MAX) -> GroupJournal:
+    def journal(self, group: int, tail_bytes_max: int = 2 << 20) -> GroupJournal:
         """The log of a group. Raises StoreRefused if entries are missing from it."""
         journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
         return journal

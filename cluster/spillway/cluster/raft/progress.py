@@ -6,9 +6,23 @@ here is forgotten when a leadership begins and when a connection does.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
-APPEND_BYTES = 1 << 20  # of entries in one message; at least one entry
-WINDOW_BYTES = 2 << 20  # sent to one follower of one group and not answered
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a node's replicas, in bytes."""
+
+    append: int = 1 << 20
+    """Of entries in one message; at least one entry."""
+    window: int = 2 << 20
+    """Sent to one follower of one group and not answered."""
+    tail: int = 2 << 20
+    """Of one group's log in memory, beside what is not applied and synced yet."""
+    keep: int = 16 << 20
+    """Of log that all groups of the node keep for followers that are merely slow."""
+    hold: int = 128 << 20
+    """Of log that one group keeps for followers that fetch a snapshot: 2 s of a saturated network."""
 
 
 class Progress:

@@ -28,7 +28,8 @@ class _Connection:
 class MemoryNetwork:
     """All connections between the transports that joined it."""
 
-    def __init__(self, later: Later, now: Callable[[], float], delay: Callable[[str, str], float] = lambda a, b: 0.0) -> None:
+    def __init__(self, later: Later, now: Callable[[], float],
+                 delay: Callable[[str, str], float] = lambda a, b: 0.0) -> None:
         """`delay(sender, receiver)` is in seconds; frames of a connection never overtake each other."""
         self._later = later
         self._now = now
