@@ -20,7 +20,7 @@ class Trace(NamedTuple):
 def outage(traces: Sequence[Trace], since: float, until: float) -> dict[str, Any]:
     """The worst waits of messages handed in from a second before `since` until `until`, the longest time without any
     delivery, and the longest time without a delivery in one queue, in that time, in seconds. A message that never
-    arrived makes the worst wait None."""
+    arrived makes the worst wait None. Times of the slowest messages count from `since`."""
     chosen = [t for t in traces if since - 1.0 <= t.sent_at < until]
     if not chosen:
         return {"messages": 0}
@@ -32,10 +32,10 @@ def outage(traces: Sequence[Trace], since: float, until: float) -> dict[str, Any
     gaps = [longest_gap(times, since, until) for times in queues.values()]
     worst: dict[int, float] = {}
     for t in chosen:
-        wait = float("inf") if t.delivered_at is None else t.delivered_at - t.sent_at
-        worst[t.queue] = max(worst.get(t.queue, 0.0), wait)
+        worst[t.queue] = max(worst.get(t.queue, 0.0), _wait(t))
     return {
         "messages": len(chosen),
+        "slowest": [slow(t, since) for t in sorted(chosen, key=_wait, reverse=True)[:3]],
         "send_to_stored_max": _worst([None if t.stored_at is None else t.stored_at - t.sent_at for t in chosen]),
         "send_to_delivered_max": _worst([None if t.delivered_at is None else t.delivered_at - t.sent_at for t in chosen]),
         "send_to_delivered_max_of_median_queue": _finite(percentile(list(worst.values()), 50)),
@@ -43,6 +43,17 @@ def outage(traces: Sequence[Trace], since: float, until: float) -> dict[str, Any
         "delivery_gap_of_worst_queue": round(max(gaps), 3),
         "delivery_gap_of_median_queue": round(percentile(gaps, 50), 3),
     }
+
+
+def slow(trace: Trace, since: float) -> dict[str, Any]:
+    """One message and its times, for whoever looks for the reason."""
+    stored, delivered = (None if at is None else round(at - since, 3) for at in (trace.stored_at, trace.delivered_at))
+    return {"number": trace.number, "queue": trace.queue, "sent": round(trace.sent_at - since, 3), "stored": stored,
+            "delivered": delivered}
+
+
+def _wait(trace: Trace) -> float:
+    return float("inf") if trace.delivered_at is None else trace.delivered_at - trace.sent_at
 
 
 def _worst(waits: Sequence[float | None]) -> float | None:

@@ -22,14 +22,14 @@ def rss_bytes(pid: int) -> int:
     raise ValueError(f"process {pid} has no VmRSS")
 
 
-def settled_rss(pid: int, seconds: float = 20.0) -> int:
-    """Resident memory once process and memory are at rest: for 2 s less than 0.5 % of change and 15 % of a core."""
+def settled_rss(pid: int, rest: float = 12.0, seconds: float = 45.0) -> int:
+    """Resident memory once it is at rest: for `rest` seconds less than 1 % of change; or after `seconds`. A broker gives
+    memory back some seconds after its last work, so a short look would be too early."""
     deadline = time.monotonic() + seconds
-    rss, cpu = rss_bytes(pid), cpu_seconds(pid)
-    while time.monotonic() < deadline:
-        time.sleep(2.0)
-        rss_before, rss = rss, rss_bytes(pid)
-        cpu_before, cpu = cpu, cpu_seconds(pid)
-        if abs(rss - rss_before) < 0.005 * rss and cpu - cpu_before < 0.3:
-            break
-    return rss
+    since, base = time.monotonic(), rss_bytes(pid)
+    while (now := time.monotonic()) < deadline and now - since < rest:
+        time.sleep(0.5)
+        rss = rss_bytes(pid)
+        if abs(rss - base) > 0.01 * base:
+            since, base = time.monotonic(), rss
+    return rss_bytes(pid)
