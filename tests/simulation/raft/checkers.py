@@ -1,0 +1,115 @@
+"""What must hold in every run, whatever fails. One class per invariant; each raises Violation the moment it does not."""
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from spillway.cluster.machine import Role
+from spillway.peer.v1.raft_pb2 import RaftFrame
+
+if TYPE_CHECKING:
+    from tests.simulation.raft.world import SimNode
+
+
+class Violation(Exception):
+    """An invariant does not hold."""
+
+
+class SameHistory:
+    """Every replica applies the same commands at the same indexes, each once and in order."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, dict[int, tuple[int, bytes]]] = {}
+
+    def applied(self, node: SimNode, group: int, last: int, index: int, term: int, command: bytes) -> None:
+        """A machine applies an entry after `last`."""
+        if index <= last:
+            raise Violation(f"{node.name} applies entry {index} of group {group} after {last}")
+        known = self.entries.setdefault(group, {}).setdefault(index, (term, command))
+        if known != (term, command):
+            raise Violation(f"{node.name} applies {(term, command)!r} at {index} of group {group}, another one {known!r}")
+
+
+class NothingLost:
+    """A command that its leader applied, and so acknowledged, is never lost."""
+
+    def __init__(self) -> None:
+        self.acked: dict[int, dict[bytes, int]] = {}
+
+    def ack(self, group: int, command: bytes, index: int) -> None:
+        """A client was told."""
+        self.acked.setdefault(group, {})[command] = index
+
+    def final(self, group: int, contents: dict[int, bytes], node: str) -> None:
+        """After the end, on every replica."""
+        lost = [c for c, i in self.acked.get(group, {}).items() if contents.get(i) != c]
+        if lost:
+            raise Violation(f"{len(lost)} acknowledged commands of group {group} are lost on {node}: {lost[:3]}")
+
+
+class OneLeader:
+    """No two leaders in a term."""
+
+    def __init__(self) -> None:
+        self._leaders: dict[tuple[int, int], str] = {}
+
+    def role(self, node: SimNode, group: int, role: Role, term: int) -> None:
+        """A machine is told its role."""
+        if role is Role.LEADER:
+            known = self._leaders.setdefault((group, term), node.name)
+            if known != node.name:
+                raise Violation(f"{node.name} and {known} lead group {group} in term {term}")
+
+
+class CommittedStays:
+    """The (index, term) of a committed entry never changes, on any replica, and the log keeps it until compaction."""
+
+    def __init__(self) -> None:
+        self._terms: dict[tuple[int, int], int] = {}
+        self._looked: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def look(self, node: SimNode) -> None:
+        """After a turn."""
+        for number, group in node.host.groups.items():
+            journal, commit = group.journal, group.engine.commit
+            life, seen = self._looked.get((node.name, number), (0, 0))
+            if life != node.life:
+                seen = 0
+            if commit < seen:
+                raise Violation(f"{node.name}: the commit index of group {number} goes back from {seen} to {commit}")
+            if journal.last < commit:
+                raise Violation(f"{node.name}: group {number} has committed {commit}, its log ends at {journal.last}")
+            for index in range(max(seen, journal.first), commit + 1):
+                term = journal.term_at(index)
+                known = self._terms.setdefault((number, index), term)
+                if term != known:
+                    raise Violation(f"{node.name}: entry {index} of group {number} is committed with term {term} and {known}")
+            self._looked[node.name, number] = (node.life, commit)
+
+
+class NothingUnsynced:
+    """What leaves a node is on its disk."""
+
+    def frame(self, node: SimNode, peer: str, data: bytes) -> None:
+        """A frame leaves."""
+        durable = node.disk.durable
+        for m in RaftFrame.FromString(data).messages:
+            name = m.group.to_bytes(4, "big")
+            hard = durable.get(name + b"H", b"\0" * 8)
+            term = struct.unpack_from("<Q", hard)[0]
+            kind = m.WhichOneof("body")
+            if kind != "prevote_answer" and kind != "prevote_request" and term < m.term:
+                raise Violation(f"{node.name} sends {kind} of term {m.term}, on its disk is {term}")
+            if kind == "vote_answer" and term == m.term and hard[8:].decode() != peer:
+                raise Violation(f"{node.name} votes for {peer} in term {m.term}, on its disk is {hard[8:]!r}")
+            if kind == "append" and term == m.term:
+                first = min((k for k in durable if k[:5] == name + b"E"), default=b"")
+                for i, entry in enumerate(m.append.entries, m.append.prev_index + 1):
+                    key = struct.pack(">IcQ", m.group, b"E", i)
+                    row = durable.get(key)
+                    if key >= first and row != struct.pack("<Q", entry.term) + entry.command:
+                        raise Violation(f"{node.name} sends entry {i} of group {m.group}, which is not on its disk")
+            if kind == "append_answer" and m.append_answer.success and term == m.term:
+                last = max((int.from_bytes(k[-8:], "big") for k in durable if k[:5] == name + b"E"), default=0)
+                if last < m.append_answer.next_index - 1:
+                    raise Violation(f"{node.name} acknowledges {m.append_answer.next_index - 1}, on its disk is {last}")
