@@ -83,7 +83,7 @@ class CommittedStays:
                 term = journal.term_at(index)
                 known = self._terms.setdefault((number, index), term)
                 if term != known:
-                    raise Violation(f"{node.name}: entry {index} of group {number} is committed with term {term} and {known}")
+                    raise Violation(f"{node.name}: entry {index} of group {number} is committed in terms {term} and {known}")
             self._looked[node.name, number] = (node.life, commit)
 
 

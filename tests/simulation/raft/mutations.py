@@ -95,7 +95,8 @@ def _every_reset() -> Any:
 def _any_term() -> Any:
     """R10b: an answer to another term's leader counts."""
     judge = Guard.judge
-    return patch.object(Guard, "judge", lambda self, answer, term, now: judge(self, dict(answer, sender_term=term), term, now))
+    return patch.object(Guard, "judge",
+                        lambda self, answer, term, now: judge(self, dict(answer, sender_term=term), term, now))
 
 
 def _every_vote() -> Any:
@@ -173,5 +174,5 @@ def first_failure(name: str, seeds: int, first: int = 0) -> tuple[int, BaseExcep
 if __name__ == "__main__":
     for wanted in sys.argv[2:] or SEEN:
         found = first_failure(wanted, int(sys.argv[1]))
-        print(f"{wanted:22}", "NOT SEEN" if found is None else f"seed {found[0]}: {type(found[1]).__name__}: {str(found[1])[:110]}",
-              flush=True)
+        what = "NOT SEEN" if found is None else f"seed {found[0]}: {type(found[1]).__name__}: {str(found[1])[:110]}"
+        print(f"{wanted:22} {what}", flush=True)

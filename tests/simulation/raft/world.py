@@ -8,7 +8,7 @@ import heapq
 import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spillway.cluster.errors import StorageFailed
 from spillway.cluster.machine import Role
@@ -28,6 +28,8 @@ from tests.simulation.raft.checkers import (
 )
 from tests.simulation.raft.disk import SimDisk
 
+FAULTS = ("drop", "drop", "block", "cut", "alone", "stop", "stop", "slow", "fail", "wipe", "pause", "heal", "transfer",
+          "lag", "lag")
 HEAL_SECONDS = 30.0  # a healed cluster must commit within
 
 
@@ -41,7 +43,7 @@ class Options:
     delay: float = 0.002
     faults_per_second: float = 1.5
     wipes: bool = True
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     @classmethod
     def draw(cls, rnd: random.Random) -> Options:
@@ -346,8 +348,7 @@ class World:
         if self.calm:
             return
         self.later(self.rnd.expovariate(self.options.faults_per_second), self._fault)
-        kind = self.rnd.choice(("drop", "drop", "block", "cut", "alone", "stop", "stop", "slow", "fail", "wipe", "pause", "heal",
-                                "transfer", "lag", "lag"))
+        kind = self.rnd.choice(FAULTS)
         many = len(self.names) > 1
         node = self.nodes[self.rnd.choice(self.names)]
         if kind in ("drop", "block", "cut") and many:
@@ -480,7 +481,8 @@ class World:
             if self.now >= asked[0]:
                 asked[0] = self.now + 1.0
                 for group in range(self.options.groups):
-                    leader = next((n for n in self.nodes.values() if n.alive and n.machines[group].role is Role.LEADER), None)
+                    leader = next((n for n in self.nodes.values()
+                                   if n.alive and n.machines[group].role is Role.LEADER), None)
                     if leader is not None and probes.get(group) not in self.lost.acked.get(group, {}):
                         probes[group] = self.propose(leader, group)
             return len(probes) == self.options.groups and all(

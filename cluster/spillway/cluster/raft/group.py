@@ -383,7 +383,7 @@ class RaftGroup:
         index = answer["next_node_idx"]
         last = self.journal.last
         if answer["success"] and index > last + 1:
-            raise LogViolation(f"group {self.number}: node {peer} claims entry {index - 1}; our log ends at {last}")
+            return  # it claims entries of our term that we never had: cannot be true, and must not count
         before = engine.next_index(peer)
         if answer["recovering"]:
             engine.forget_match(peer)
