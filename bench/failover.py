@@ -18,6 +18,7 @@ from bench.outage import Trace, outage
 
 QUEUES, PER_SECOND, PAYLOAD_BYTES, CREDIT = 200, 2_000.0, 1024, 512
 CATCH_UP_SECONDS = 60.0
+LEADERS_BACK_SECONDS = 15.0
 ROLES_AT_WORK = ("leader", "follower")
 
 
@@ -34,9 +35,7 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         children.start(producer)
         poll(lambda: counters[READY_CONSUMER] and counters[READY_PRODUCER], 60, "the load", children)
         time.sleep(seconds)
-        topology = nodes.topology("n1")
-        assert topology is not None
-        leaders = {shard.shard: shard.leader for shard in topology.shards}
+        leaders = leaders_of(nodes, "n1")
         victim, led = Counter(leaders.values()).most_common(1)[0]
         survivor = next(n for n in nodes.children if n != victim)
         killed_at = time.monotonic()
@@ -48,7 +47,14 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         answered_at = time.monotonic()
         poll(lambda: caught_up(nodes, victim), CATCH_UP_SECONDS, "the restarted node to catch up", children)
         caught_up_at = time.monotonic()
+        back_at: float | None = None
+        try:
+            poll(lambda: leaders_of(nodes, survivor) == leaders, LEADERS_BACK_SECONDS, "leaders as before", children)
+            back_at = time.monotonic()
+        except TimeoutError:
+            pass  # allowed: leaders may stay where they are
         time.sleep(2.0)
+        end = time.monotonic()
         counters[STOP] = 1
         sent = producer.result(90)
         complete = True
@@ -59,16 +65,18 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         time.sleep(0.5)  # for what is delivered twice
         counters[FINISH] = 1
         got = consumer.result(60)
-        final = nodes.topology(survivor)
+        final = leaders_of(nodes, survivor)
 
     verdict = judge(((n, n % QUEUES) for n in range(len(sent["sent_at"]))), (Delivery(*d[:4]) for d in got["deliveries"]))
     affected = {q for q in range(QUEUES)
                 if leaders[shard_of(queue_key(DESTINATION, TENANT, f"k{q}"), len(leaders))] == victim}
     first: dict[int, float] = {}
-    for number, _, _, _, at in got["deliveries"]:
+    for number, _, _, _, at, *_ in got["deliveries"]:
         first.setdefault(number, at)
     traces = [Trace(n, n % QUEUES, at, stored, first.get(n))
               for n, (at, stored) in enumerate(zip(sent["sent_at"], sent["stored_at"], strict=True))]
+    around_restart = outage(traces, restarted_at, end)
+    slow = {one["number"] for one in around_restart.get("slowest", ())}
     return {
         "leaders_before": dict(Counter(leaders.values())), "victim": victim, "shards_led_by_victim": led,
         "queues_affected": len(affected), "sends_failed": sent["failed"], "send_errors": sent["errors"],
@@ -77,12 +85,22 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         "affected": outage([t for t in traces if t.queue in affected], killed_at, restarted_at),
         "others": outage([t for t in traces if t.queue not in affected], killed_at, restarted_at),
         "all": outage(traces, killed_at, restarted_at),
-        "around_restart": outage(traces, restarted_at, caught_up_at + 2.0),
+        "around_restart": around_restart,
+        "slowest_deliveries_around_restart": [
+            {"number": number, "shard": shard, "at": round(at - restarted_at, 3), "fencing_token": token, "attempt": attempt}
+            for number, _, shard, _, at, token, attempt in got["deliveries"] if number in slow],
         "restart": {"down_seconds": round(restarted_at - killed_at, 2),
                     "answers_after_seconds": round(answered_at - restarted_at, 2),
-                    "caught_up_after_seconds": round(caught_up_at - restarted_at, 2)},
-        "leaders_after": dict(Counter(s.leader for s in final.shards)) if final is not None else None,
+                    "caught_up_after_seconds": round(caught_up_at - restarted_at, 2),
+                    "leaders_back_after_seconds": None if back_at is None else round(back_at - restarted_at, 2)},
+        "leaders_after": dict(Counter(final.values())),
     }
+
+
+def leaders_of(nodes: Nodes, node: str) -> dict[int, str]:
+    """The leader of each shard as a node sees it."""
+    topology = nodes.topology(node)
+    return {} if topology is None else {shard.shard: shard.leader for shard in topology.shards}
 
 
 def caught_up(nodes: Nodes, node: str) -> bool:

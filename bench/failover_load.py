@@ -67,8 +67,9 @@ async def paced(counters: Counters, addresses: list[str], queues: int, per_secon
 
 
 async def record(counters: Counters, addresses: list[str], credit: int) -> dict[str, Any]:
-    """Acknowledges all it gets until `FINISH`. Returns (number, queue, shard, sequence, time) of each delivery."""
-    deliveries: list[tuple[int, int, int, int, float]] = []
+    """Acknowledges all it gets until `FINISH`. Returns (number, queue, shard, sequence, time, fencing
+    token, attempt) of each delivery."""
+    deliveries: list[tuple[int, int, int, int, float, int, int]] = []
     numbers: set[int] = set()
     stale = 0
 
@@ -82,7 +83,8 @@ async def record(counters: Counters, addresses: list[str], credit: int) -> dict[
             queue = int(run.key[1:])
             for message in run.messages:
                 number, = _NUMBER.unpack_from(message.payload)
-                deliveries.append((number, queue, message.shard, message.sequence, now))
+                deliveries.append((number, queue, message.shard, message.sequence, now, run.fencing_token,
+                                   message.attempt))
                 numbers.add(number)
             counters[DELIVERED] = len(numbers)
             run.ack()

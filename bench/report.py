@@ -57,9 +57,11 @@ def _throughput(results: dict[str, Any]) -> str:
         brokers = sum(v for k, v in cores.items() if k not in ("producer", "consumer"))
         rows.append((f"{r['nodes']} node{'s' if r['nodes'] > 1 else ''}, {r['queues']:,} queues", rate,
                      rate / limits["grpc"]["messages_per_second"], rate / limits["rocksdb"]["messages_per_second"],
-                     brokers, cores["producer"], cores["consumer"], r["produced"] - r["settled"]))
+                     brokers, cores["producer"], cores["consumer"],
+                     r["machine_cores"]["others"] + r["machine_cores"]["stolen"], r["produced"] - r["settled"]))
     return "a  Throughput, 1 KiB, produced to acknowledged\n" + table(
-        ("", "messages/s", "of raw gRPC", "of raw RocksDB", "brokers' cores", "producer's", "consumer's", "missing"), rows)
+        ("", "messages/s", "of raw gRPC", "of raw RocksDB", "brokers' cores", "producer's", "consumer's", "strangers'",
+         "missing"), rows)
 
 
 def _round_trip(results: dict[str, Any]) -> str:
@@ -115,4 +117,5 @@ def _failover(results: dict[str, Any]) -> str:
         table(("seconds", "longest to stored", "longest to delivered", "delivery gap overall", "of worst queue",
                "of median queue"), rows),
         f"Started again after {restart['down_seconds']} s, it answered after {restart['answers_after_seconds']} s and had "
-        f"caught up after {restart['caught_up_after_seconds']} s."])
+        f"caught up after {restart['caught_up_after_seconds']} s; leaders were back after "
+        f"{restart['leaders_back_after_seconds'] or '(not)'} s."])

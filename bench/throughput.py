@@ -17,7 +17,7 @@ from bench.counters import (
     Counters,
 )
 from bench.nodes import Nodes
-from bench.usage import cpu_seconds
+from bench.usage import cpu_seconds, machine_seconds
 
 PAYLOAD_BYTES = 1024
 OUTSTANDING = 8192
@@ -44,6 +44,7 @@ def measure(directory: Path, node_count: int, queues: int, seconds: float) -> di
         pids = {**nodes.pids, "producer": producer.pid, "consumer": consumer.pid}
         settled = [counters[SETTLED]]
         cpu = {name: cpu_seconds(pid) for name, pid in pids.items()}
+        machine = machine_seconds()
         start = time.monotonic()
         while (elapsed := time.monotonic() - start) < seconds:
             time.sleep(min(1.0, max(seconds - elapsed, 0.001)))
@@ -52,6 +53,7 @@ def measure(directory: Path, node_count: int, queues: int, seconds: float) -> di
         elapsed = time.monotonic() - start
         count = counters[SETTLED] - settled[0]
         used = {name: cpu_seconds(pid) - cpu[name] for name, pid in pids.items()}
+        whole = {name: (value - machine[name]) / elapsed for name, value in machine_seconds().items()}
         counters[STOP] = 1
         sent = producer.result(DRAIN_SECONDS)
         poll(lambda: counters[SETTLED] >= counters[PRODUCED], DRAIN_SECONDS, "every message acknowledged", children)
@@ -61,6 +63,8 @@ def measure(directory: Path, node_count: int, queues: int, seconds: float) -> di
         "nodes": node_count, "queues": queues, "messages_per_second": round(count / elapsed), "seconds": round(elapsed, 2),
         "per_second": [b - a for a, b in pairwise(settled)],
         "cores": {name: round(value / elapsed, 2) for name, value in used.items()},
+        "machine_cores": {"others": round(max(whole["busy"] - sum(used.values()) / elapsed, 0.0), 2),
+                          "idle": round(whole["idle"], 2), "stolen": round(whole["stolen"], 2)},
         "cpu_us_per_message": {name: round(value / max(count, 1) * 1e6, 1) for name, value in used.items()},
         "produced": sent["produced"], "failed": sent["failed"], "settled": received["settled"],
         "refused_settlements": counters[REFUSED], "delivered": received["delivered"],

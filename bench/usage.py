@@ -14,6 +14,14 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def machine_seconds() -> dict[str, float]:
+    """What all cores together did so far: `busy` with any process, `idle` (waiting for a disk included), `stolen` by the
+    host of a virtual machine."""
+    user, nice, system, idle, wait, irq, softirq, stolen = (
+        int(x) / TICKS for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    return {"busy": user + nice + system + irq + softirq, "idle": idle + wait, "stolen": stolen}
+
+
 def rss_bytes(pid: int) -> int:
     """Resident memory now."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
