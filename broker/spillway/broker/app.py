@@ -18,12 +18,12 @@ from spillway.broker.runtime.node import Node
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.queue import QueueService
-from spillway.cluster.consensus.grpc_peers import PROTOCOL, GrpcTransport
-from spillway.cluster.consensus.host import RaftHost
-from spillway.cluster.consensus.journal import JournalStore
 from spillway.cluster.errors import StoreRefused
 from spillway.cluster.placement import place
+from spillway.cluster.raft.host import RaftHost
+from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.state_store import StateStore
+from spillway.cluster.transport.grpc import PROTOCOL, GrpcTransport
 from spillway.contract.limits import FRAME_BYTES_MAX
 from spillway.peer.v1.peer_service_pb2 import Hello
 from spillway.v1 import admin_service_pb2, cluster_service_pb2, queue_service_pb2

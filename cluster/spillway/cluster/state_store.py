@@ -66,6 +66,11 @@ class StateStore:
             rows = self._groups[group] = GroupRows(self, group)
         return rows
 
+    def applied(self, group: int) -> tuple[int, int]:
+        """(index, term) of the last entry in a group's rows."""
+        rows = self.group(group)
+        return rows.applied_index, rows.applied_term
+
     async def sync(self) -> None:
         """Makes every commit so far durable, in a thread. Raises StorageFailed."""
         marks = [(rows, rows.applied_index) for rows in self._groups.values()]

@@ -86,7 +86,7 @@ class _Stream:
                 waker.cancel()
             await reader
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-            why = str(getattr(error, "details", lambda: error)() or error)
+            why = error.details() or "broken" if isinstance(error, grpc.aio.AioRpcError) else str(error)
         finally:
             reader.cancel()
             call.cancel()

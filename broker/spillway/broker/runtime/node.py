@@ -25,7 +25,7 @@ from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
-from spillway.cluster.consensus.host import RaftHost
+from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX

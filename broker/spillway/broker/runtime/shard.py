@@ -372,7 +372,7 @@ class ShardRuntime:
                 bucket.append(token)
             if not node.deliver(self, pick, queue):
                 self.release_lease(token)
-        for token, name, outcome in effects.released:
+        for token, _, outcome in effects.released:
             pick_or_none = self.picks.pop(token, None)
             if pick_or_none is not None:
                 scheduler.settled(pick_or_none, now)

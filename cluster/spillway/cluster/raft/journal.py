@@ -68,6 +68,9 @@ class Disk(Protocol):
     def sync(self) -> None:
         """Makes everything written durable; may run in another thread than `write`. Raises StorageFailed."""
 
+    def rest(self) -> None:
+        """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
+
     def get(self, key: bytes) -> bytes | None:
         """A row."""
 
@@ -119,6 +122,13 @@ class RocksDisk:
             self._db.flush_wal(True)
         except Exception as e:
             raise StorageFailed(f"the log cannot be synced: {e}") from e
+
+    def rest(self) -> None:
+        """See Disk."""
+        try:
+            self._db.flush(True)
+        except Exception as e:
+            raise StorageFailed(f"the log cannot be written: {e}") from e
 
     def get(self, key: bytes) -> bytes | None:
         """See Disk."""
@@ -232,6 +242,10 @@ class JournalStore:
     def sync(self) -> None:
         """Makes everything written durable. May run in a thread. Raises StorageFailed."""
         self.disk.sync()
+
+    def rest(self) -> None:
+        """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
+        self.disk.rest()
 
     def synced(self) -> None:
         """After `sync`, on the loop: what the logs hold is durable. No turn may have begun since `write`."""

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from spillway.cluster.consensus.peers import Handlers
 from spillway.cluster.errors import ClusterError, PeerRefused, SnapshotInvalid
+from spillway.cluster.transport.base import Handlers
 from spillway.peer.v1 import peer_service_pb2_grpc
 from spillway.peer.v1.peer_service_pb2 import (
     ExchangeRequest,
