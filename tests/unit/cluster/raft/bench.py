@@ -164,7 +164,8 @@ class Bench:
         while link and moved < count and receiver in self.nodes:
             self.drive()
             self.nodes[receiver].group.deliver(sender, wire.decode(RaftGroupMessage.FromString(link.popleft())))
-            self.nodes[receiver].engine.deadline = FAR
+            if not self.nodes[receiver].engine.transfer_pending:
+                self.nodes[receiver].engine.deadline = FAR
             moved += 1
         if moved:
             self.nodes[receiver].sync()
