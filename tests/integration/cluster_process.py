@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import grpc
-
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 

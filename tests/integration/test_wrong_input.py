@@ -14,7 +14,6 @@ from cluster_process import ClusterProcesses, NodeProcess
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-
 from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
 from spillway.v1.message_pb2 import (

@@ -1,5 +1,5 @@
 """Destinations and what became of their messages. Any node serves any call; failed calls go to another node."""
-# ruff: noqa: ASYNC109 - a timeout of our own tells more than a cancellation by the caller
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,5 @@
 """The way in: one connection to a cluster, from which producers, consumers and admin calls are made."""
-# ruff: noqa: ASYNC109 - a timeout of our own tells more than a cancellation by the caller
+
 from __future__ import annotations
 
 import asyncio

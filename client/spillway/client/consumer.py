@@ -4,7 +4,7 @@ The broker sends only what there is credit for; credit comes back when a message
 again, for ever, with jittered backoff; a reconnecting stream tells which leases it still has, so that what was lost on
 the way is ready again at once instead of when its lease expires.
 """
-# ruff: noqa: ASYNC109 - a timeout of our own tells more than a cancellation by the caller
+
 from __future__ import annotations
 
 import asyncio

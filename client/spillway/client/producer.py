@@ -3,7 +3,7 @@
 While nothing is in flight a record goes out at once; while a request is in flight the next one fills. Numbers and
 retries are `sequencing.Lane`'s; this module moves bytes and reports outcomes.
 """
-# ruff: noqa: ASYNC109 - a timeout of our own tells more than a cancellation by the caller
+
 from __future__ import annotations
 
 import asyncio

@@ -1,280 +1,435 @@
 """Rows of every replica of a node in one RocksDB. Knows nothing of queues.
 
+    F                              format of the store
     M <group>                      meta row: format, generation, applied index, applied term
     R <group> <generation> <key>   a row
 
-A commit is one atomic batch of rows and the applied index that they describe; it is durable after the next sync. A
-snapshot is written under the next generation and takes effect by one synced flip of the meta row: a crash in the middle
-leaves the old state, and the unfinished generation is dropped at the next start.
+A commit is one atomic batch of rows and the applied index that they describe. It is durable after the next sync; a crash
+keeps every commit up to some moment after the last sync and none beyond it. A snapshot is written under the next generation
+and takes effect by one synced flip of the meta row (see `snapshots`): a crash in the middle leaves the old state, and the
+unfinished generation is dropped at the next start. Whoever changes a row raises FORMAT.
+
+That nothing is missing *before* a commit that survived needs care. RocksDB begins a new write-ahead log with every write
+buffer. If the old one was not synced by then, a power cut can take its end and keep the beginning of the new one: later
+commits without earlier ones, which no recovery mode notices when the cut falls between two records. So RocksDB never
+chooses the moment here: its own limit is out of reach, and buffers are switched by `_switch`, right after a sync.
 """
 from __future__ import annotations
 
 import asyncio
 import struct
-import zlib
+import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
-from rocksdict import BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
-from spillway.cluster.errors import SnapshotInvalid, StorageFailed, StoreRefused
+from rocksdict import (
+    BlockBasedIndexType,
+    BlockBasedOptions,
+    Cache,
+    DataBlockIndexType,
+    DBCompressionType,
+    DBRecoveryMode,
+    Options,
+    Rdict,
+    ReadOptions,
+    WriteBatch,
+)
+from spillway.cluster.errors import StorageFailed, StoreRefused
+from spillway.cluster.snapshots import EXPORT_BYTES_PER_SECOND, Exporter, Installer
 
 FORMAT = 1
-WRITE_BUFFER_BYTES = 16 << 20
+WRITE_BUFFER_BYTES = 16 << 20  # a message that is deleted before its buffer is full never reaches a file
 BLOCK_CACHE_BYTES = 16 << 20
-CHUNK_BYTES = 128 << 10  # of a snapshot
-EXPORT_BYTES_PER_SECOND = 64 << 20  # leaves room for the traffic of the day
+BLOB_BYTES_MIN = 16 << 10  # larger values are not rewritten by compactions
+OPEN_FILES_MAX = 512
+INSTALL_SYNC_BYTES = 8 << 20  # of a snapshot between two syncs, so that none is long
+_BUFFERS_MAX = 4  # one is filled while others are written; only a disk that is too slow ever needs more than two
+_BUFFER_BYTES_FACTOR = 4  # RocksDB's own limit of a buffer, in ours: out of reach
+_FORMAT_KEY = b"F"
 _META = struct.Struct("<BIQQ")
+_META_KEY = struct.Struct(">cI")
 _PREFIX = struct.Struct(">cII")
-_ROW = struct.Struct("<II")
-_HEADER = struct.Struct("<4sBIQQ")  # magic, format, group, applied index, applied term
-_TRAILER = struct.Struct("<4sQI")  # magic, rows, checksum of all chunks
 
 
 class StateStore:
     """The database. One writer: the node's loop."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens or creates it. Raises StoreRefused if it is damaged, locked, or of a newer version."""
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)
-        options.set_write_buffer_size(WRITE_BUFFER_BYTES)
-        options.set_max_write_buffer_number(2)
-        options.set_max_background_jobs(2)
-        options.set_keep_log_file_num(2)
-        options.set_max_total_wal_size(128 << 20)
-        options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
-        table = BlockBasedOptions()
-        table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
-        table.set_bloom_filter(10, False)
-        options.set_block_based_table_factory(table)
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            self.db = Rdict(str(path), options)
-        except Exception as e:
-            text = str(e)
-            if "lock" in text.lower():
-                raise StoreRefused(f"{path} is in use by another process; stop that one, or name another directory") from None
-            raise StoreRefused(f"{path} cannot be opened: {text}. If the disk is sound, replace this node by an empty "
-                               "one: the others will bring it up to date") from None
+    def __init__(self, path: Path, *, write_buffer_bytes: int = WRITE_BUFFER_BYTES) -> None:
+        """Opens or creates it, and drops snapshots that were not finished. Raises StoreRefused if it is damaged, in use or
+        of a newer format, or if there is no space."""
+        self.path = path
+        self._write_buffer_bytes = write_buffer_bytes
+        self._write_lock = threading.Lock()  # `rest` runs beside the loop
+        self._writes = 0
+        self._writes_synced = 0
+        self._failed: StorageFailed | None = None
         self._groups: dict[int, GroupRows] = {}
+        self._exporters: WeakSet[Exporter] = WeakSet()
+        self.installers: dict[int, Installer] = {}
+        """Of groups whose state is being replaced."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.db = Rdict(str(path), _options(write_buffer_bytes))
+        except Exception as error:
+            raise StoreRefused(_why_not_opened(path, str(error))) from None
+        try:
+            self._check_format()
+            self._drop_unfinished()
+        except BaseException:
+            self.db.close()
+            raise
 
-    def group(self, group: int) -> GroupRows:
-        """The rows of a replica. Raises StoreRefused for a newer format."""
-        rows = self._groups.get(group)
+    def group(self, group_id: int) -> GroupRows:
+        """The rows of a replica; the same object each time. Raises StoreRefused for a newer or unreadable format."""
+        rows = self._groups.get(group_id)
         if rows is None:
-            rows = self._groups[group] = GroupRows(self, group)
+            rows = self._groups[group_id] = GroupRows(self, group_id, self.read(_META_KEY.pack(b"M", group_id)))
         return rows
 
-    def applied(self, group: int) -> tuple[int, int]:
-        """(index, term) of the last entry in a group's rows."""
-        rows = self.group(group)
+    def applied(self, group_id: int) -> tuple[int, int]:
+        """(index, term) of the last entry in a group's rows; (0, 0) when blank."""
+        rows = self.group(group_id)
         return rows.applied_index, rows.applied_term
 
     async def sync(self) -> None:
-        """Makes every commit so far durable, in a thread. Raises StorageFailed."""
-        marks = [(rows, rows.applied_index) for rows in self._groups.values()]
-        await asyncio.get_running_loop().run_in_executor(None, self._flush)
-        for rows, index in marks:
-            rows.durable_index = max(rows.durable_index, index)
+        """Makes every commit before the call durable, in a thread. Raises StorageFailed."""
+        marks, writes = self._marks(), self._writes
+        await asyncio.get_running_loop().run_in_executor(None, self._flush_wal)
+        self._synced(marks, writes)
+        if self._buffered() >= self._write_buffer_bytes // 2:
+            self._switch()  # while there is next to nothing left to sync
 
     def sync_now(self) -> None:
         """Makes every commit so far durable, here. Raises StorageFailed."""
-        self._flush()
-        for rows in self._groups.values():
-            rows.durable_index = rows.applied_index
+        marks, writes = self._marks(), self._writes
+        self._flush_wal()
+        self._synced(marks, writes)
 
     def rest(self) -> None:
-        """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
-        try:
-            self.db.flush(True)
-        except Exception as e:
-            raise StorageFailed(f"the state cannot be written: {e}") from e
-
-    def write(self, batch: WriteBatch) -> None:
-        """Writes a batch, unsynced. Raises StorageFailed."""
-        try:
-            self.db.write(batch)
-        except Exception as e:
-            raise StorageFailed(f"the state cannot be written: {e}") from e
-
-    def _flush(self) -> None:
-        try:
-            self.db.flush_wal(True)
-        except Exception as e:
-            raise StorageFailed(f"the state cannot be synced: {e}") from e
+        """Gives back the memory of write buffers; for quiet times, in any thread. Raises StorageFailed."""
+        self._switch()
 
     def close(self) -> None:
-        """Closes the database."""
+        """Releases the database. Scans must have ended: RocksDB stays open as long as one of its iterators lives."""
+        for exporter in list(self._exporters):
+            exporter.close()
         self.db.close()
+
+    def __repr__(self) -> str:
+        return f"<state store {self.path}: {len(self._groups)} groups, {self._buffered() >> 10} KiB buffered>"
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
-    async def export(self, group: int) -> AsyncIterator[bytes]:
-        """A group's rows as of now: a header, chunks of rows, a trailer, each with a checksum. Memory stays flat."""
-        rows = self.group(group)
-        # The iterator reads from one RocksDB snapshot, whatever is committed meanwhile.
+    def export(self, group_id: int, bytes_per_second: int = EXPORT_BYTES_PER_SECOND) -> Exporter:
+        """A group's state as of now, in chunks; see Exporter."""
+        rows = self.group(group_id)
+        exporter = Exporter(self.db.snapshot(), rows.prefix, group_id, rows.applied_index, rows.applied_term,
+                            bytes_per_second)
+        self._exporters.add(exporter)
+        return exporter
+
+    async def install(self, group_id: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
+        """Replaces a group's rows by a snapshot, all or nothing; returns its applied (index, term). It is durable then, and
+        nothing else of the loop runs between the change and the return. Raises SnapshotInvalid if it is damaged or not above
+        entry `above` (the old state stands), and StorageFailed."""
+        installer = Installer(self, group_id, above)
+        try:
+            unsynced = 0
+            async for chunk in chunks:
+                installer.feed(chunk)
+                unsynced += len(chunk)
+                if unsynced > INSTALL_SYNC_BYTES:
+                    unsynced = 0
+                    await self.sync()
+                else:
+                    await asyncio.sleep(0)
+            await self.sync()
+            return installer.finish()
+        except BaseException:
+            with suppress(StorageFailed):  # the first error counts
+                installer.abort()
+            raise
+
+    # -- for the groups and snapshots of this store ---------------------------------------------------------------
+
+    def read(self, key: bytes) -> bytes | None:
+        """A row by its full key. Raises StorageFailed."""
+        try:
+            value: bytes | None = self.db.get(key)
+        except Exception as error:
+            raise self._fail("read", error) from error
+        return value
+
+    def read_all(self, prefix: bytes, keys: list[bytes]) -> list[bytes | None]:
+        """Rows by what follows the prefix in their keys. Raises StorageFailed."""
+        try:
+            found: Any = self.db.get([prefix + key for key in keys])
+        except Exception as error:
+            raise self._fail("read", error) from error
+        values: list[bytes | None] = found
+        return values
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Rows of full keys [start, end), as of the first step. Raises StorageFailed: damage is not an end."""
         read = ReadOptions()
-        read.set_iterate_upper_bound(rows.prefix + b"\xff" * 8)
-        it = self.db.iter(read)
-        it.seek(rows.prefix)
-        yield _sealed(_HEADER.pack(b"SWSH", FORMAT, group, rows.applied_index, rows.applied_term))
-        cut = len(rows.prefix)
-        count, total = 0, 0
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            valid = it.valid()
-            if valid:
-                key, value = it.key()[cut:], it.value()
-                parts += (_ROW.pack(len(key), len(value)), key, value)
-                size += _ROW.size + len(key) + len(value)
-                count += 1
-                it.next()
-            if parts and (not valid or size >= CHUNK_BYTES):
-                chunk = _sealed(b"".join(parts))
-                total = zlib.crc32(chunk, total)
-                yield chunk
-                await asyncio.sleep(size / EXPORT_BYTES_PER_SECOND)
-                parts, size = [], 0
-            if not valid:
-                break
-        yield _sealed(_TRAILER.pack(b"SWST", count, total))
+        read.set_iterate_upper_bound(end)
+        rows: Any = self.db.iter(read)
+        rows.seek(start)
+        while rows.valid():
+            yield rows.key(), rows.value()
+            rows.next()
+        self.check(rows)
 
-    async def install(self, group: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
-        """Replaces a group's rows by a snapshot, all or nothing; returns its applied index and term. Raises SnapshotInvalid
-        (the old state stands) or StorageFailed."""
-        rows = self.group(group)
-        generation = rows.generation + 1
-        prefix = _PREFIX.pack(b"R", group, generation)
-        self._drop(group, generation)
-        index = term = 0
-        count = total = 0
-        done = False
-        async for chunk in chunks:
-            body = _opened(chunk)
-            if done:
-                raise SnapshotInvalid("chunks after the trailer")
-            if not index:
-                if len(body) != _HEADER.size:
-                    raise SnapshotInvalid("the first chunk is no header")
-                magic, version, of, index, term = _HEADER.unpack(body)
-                if magic != b"SWSH" or version != FORMAT or of != group:
-                    raise SnapshotInvalid(f"a snapshot of group {of}, format {version}; wanted group {group}, format {FORMAT}")
-                if index <= max(above, rows.applied_index):
-                    raise SnapshotInvalid(f"as of entry {index}, but {max(above, rows.applied_index)} is applied here")
-            elif len(body) == _TRAILER.size and body[:4] == b"SWST":
-                _, rows_sent, digest = _TRAILER.unpack(body)
-                if (rows_sent, digest) != (count, total):
-                    raise SnapshotInvalid(f"{count} rows arrived of {rows_sent}, or in another order")
-                done = True
-            else:
-                count += self._install_chunk(prefix, body)
-                total = zlib.crc32(chunk, total)
-                await asyncio.sleep(0)
-        if not done:
-            raise SnapshotInvalid("it broke off")
-        await asyncio.get_running_loop().run_in_executor(None, self._flush)
-        rows.flip(generation, index, term)
-        return index, term
+    def check(self, rows: Any) -> None:
+        """Whether an iterator ended because there is no more. Raises StorageFailed."""
+        try:
+            rows.status()
+        except Exception as error:
+            raise self._fail("read", error) from error
 
-    def _install_chunk(self, prefix: bytes, body: bytes) -> int:
+    def write(self, batch: WriteBatch) -> None:
+        """Writes a batch, unsynced. Raises StorageFailed."""
+        if self._failed is not None:
+            raise self._failed
+        if self._buffered() >= self._write_buffer_bytes:
+            self._switch()
+        with self._write_lock:
+            self._writes += 1
+            try:
+                self.db.write(batch)
+            except Exception as error:
+                raise self._fail("written", error) from error
+
+    def drop(self, group_id: int, generation: int) -> None:
+        """Removes all rows of a generation. Raises StorageFailed."""
         batch = WriteBatch(raw_mode=True)
-        at = count = 0
-        while at < len(body):
-            if at + _ROW.size > len(body):
-                raise SnapshotInvalid("a row is cut")
-            key_size, value_size = _ROW.unpack_from(body, at)
-            at += _ROW.size
-            end = at + key_size + value_size
-            if end > len(body):
-                raise SnapshotInvalid("a row is cut")
-            batch.put(prefix + body[at:at + key_size], body[at + key_size:end])
-            at = end
-            count += 1
+        batch.delete_range(_PREFIX.pack(b"R", group_id, generation), _PREFIX.pack(b"R", group_id, generation + 1))
         self.write(batch)
-        return count
 
-    def _drop(self, group: int, generation: int) -> None:
-        batch = WriteBatch(raw_mode=True)
-        batch.delete_range(_PREFIX.pack(b"R", group, generation), _PREFIX.pack(b"R", group, generation + 1))
-        self.write(batch)
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _marks(self) -> list[tuple[GroupRows, int]]:
+        return [(rows, rows.applied_index) for rows in self._groups.values()]
+
+    def _synced(self, marks: list[tuple[GroupRows, int]], writes: int) -> None:
+        self._writes_synced = max(self._writes_synced, writes)
+        for rows, index in marks:
+            rows.durable_index = max(rows.durable_index, index)
+
+    def _flush_wal(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            self.db.flush_wal(True)
+        except Exception as error:
+            raise self._fail("synced", error) from error
+
+    def _buffered(self) -> int:
+        return self.db.property_int_value("rocksdb.cur-size-active-mem-table") or 0
+
+    def _switch(self) -> None:
+        """Begins a new write buffer and a new write-ahead log, at a moment when everything older is synced."""
+        with self._write_lock:
+            if self._writes != self._writes_synced:
+                self._flush_wal()
+                self._writes_synced = self._writes
+            try:
+                self.db.flush(False)
+            except Exception as error:
+                raise self._fail("written", error) from error
+
+    def _fail(self, what: str, error: Exception) -> StorageFailed:
+        """After one failed write or sync, later ones may succeed and still mean nothing: the first failure is for good."""
+        text = str(error)
+        if _disk_full(text):
+            failed = StorageFailed(f"the state cannot be {what}: the disk of {self.path} is full; free space, then start "
+                                   f"again ({text})")
+        else:
+            failed = StorageFailed(f"the state in {self.path} cannot be {what}: {text}")
+        if what != "read" and self._failed is None:
+            self._failed = failed
+        return failed
+
+    def _check_format(self) -> None:
+        stored = self.read(_FORMAT_KEY)
+        if stored is None:
+            batch = WriteBatch(raw_mode=True)
+            batch.put(_FORMAT_KEY, bytes([FORMAT]))
+            self.write(batch)
+        elif stored[0] > FORMAT:
+            raise StoreRefused(f"{self.path} has format {stored[0]}, written by a newer Spillway; this one reads up to "
+                               f"{FORMAT}: start the newer version")
+
+    def _drop_unfinished(self) -> None:
+        """Leftovers of installs that a crash ended. One seek for each generation."""
+        current: dict[int, int] = {}
+        for key, meta in self.scan(b"M", b"N"):
+            group_id = _META_KEY.unpack(key)[1]
+            current[group_id] = _unpack_meta(self.path, group_id, meta)[0]
+        found: list[tuple[int, int]] = []
+        read = ReadOptions()
+        read.set_iterate_upper_bound(b"S")
+        rows: Any = self.db.iter(read)
+        rows.seek(b"R")
+        while rows.valid():
+            _, group_id, generation = _PREFIX.unpack_from(rows.key())
+            found.append((group_id, generation))
+            rows.seek(_PREFIX.pack(b"R", group_id, generation + 1))
+        self.check(rows)
+        for group_id, generation in found:
+            if generation != current.get(group_id, 1):
+                self.drop(group_id, generation)
 
 
 class GroupRows:
-    """The rows of one replica."""
+    """The rows of one replica. For the node's loop only."""
 
-    def __init__(self, store: StateStore, group: int) -> None:
+    def __init__(self, store: StateStore, group_id: int, meta: bytes | None) -> None:
+        """`meta` is the stored meta row; see StateStore.group."""
         self._store = store
-        self._db = store.db
-        self._group = group
-        self._meta = b"M" + group.to_bytes(4, "big")
+        self._group_id = group_id
+        self._meta_key = _META_KEY.pack(b"M", group_id)
         self.generation = 1
-        self.applied_index = 0  # of the last commit
+        self.applied_index = 0
+        """Index of the last commit; 0 when blank."""
         self.applied_term = 0
-        meta = self._db.get(self._meta)
         if meta is not None:
-            version, self.generation, self.applied_index, self.applied_term = _META.unpack(meta)
-            if version > FORMAT:
-                raise StoreRefused(f"the state of group {group} has format {version}, written by a newer Spillway; this one "
-                                   f"reads up to {FORMAT}: start the newer version")
-            store._drop(group, self.generation + 1)
-        self.durable_index = self.applied_index  # of the last commit that a sync covered
-        self.prefix = _PREFIX.pack(b"R", group, self.generation)
+            self.generation, self.applied_index, self.applied_term = _unpack_meta(store.path, group_id, meta)
+        self.durable_index = self.applied_index
+        """Index of the last commit that a sync has covered."""
+        self.prefix = _PREFIX.pack(b"R", group_id, self.generation)
 
     def get(self, key: bytes) -> bytes | None:
-        """A row's value, or None."""
-        value: bytes | None = self._db.get(self.prefix + key)
-        return value
+        """A row's value, or None. Raises StorageFailed."""
+        return self._store.read(self.prefix + key)
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """Values of rows, None where there is none, in the order of `keys`. Raises StorageFailed."""
+        return self._store.read_all(self.prefix, keys)
 
     def scan(self, start: bytes, end: bytes, limit: int | None = None) -> Iterator[tuple[bytes, bytes]]:
-        """Rows of [start, end) in key order, at most `limit`, as of the first step."""
+        """Rows of [start, end) in key order, at most `limit`, as of the first step. Raises StorageFailed."""
         prefix = self.prefix
+        if limit is not None and limit <= 0:
+            return
         read = ReadOptions()
         read.set_iterate_upper_bound(prefix + end)
-        it: Any = self._db.iter(read)
-        it.seek(prefix + start)
+        rows: Any = self._store.db.iter(read)
+        rows.seek(prefix + start)
+        valid, key, value, step = rows.valid, rows.key, rows.value, rows.next
         cut = len(prefix)
-        while (limit is None or limit > 0) and it.valid():
-            yield it.key()[cut:], it.value()
-            it.next()
-            if limit is not None:
-                limit -= 1
+        left = -1 if limit is None else limit
+        while valid():
+            yield key()[cut:], value()
+            left -= 1
+            if not left:
+                return
+            step()
+        self._store.check(rows)
 
     def commit(self, index: int, term: int, puts: list[tuple[bytes, bytes]], deletes: list[bytes],
                delete_ranges: list[tuple[bytes, bytes]]) -> None:
-        """One atomic batch: ranges, then deletes, then puts, and the applied index. Raises StorageFailed."""
-        assert index >= self.applied_index, "the applied index goes back"
+        """One atomic batch: ranges, then deletes, then puts, and the applied index. Durable after the store's next sync.
+        `index` never goes back. Raises StorageFailed."""
+        assert index >= self.applied_index, f"group {self._group_id}: applied index {self.applied_index} back to {index}"
         batch = WriteBatch(raw_mode=True)
+        put, delete = batch.put, batch.delete
         prefix = self.prefix
         for start, end in delete_ranges:
-            batch.delete_range(prefix + start, prefix + end)
+            if start < end:  # RocksDB would fail the whole batch, and for good
+                batch.delete_range(prefix + start, prefix + end)
         for key in deletes:
-            batch.delete(prefix + key)
+            delete(prefix + key)
         for key, value in puts:
-            batch.put(prefix + key, value)
-        batch.put(self._meta, _META.pack(FORMAT, self.generation, index, term))
+            put(prefix + key, value)
+        put(self._meta_key, _META.pack(FORMAT, self.generation, index, term))
         self._store.write(batch)
         self.applied_index, self.applied_term = index, term
 
     def flip(self, generation: int, index: int, term: int) -> None:
-        """The rows of a finished generation become the state; durable on return."""
+        """The rows of a complete generation become the state and the old ones go; durable on return. Raises
+        StorageFailed."""
         batch = WriteBatch(raw_mode=True)
-        batch.put(self._meta, _META.pack(FORMAT, generation, index, term))
-        batch.delete_range(self.prefix, _PREFIX.pack(b"R", self._group, generation))
+        batch.put(self._meta_key, _META.pack(FORMAT, generation, index, term))
+        batch.delete_range(self.prefix, _PREFIX.pack(b"R", self._group_id, self.generation + 1))
         self._store.write(batch)
-        self._store._flush()
         self.generation = generation
-        self.prefix = _PREFIX.pack(b"R", self._group, generation)
-        self.applied_index = self.durable_index = index
-        self.applied_term = term
+        self.prefix = _PREFIX.pack(b"R", self._group_id, generation)
+        self.applied_index, self.applied_term = index, term
+        self._store.sync_now()
+
+    def __repr__(self) -> str:
+        return (f"<rows of group {self._group_id}: applied {self.applied_index} of term {self.applied_term}, durable "
+                f"{self.durable_index}, generation {self.generation}>")
 
 
-def _sealed(body: bytes) -> bytes:
-    return zlib.crc32(body).to_bytes(4, "little") + body
+def _options(write_buffer_bytes: int) -> Options:
+    """Small and bounded memory, few threads, cheap scans after deletes."""
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    # The default forgets synced commits silently after a damaged one; this refuses, but accepts a torn last write.
+    options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
+    options.set_write_buffer_size(write_buffer_bytes * _BUFFER_BYTES_FACTOR)
+    options.set_max_write_buffer_number(_BUFFERS_MAX)
+    options.set_wal_bytes_per_sync(1 << 20)  # starts writing early: a sync then waits for less
+    options.set_bytes_per_sync(1 << 20)
+    options.set_max_background_jobs(2)
+    options.set_max_open_files(OPEN_FILES_MAX)
+    options.set_keep_log_file_num(2)
+    options.set_max_log_file_size(4 << 20)
+    options.set_stats_dump_period_sec(0)
+    options.set_stats_persist_period_sec(0)
+    # Young files are short-lived: compressing them would be work for nothing.
+    options.set_compression_per_level([DBCompressionType.none(), DBCompressionType.none(), DBCompressionType.lz4()])
+    options.set_level_compaction_dynamic_level_bytes(False)
+    options.set_target_file_size_base(8 << 20)
+    options.set_max_bytes_for_level_base(64 << 20)
+    # A file that is mostly tombstones is compacted soon: scans over acknowledged messages stay cheap.
+    options.add_compact_on_deletion_collector_factory(4096, 2048, 0.5)
+    options.set_enable_blob_files(True)
+    options.set_min_blob_size(BLOB_BYTES_MIN)
+    options.set_blob_file_size(32 << 20)
+    options.set_enable_blob_gc(True)
+    options.set_blob_gc_age_cutoff(0.5)
+    table = BlockBasedOptions()
+    table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
+    table.set_bloom_filter(10, False)
+    table.set_data_block_index_type(DataBlockIndexType.binary_and_hash())
+    # Indexes and filters live in the cache, in parts: memory does not grow with the backlog.
+    table.set_index_type(BlockBasedIndexType.two_level_index_search())
+    table.set_partition_filters(True)
+    table.set_metadata_block_size(4096)
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_top_level_index_and_filter(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    table.set_format_version(5)
+    options.set_block_based_table_factory(table)
+    return options
 
 
-def _opened(chunk: bytes) -> bytes:
-    if len(chunk) < 5 or zlib.crc32(chunk[4:]) != int.from_bytes(chunk[:4], "little"):
-        raise SnapshotInvalid("a chunk's checksum is wrong")
-    return chunk[4:]
+def _unpack_meta(path: Path, group_id: int, meta: bytes) -> tuple[int, int, int]:
+    """(generation, applied index, applied term). Raises StoreRefused."""
+    if meta[0] > FORMAT:
+        raise StoreRefused(f"the state of group {group_id} in {path} has format {meta[0]}, written by a newer Spillway; this "
+                           f"one reads up to {FORMAT}: start the newer version")
+    if len(meta) != _META.size:
+        raise StoreRefused(f"the state of group {group_id} in {path} is damaged: its meta row has {len(meta)} bytes. "
+                           "Replace this node by an empty one: the others will bring it up to date")
+    _, generation, index, term = _META.unpack(meta)
+    return generation, index, term
+
+
+def _disk_full(text: str) -> bool:
+    return "No space left on device" in text or "Disk quota exceeded" in text
+
+
+def _why_not_opened(path: Path, text: str) -> str:
+    if "lock hold by current process" in text or "While lock file" in text:
+        return f"{path} is in use by another process; stop that one, or name another directory"
+    if _disk_full(text):
+        return f"{path} cannot be opened: its disk is full; free space, then start again ({text})"
+    return (f"{path} cannot be opened: {text}. If the disk is sound, replace this node by an empty one: the others will "
+            "bring it up to date")
