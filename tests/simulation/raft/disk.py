@@ -74,6 +74,9 @@ class SimDisk:
         self.rows = dict(self.durable)
         self.fails = False
 
+    def rest(self) -> None:
+        """See Disk."""
+
     def get(self, key: bytes) -> bytes | None:
         """See Disk."""
         return self.rows.get(key)

@@ -64,7 +64,7 @@ def test_a_repeated_reset_cuts_without_both_rules() -> None:
 
 def _offer_to_a_deposed_leader(bench: Bench) -> Bench:
     """A keeps five entries for itself; B and C go on and compact; A is offered a snapshot."""
-    a, b = bench["A"], bench["B"]
+    b = bench["B"]
     bench.elect("A", "B", "C")
     bench.settle("A", "B", "C")
     bench.cut("A", "B")
@@ -208,7 +208,7 @@ def _double_vote(bench: Bench) -> int:
         for voter in "BCDE":
             bench.move("A", voter) if a.engine.state == 0 else bench.move("A", "B")
             bench.move(voter, "A", 0 if a.engine.state else 1 << 30)
-    votes = [m for m in bench.links["B", "A"]]
+    votes = list(bench.links["B", "A"])
     assert votes
     bench.links["B", "A"].extend(votes)
     bench.move("B", "A")

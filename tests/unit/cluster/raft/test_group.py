@@ -38,7 +38,7 @@ def test_the_library_is_pinned(tmp_path: Path) -> None:
     seam.check()
     other = tmp_path / "syncobj.py"
     other.write_text("# another version")
-    with pytest.raises(UntestedLibrary, match="install pysyncobj==0.3.17"):
+    with pytest.raises(UntestedLibrary, match=r"install pysyncobj==0.3.17"):
         seam.check(str(other))
 
 
@@ -239,7 +239,7 @@ def test_a_state_beyond_the_log_is_refused() -> None:
     bench = _led()
     bench.put("A", b"x")
     bench.settle("A", "B", "C")
-    with pytest.raises(StoreRefused, match="its log ends at .*replace this node by an empty one"):
+    with pytest.raises(StoreRefused, match=r"its log ends at .*replace this node by an empty one"):
         _restart(bench, "C", durable=99)
 
 

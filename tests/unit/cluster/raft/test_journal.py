@@ -193,7 +193,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(journal_module, "FORMAT", 9)
     JournalStore(tmp_path / "log", "c", "n").close()
     monkeypatch.undo()
-    with pytest.raises(StoreRefused, match="format 9, written by a newer Spillway.*start the newer version"):
+    with pytest.raises(StoreRefused, match=r"format 9, written by a newer Spillway.*start the newer version"):
         JournalStore(tmp_path / "log", "c", "n")
 
 
