@@ -1,0 +1,293 @@
+"""A group's state on its way from one node to another: a stream of checked chunks, out of one store and into another.
+
+    chunk     checksum (4 bytes), kind (1), number (4), body; little-endian
+    kind H    the first: format, group, applied index, applied term
+    kind P    a part of what the next R completes: a row may be larger than a chunk
+    kind R    rows: key length (4), value length (4), key, value; in key order
+    kind T    the last: how many rows there were
+
+A chunk's checksum continues the one before it (CRC-32 over both), so the last one vouches for every byte, for the order
+and for the end. The state is that of one moment, whatever is committed meanwhile; memory stays flat on both sides.
+"""
+from __future__ import annotations
+
+import asyncio
+import struct
+import zlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rocksdict import ReadOptions, Snapshot, WriteBatch
+from spillway.cluster.errors import SnapshotInvalid, StorageFailed
+
+if TYPE_CHECKING:
+    from spillway.cluster.state_store import StateStore
+
+FORMAT = 2
+CHUNK_BYTES_MAX = 256 << 10
+CHUNK_ROWS_MAX = 500  # many small rows would hold up the loop: 500 take about 1 ms
+ROW_BYTES_MAX = 64 << 20  # what a receiver holds in memory at most
+EXPORT_BYTES_PER_SECOND = 64 << 20  # leaves room for the traffic of the day
+_FRAME = struct.Struct("<IcI")
+_BODY_BYTES_MAX = CHUNK_BYTES_MAX - _FRAME.size
+_HEADER = struct.Struct("<BIQQ")
+_ROW = struct.Struct("<II")
+_TRAILER = struct.Struct("<Q")
+_PREFIX = struct.Struct(">cII")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Up to where a snapshot has come: from here an Exporter can go on."""
+
+    index: int
+    """Applied index of the snapshot."""
+    number: int
+    """Of the next chunk."""
+    checksum: int
+    """Of the last chunk."""
+    rows: int
+    last_key: bytes
+    """Empty before the first row."""
+
+
+class Exporter(AsyncIterator[bytes]):
+    """The chunks of one group's state as of one moment. It pins that moment's files until it ends or is closed."""
+
+    def __init__(self, snapshot: Snapshot, prefix: bytes, group_id: int, index: int, term: int,
+                 bytes_per_second: int) -> None:
+        """See StateStore.export."""
+        self.group_id = group_id
+        self.index = index
+        self.term = term
+        self._snapshot: Snapshot | None = snapshot
+        self._rows: Any = None
+        self._prefix = prefix
+        self._bytes_per_second = bytes_per_second
+        self._number = 0
+        self._checksum = 0
+        self._count = 0
+        self._ready: list[bytes] = []
+
+    def resume(self, position: Position) -> None:
+        """Goes on, or back, to where a receiver is: its transfer broke. Raises SnapshotInvalid if this is the state of
+        another moment, or closed."""
+        if self._snapshot is None or position.index != self.index:
+            raise SnapshotInvalid(f"cannot go on at entry {position.index}: this snapshot is as of entry {self.index}"
+                                  f"{' and closed' if self._snapshot is None else ''}")
+        self._number, self._checksum, self._count = position.number, position.checksum, position.rows
+        self._ready.clear()
+        self._rows = None
+        if position.number:
+            self._seek(position.last_key)
+
+    async def __anext__(self) -> bytes:
+        """The next chunk, at the rate of the export. Raises StorageFailed if the disk cannot be read."""
+        if not self._ready:
+            if self._snapshot is None:
+                raise StopAsyncIteration
+            self._read()
+        chunk = self._ready.pop(0)
+        await asyncio.sleep(len(chunk) / self._bytes_per_second)
+        return chunk
+
+    def close(self) -> None:
+        """Releases the moment. The chunks end."""
+        self._rows = self._snapshot = None
+
+    def __repr__(self) -> str:
+        return f"<exporter of group {self.group_id} as of entry {self.index}: {self._count} rows, {self._number} chunks>"
+
+    def _seek(self, after: bytes) -> None:
+        assert self._snapshot is not None
+        read: Any = ReadOptions()
+        read.fill_cache(False)
+        read.set_readahead_size(CHUNK_BYTES_MAX)
+        _, group_id, generation = _PREFIX.unpack(self._prefix)
+        read.set_iterate_upper_bound(_PREFIX.pack(b"R", group_id, generation + 1))
+        self._rows = self._snapshot.iter(read)
+        self._rows.seek(self._prefix + after)
+        if after and self._rows.valid() and self._rows.key() == self._prefix + after:
+            self._rows.next()
+
+    def _read(self) -> None:
+        """The chunks of the next rows."""
+        rows = self._rows
+        if rows is None:
+            self._add(b"H", _HEADER.pack(FORMAT, self.group_id, self.index, self.term))
+            self._seek(b"")
+            return
+        cut = len(self._prefix)
+        parts: list[bytes] = []
+        size = count = 0
+        while rows.valid():
+            key, value = rows.key()[cut:], rows.value()
+            row_bytes = _ROW.size + len(key) + len(value)
+            if count and size + row_bytes > _BODY_BYTES_MAX:
+                break
+            parts += (_ROW.pack(len(key), len(value)), key, value)
+            size += row_bytes
+            count += 1
+            rows.next()
+            if count == CHUNK_ROWS_MAX or size >= _BODY_BYTES_MAX:
+                break
+        if count:
+            body = b"".join(parts)
+            for start in range(0, size, _BODY_BYTES_MAX):
+                end = start + _BODY_BYTES_MAX
+                self._add(b"R" if end >= size else b"P", body[start:end])
+            self._count += count
+            return
+        try:
+            rows.status()
+        except Exception as error:
+            raise StorageFailed(f"the state of group {self.group_id} cannot be read: {error}") from error
+        self._add(b"T", _TRAILER.pack(self._count))
+        self.close()
+
+    def _add(self, kind: bytes, body: bytes) -> None:
+        head = kind + self._number.to_bytes(4, "little")
+        self._checksum = zlib.crc32(body, zlib.crc32(head, self._checksum))
+        self._ready.append(b"".join((self._checksum.to_bytes(4, "little"), head, body)))
+        self._number += 1
+
+
+class Installer:
+    """Takes the chunks of a snapshot, beside the present state, which stands until `finish`.
+
+    A later installer of the same group ends an earlier one."""
+
+    def __init__(self, store: StateStore, group_id: int, above: int = 0) -> None:
+        """`above`: only a state as of a later entry is taken. Raises StorageFailed."""
+        self.group_id = group_id
+        self.position = Position(0, 0, 0, 0, b"")
+        """Where to go on after a refused chunk or a broken transfer; grows with whole rows only."""
+        self._store = store
+        self._rows = store.group(group_id)
+        self._above = above
+        self._term = 0
+        self._number = 0
+        self._checksum = 0
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
+        self._complete = False
+        self._generation = self._rows.generation + 1
+        self._prefix = _PREFIX.pack(b"R", group_id, self._generation)
+        store.installers[group_id] = self
+        store.drop(group_id, self._generation)
+
+    def feed(self, chunk: bytes) -> None:
+        """The next chunk. Raises SnapshotInvalid if it is damaged, not the next one, or of an older state; it changed
+        nothing then. Raises StorageFailed."""
+        self._check_present()
+        if self._complete:
+            raise self._invalid("a chunk after the last one")
+        if len(chunk) < _FRAME.size or len(chunk) > CHUNK_BYTES_MAX:
+            raise self._invalid(f"a chunk of {len(chunk)} bytes")
+        checksum, kind, number = _FRAME.unpack_from(chunk)
+        if number != self._number:
+            raise self._invalid(f"chunk {number} instead of {self._number}")
+        found = zlib.crc32(memoryview(chunk)[4:], self._checksum)
+        if found != checksum:
+            raise self._invalid(f"the checksum of chunk {number} is wrong")
+        body = chunk[_FRAME.size:]
+        if (kind == b"H") != (number == 0):
+            raise self._invalid(f"chunk {number} is of kind {kind!r}")
+        if kind == b"H":
+            self._take_header(body)
+        elif kind == b"P":
+            self._take_part(body)
+        elif kind == b"R":
+            self._take_rows(b"".join((*self._parts, body)) if self._parts else body)
+        elif kind == b"T":
+            self._take_trailer(body)
+        else:
+            raise self._invalid(f"chunk {number} is of kind {kind!r}")
+        self._number, self._checksum = number + 1, found
+        if kind != b"P":
+            self.position = Position(self.position.index, self._number, found, self.position.rows, self.position.last_key)
+
+    def rewind(self) -> Position:
+        """Forgets parts of a row that is not complete; returns where to go on."""
+        self._parts, self._parts_bytes = [], 0
+        self._number, self._checksum = self.position.number, self.position.checksum
+        return self.position
+
+    def finish(self) -> tuple[int, int]:
+        """Makes the snapshot the group's state, durably; returns its applied (index, term). Sync the store before, so that
+        little is left to be synced here. Raises SnapshotInvalid if it is not complete or no longer newer than the state."""
+        self._check_present()
+        if not self._complete:
+            raise self._invalid("it broke off")
+        index = self.position.index
+        self._check_newer(index)
+        self._rows.flip(self._generation, index, self._term)
+        del self._store.installers[self.group_id]
+        return index, self._term
+
+    def abort(self) -> None:
+        """Drops what came, unless it was finished. Raises StorageFailed."""
+        if self._store.installers.get(self.group_id) is self:
+            del self._store.installers[self.group_id]
+            self._store.drop(self.group_id, self._generation)
+
+    def __repr__(self) -> str:
+        return f"<installer of group {self.group_id} as of entry {self.position.index}: {self.position.rows} rows>"
+
+    def _check_present(self) -> None:
+        if self._store.installers.get(self.group_id) is not self:
+            raise self._invalid("it was ended, or another one was begun")
+
+    def _check_newer(self, index: int) -> None:
+        applied = max(self._above, self._rows.applied_index)
+        if index <= applied:
+            raise self._invalid(f"as of entry {index}, but {applied} is applied here")
+
+    def _take_header(self, body: bytes) -> None:
+        if len(body) != _HEADER.size or body[0] != FORMAT:
+            raise self._invalid(f"of format {body[0] if body else 0}; this node takes {FORMAT}: run the same version on both")
+        _, of, index, term = _HEADER.unpack(body)
+        if of != self.group_id:
+            raise self._invalid(f"of group {of}")
+        self._check_newer(index)
+        self._term = term
+        self.position = Position(index, 0, 0, 0, b"")
+
+    def _take_part(self, body: bytes) -> None:
+        if self._parts_bytes + len(body) > ROW_BYTES_MAX:
+            raise self._invalid(f"a row of more than {ROW_BYTES_MAX} bytes")
+        self._parts.append(body)
+        self._parts_bytes += len(body)
+
+    def _take_rows(self, body: bytes) -> None:
+        batch = WriteBatch(raw_mode=True)
+        put, prefix, last = batch.put, self._prefix, self.position.last_key
+        first = not self.position.rows
+        at = count = 0
+        while at < len(body):
+            if at + _ROW.size > len(body):
+                raise self._invalid("a row is cut")
+            key_bytes, value_bytes = _ROW.unpack_from(body, at)
+            at += _ROW.size
+            middle = at + key_bytes
+            end = middle + value_bytes
+            if end > len(body):
+                raise self._invalid("a row is cut")
+            key = body[at:middle]
+            if key <= last and not first:
+                raise self._invalid("rows are not in order")
+            put(prefix + key, body[middle:end])
+            first, last, at = False, key, end
+            count += 1
+        self._store.write(batch)
+        self._parts, self._parts_bytes = [], 0
+        self.position = Position(self.position.index, self._number, self._checksum, self.position.rows + count, last)
+
+    def _take_trailer(self, body: bytes) -> None:
+        if self._parts or len(body) != _TRAILER.size or _TRAILER.unpack(body)[0] != self.position.rows:
+            raise self._invalid(f"{self.position.rows} rows came, but not all there are")
+        self._complete = True
+
+    def _invalid(self, why: str) -> SnapshotInvalid:
+        return SnapshotInvalid(f"the snapshot of group {self.group_id}: {why}")
