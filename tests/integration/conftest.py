@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 # importlib mode puts no folder on sys.path; the helpers beside the tests are loaded by name once.
-_path = Path(__file__).parent / "cluster_process.py"
-if "cluster_process" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("cluster_process", _path)
-    assert _spec is not None and _spec.loader is not None
-    _module = importlib.util.module_from_spec(_spec)
-    sys.modules["cluster_process"] = _module
-    _spec.loader.exec_module(_module)
+for _name in ("cluster_process", "plain_client"):
+    if _name not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
+        assert _spec is not None and _spec.loader is not None
+        _module = importlib.util.module_from_spec(_spec)
+        sys.modules[_name] = _module
+        _spec.loader.exec_module(_module)
 
 from cluster_process import ClusterProcesses  # noqa: E402
 

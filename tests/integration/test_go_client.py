@@ -56,7 +56,8 @@ def program() -> Path:
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
-def test_a_go_client_produces_leases_and_acknowledges(program: Path, cluster: Callable[..., ClusterProcesses], nodes: int) -> None:
+def test_a_go_client_produces_leases_and_acknowledges(
+        program: Path, cluster: Callable[..., ClusterProcesses], nodes: int) -> None:
     """Code generated for Go from protos/ works against any one node, which forwards to the leaders of the shards."""
     address = cluster(nodes=nodes).addresses[0]
     done = subprocess.run([str(program), address], capture_output=True, text=True, timeout=60)

@@ -3,7 +3,6 @@ node stays up."""
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from cluster_process import ClusterProcesses, NodeProcess
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from plain_client import CALL_SECONDS, Open, lease, produce, record, settle
 from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
 from spillway.v1.message_pb2 import (
@@ -22,27 +22,20 @@ from spillway.v1.message_pb2 import (
     ERROR_CODE_OUT_OF_SEQUENCE,
     ERROR_CODE_RESOURCE_EXHAUSTED,
     ERROR_CODE_STALE_TOKEN,
-    Message,
 )
 from spillway.v1.queue_service_pb2 import (
     OUTCOME_ACK,
     OUTCOME_RETRY,
-    AckRequest,
-    AckResponse,
     Credit,
-    LeasedRun,
     LeaseRequest,
     LeaseResponse,
-    ProduceRecord,
     ProduceRequest,
-    ProduceResponse,
     Settlement,
     Subscribe,
 )
 from spillway.v1.queue_service_pb2_grpc import QueueServiceStub
 
 Make = Callable[..., ClusterProcesses]
-CALL_SECONDS = 20
 
 
 @pytest.fixture(scope="module")
@@ -65,50 +58,6 @@ def channel(node: NodeProcess) -> Iterator[grpc.Channel]:
         run = lease(channel, "still-up")
         assert settle(channel, Settlement(shard=run.shard, fencing_token=run.fencing_token, outcome=OUTCOME_ACK,
                                           sequence=run.messages[0].sequence)).results == [1]
-
-
-def record(destination: str = "d", tenant: str = "t", key: str = "k", payload: bytes = b"x", **fields: Any) -> ProduceRecord:
-    """One record."""
-    message = Message(payload=payload, id=fields.pop("id", ""), headers=fields.pop("headers", {}))
-    return ProduceRecord(destination=destination, tenant=tenant, key=key, message=message, **fields)
-
-
-def produce(channel: grpc.Channel, *records: ProduceRecord, producer_id: str = "") -> ProduceResponse:
-    """One request, one response."""
-    requests = iter([ProduceRequest(records=records, producer_id=producer_id)])
-    return next(QueueServiceStub(channel).Produce(requests, timeout=CALL_SECONDS))
-
-
-def settle(channel: grpc.Channel, *settlements: Settlement) -> AckResponse:
-    """One request, one response."""
-    return next(QueueServiceStub(channel).Ack(iter([AckRequest(settlements=settlements)]), timeout=CALL_SECONDS))
-
-
-class Open:
-    """Requests of a stream that stays open until told otherwise."""
-
-    def __init__(self, *requests: Any) -> None:
-        self.requests = requests
-        self.end = threading.Event()
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self.requests
-        self.end.wait(CALL_SECONDS)
-
-
-def lease(channel: grpc.Channel, destination: str, **fields: Any) -> LeasedRun:
-    """One run of a destination; its Lease stream is closed again."""
-    requests = Open(LeaseRequest(subscribe=Subscribe(
-        destinations=[destination], credit=Credit(messages=1, bytes=1 << 20), **fields)))
-    call = QueueServiceStub(channel).Lease(iter(requests), timeout=CALL_SECONDS)
-    try:
-        for response in call:
-            if response.runs:
-                return response.runs[0]
-    finally:
-        requests.end.set()
-        call.cancel()
-    raise AssertionError("the stream ended without a run")
 
 
 def refused(calls: Iterable[Any]) -> tuple[grpc.StatusCode, str, str]:

@@ -173,34 +173,42 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                 check_name("tenant", tenant, empty=True)
             size = _page_size(request.page_size)
             shard, after = _dead_token(request.page_token, self.node.config.shards)
-            response = pb.ListDeadLettersResponse()
-            while shard <= self.node.config.shards and not response.dead_letters:
-                leader = self.node.leader_of(shard)
-                if leader is None:
-                    raise Unavailable(f"shard {shard} has no leader")
-                if leader != self.node.config.node_id:
-                    if self.peer:
-                        raise Unavailable(f"this node does not lead shard {shard}", leader)
-                    forwarded = pb.ListDeadLettersRequest()
-                    forwarded.CopyFrom(request)
-                    forwarded.page_token = _token(shard.to_bytes(4, "big") + after)
-                    return await self.forwarder.link(leader).admin.ListDeadLetters(forwarded, timeout=CALL_SECONDS)
-                found = self.node.shards[shard].state.dead_letters(
-                    request.destination.encode(), None if tenant is None else tenant.encode(), after, size)
-                response.dead_letters.extend(_dead_letter(shard, key, row) for key, row in found)
-                after = b"" if len(found) < size else found[-1][0]
-                if not after:
-                    shard += 1
-            if shard <= self.node.config.shards:
-                response.next_page_token = _token(shard.to_bytes(4, "big") + after)
+            response = await self._dead_page(request, tenant, size, shard, after)
+            while not response.dead_letters and response.next_page_token and not self.peer:
+                shard, after = _dead_token(response.next_page_token, self.node.config.shards)
+                response = await self._dead_page(request, tenant, size, shard, after)
             return response
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await _fail(context, error)
 
+    async def _dead_page(self, request: pb.ListDeadLettersRequest, tenant: str | None, size: int, shard: int,
+                         after: bytes) -> pb.ListDeadLettersResponse:
+        """One page of one shard, from its leader; may be empty. Raises Unavailable."""
+        leader = self.node.leader_of(shard)
+        if leader is None:
+            raise Unavailable(f"shard {shard} has no leader")
+        if leader != self.node.config.node_id:
+            if self.peer:
+                raise Unavailable(f"this node does not lead shard {shard}", leader)
+            forwarded = pb.ListDeadLettersRequest()
+            forwarded.CopyFrom(request)
+            forwarded.page_token = _token(shard.to_bytes(4, "big") + after)
+            page: pb.ListDeadLettersResponse = await self.forwarder.link(leader).admin.ListDeadLetters(
+                forwarded, timeout=CALL_SECONDS)
+            return page
+        found = self.node.shards[shard].state.dead_letters(
+            request.destination.encode(), None if tenant is None else tenant.encode(), after, size)
+        response = pb.ListDeadLettersResponse(dead_letters=[_dead_letter(shard, key, row) for key, row in found])
+        if len(found) == size:
+            response.next_page_token = _token(shard.to_bytes(4, "big") + found[-1][0])
+        elif shard < self.node.config.shards:
+            response.next_page_token = _token((shard + 1).to_bytes(4, "big"))
+        return response
+
 
 async def _fail(context: Any, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AioRpcError):  # another node's answer, passed on with its details
-        await context.abort(error.code(), error.details() or "", error.trailing_metadata() or ())
+        await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
         raise AssertionError("abort returned")
     await abort(context, error)
 

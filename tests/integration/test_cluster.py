@@ -1,0 +1,250 @@
+"""Real clusters whose nodes are killed, wiped and stopped: what was acknowledged is there, in order."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import grpc
+import pytest
+from cluster_process import ClusterProcesses, NodeProcess
+from google.protobuf.duration_pb2 import Duration
+from plain_client import CALL_SECONDS, lease, produce, record, settle
+
+from spillway.v1 import admin_service_pb2 as admin
+from spillway.v1 import cluster_service_pb2 as pb
+from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
+from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
+from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE
+from spillway.v1.queue_service_pb2 import (
+    OUTCOME_ACK,
+    OUTCOME_DOWN,
+    OUTCOME_REJECT,
+    OUTCOME_RETRY,
+    LeasedRun,
+    Settlement,
+)
+
+Make = Callable[..., ClusterProcesses]
+
+
+def until(what: str, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Polls other processes until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def put(channel: grpc.Channel, destination: str, first: int, count: int, key: str = "k") -> None:
+    """Produces numbered messages to one queue, one after the other, each until it is stored."""
+    for n in range(first, first + count):
+        def stored(n: int = n) -> bool:
+            # The producer's number makes the repetition harmless.
+            response = produce(channel, record(destination, key=key, payload=str(n).encode(), producer_sequence=n + 1),
+                               producer_id=f"{destination}-{key}")
+            assert all(e.code == ERROR_CODE_UNAVAILABLE for e in response.errors), response.errors
+            return not response.errors
+        until(f"{destination} {n} stored", stored)
+
+
+def ack(channel: grpc.Channel, run: LeasedRun) -> None:
+    """Settles a whole run, until it is settled."""
+    settlement = Settlement(shard=run.shard, fencing_token=run.fencing_token, sequence=run.messages[-1].sequence,
+                            outcome=OUTCOME_ACK)
+
+    def settled() -> bool:
+        response = settle(channel, settlement)
+        assert all(e.code == ERROR_CODE_UNAVAILABLE for e in response.errors), response.errors
+        return not response.errors
+
+    until("settled", settled)
+
+
+def drain(channel: grpc.Channel, destination: str, count: int) -> list[bytes]:
+    """Takes and acknowledges `count` messages."""
+    got: list[bytes] = []
+    while len(got) < count:
+        run = lease(channel, destination, run_messages_max=1)
+        got += [m.message.payload for m in run.messages]
+        ack(channel, run)
+    return got
+
+
+def numbers(first: int, count: int) -> list[bytes]:
+    """Payloads of `put`."""
+    return [str(n).encode() for n in range(first, first + count)]
+
+
+def stats(channel: grpc.Channel, name: str) -> admin.DestinationStats:
+    """Counts of a destination."""
+    return AdminServiceStub(channel).GetDestinationStats(
+        admin.GetDestinationStatsRequest(name=name), timeout=CALL_SECONDS).stats
+
+
+def groups(node: NodeProcess) -> dict[int, pb.GroupStatus]:
+    """A node's replicas; empty if it does not answer."""
+    try:
+        with grpc.insecure_channel(node.address) as channel:
+            answer = ClusterServiceStub(channel).GetNodeStatus(pb.GetNodeStatusRequest(), timeout=5)
+        return {g.group: g for g in answer.groups}
+    except grpc.RpcError:
+        return {}
+
+
+def level(processes: ClusterProcesses) -> bool:
+    """Whether all running nodes are ordinary members at the same applied indexes."""
+    found = [groups(n) for n in processes.nodes.values() if n.running]
+    if not all(found) or any(g.role not in ("leader", "follower") for f in found for g in f.values()):
+        return False
+    return len({tuple((n, g.applied_index) for n, g in sorted(f.items())) for f in found}) == 1
+
+
+def test_every_node_serves_every_call(cluster: Make) -> None:
+    """A plain client that knows one node produces to all shards, leases from all shards and settles, through each node."""
+    processes = cluster(nodes=3)
+    for address in processes.addresses:
+        with grpc.insecure_channel(address) as channel:
+            response = produce(channel, *(record("any", key=f"k{i}", payload=str(i).encode()) for i in range(40)))
+            assert not response.errors and all(response.sequences)
+            assert sorted(drain(channel, "any", 40)) == sorted(numbers(0, 40))
+            until("counted", lambda c=channel: stats(c, "any").messages == 0)  # type: ignore[misc]
+
+
+def test_a_wiped_node_comes_back_and_counts_again(cluster: Make) -> None:
+    """A node that lost its directory recovers from the others, and then carries the data when another node dies."""
+    processes = cluster(nodes=3)
+    n1, n2, n3 = processes.nodes.values()
+    with grpc.insecure_channel(n1.address) as channel:
+        put(channel, "wiped", 0, 30)
+        n2.kill()
+        for path in sorted(n2.data_dir.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        n2.data_dir.rmdir()
+        put(channel, "wiped", 30, 10)
+        n2.start()
+        until("n2 is an ordinary member again", lambda: level(processes))
+        n3.kill()
+        put(channel, "wiped", 40, 10)
+        assert drain(channel, "wiped", 50) == numbers(0, 50)
+
+
+def test_all_nodes_killed_at_once_lose_nothing(cluster: Make) -> None:
+    """What was acknowledged is on disks: after kill -9 of all nodes it is there, in order, and the numbering goes on."""
+    processes = cluster(nodes=3)
+    with grpc.insecure_channel(processes.addresses[0]) as channel:
+        put(channel, "all", 0, 40)
+        assert drain(channel, "all", 5) == numbers(0, 5)
+    for node in processes.nodes.values():
+        node.kill()
+    for node in processes.nodes.values():
+        node.start()
+    processes.wait_ready()
+    with grpc.insecure_channel(processes.addresses[1]) as channel:
+        put(channel, "all", 40, 5)
+        assert drain(channel, "all", 40) == numbers(5, 40)
+
+
+def test_a_planned_stop_hands_leaderships_over(cluster: Make) -> None:
+    """A node that gets SIGTERM gives its leaderships away, ends with 0, and nothing is lost."""
+    processes = cluster(nodes=3)
+    n1, n2, _ = processes.nodes.values()
+    with grpc.insecure_channel(n2.address) as channel:
+        put(channel, "stop", 0, 10)
+        assert n1.stop() == 0
+        until("others lead", lambda: all(s.leader not in ("", "n1") for s in processes.topology(n2).shards))
+        put(channel, "stop", 10, 10)
+        assert drain(channel, "stop", 20) == numbers(0, 20)
+    assert "fatal" not in n1.text()
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_restart_keeps_queues_leases_gates_and_dead_letters(cluster: Make, kill: bool) -> None:
+    """After a restart of a cluster of one, planned or not: a live lease still excludes others and can be settled, dead
+    letters are listed, and the order of the rest stands."""
+    processes = cluster()
+    node = processes.nodes["n1"]
+    with grpc.insecure_channel(node.address) as channel:
+        put(channel, "keep", 0, 5)
+        put(channel, "keep", 0, 1, key="dead")
+        first = lease(channel, "keep", run_messages_max=1)
+        second = lease(channel, "keep", run_messages_max=1)
+        held, rejected = (first, second) if first.key == "k" else (second, first)
+        assert not settle(channel, Settlement(
+            shard=rejected.shard, fencing_token=rejected.fencing_token, sequence=rejected.messages[0].sequence,
+            outcome=OUTCOME_REJECT, reason="no such user")).errors
+    node.kill() if kill else node.stop()
+    node.start()
+    processes.wait_ready()
+    with grpc.insecure_channel(node.address) as channel:
+        counts = stats(channel, "keep")
+        assert (counts.messages, counts.leased, counts.dead_letters, counts.enqueued_total) == (5, 1, 1, 6)
+        letters = all_dead_letters(channel, "keep")
+        assert [(d.key, d.reason, d.attempts, d.message.payload) for d in letters] == [("dead", "no such user", 1, b"0")]
+        ack(channel, held)
+        assert drain(channel, "keep", 4) == numbers(1, 4)
+
+
+def all_dead_letters(channel: grpc.Channel, destination: str) -> list[admin.DeadLetter]:
+    """All pages."""
+    found: list[admin.DeadLetter] = []
+    token = ""
+    while True:
+        page = AdminServiceStub(channel).ListDeadLetters(
+            admin.ListDeadLettersRequest(destination=destination, page_token=token), timeout=CALL_SECONDS)
+        found += page.dead_letters
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+def test_policies_decide_between_retry_and_dead_letter(cluster: Make) -> None:
+    """BLOCK_UNTIL retries in order until the attempts are used up, SKIP dead-letters at once; the next message says that
+    one is missing before it."""
+    channel = grpc.insecure_channel(cluster(nodes=3).addresses[2])
+    service = AdminServiceStub(channel)
+    until_two = admin.DeliveryPolicy(nack_policy=admin.NACK_POLICY_BLOCK_UNTIL, attempts_max=2,
+                                     backoff=admin.Backoff(base=Duration(nanos=1_000_000)))
+    for name, policy in (("two", until_two), ("skip", admin.DeliveryPolicy(nack_policy=admin.NACK_POLICY_SKIP))):
+        service.CreateDestination(admin.CreateDestinationRequest(
+            destination=admin.Destination(name=name, policy=policy)), timeout=CALL_SECONDS)
+
+    def retry(run: LeasedRun) -> None:
+        assert not settle(channel, Settlement(shard=run.shard, fencing_token=run.fencing_token, outcome=OUTCOME_RETRY,
+                                              sequence=run.messages[0].sequence, reason="500")).errors
+
+    for name, attempts in (("two", 2), ("skip", 1)):
+        put(channel, name, 0, 3)
+        for attempt in range(1, attempts + 1):
+            run = lease(channel, name, run_messages_max=1)
+            assert (run.messages[0].message.payload, run.messages[0].attempt) == (b"0", attempt)
+            retry(run)
+        run = lease(channel, name, run_messages_max=1)
+        assert run.messages[0].message.payload == b"1" and run.gap.count == 1
+        ack(channel, run)
+        assert drain(channel, name, 1) == [b"2"]
+        assert [d.message.payload for d in all_dead_letters(channel, name)] == [b"0"]
+    channel.close()
+
+
+def test_a_destination_that_is_down_is_parked_and_probed(cluster: Make) -> None:
+    """DOWN parks the whole destination without counting an attempt; afterwards one probe goes out, and its success opens
+    the destination. Another destination does not notice."""
+    channel = grpc.insecure_channel(cluster().addresses[0])
+    for key in ("a", "b", "c"):
+        put(channel, "broken", 0, 1, key=key)
+    put(channel, "sound", 0, 3)
+    run = lease(channel, "broken", run_messages_max=1)
+    assert not settle(channel, Settlement(shard=run.shard, fencing_token=run.fencing_token, outcome=OUTCOME_DOWN,
+                                          sequence=run.messages[0].sequence, delay=Duration(nanos=500_000_000))).errors
+    counts = stats(channel, "broken")
+    assert counts.HasField("parked_until_time") and (counts.messages, counts.leased) == (3, 0)
+    assert drain(channel, "sound", 3) == numbers(0, 3)
+    seen = set()
+    for _ in range(3):
+        run = lease(channel, "broken", run_messages_max=1)
+        assert run.messages[0].attempt == 1
+        seen.add(run.key)
+        ack(channel, run)
+    assert seen == {"a", "b", "c"}
+    assert not stats(channel, "broken").HasField("parked_until_time")
+    channel.close()
