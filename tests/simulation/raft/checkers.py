@@ -102,14 +102,15 @@ class NothingUnsynced:
                 raise Violation(f"{node.name} sends {kind} of term {m.term}, on its disk is {term}")
             if kind == "vote_answer" and term == m.term and hard[8:].decode() != peer:
                 raise Violation(f"{node.name} votes for {peer} in term {m.term}, on its disk is {hard[8:]!r}")
-            if kind == "append" and term == m.term:
-                first = min((k for k in durable if k[:5] == name + b"E"), default=b"")
+            if term != m.term or m.group not in node.host.groups:
+                continue
+            first = node.host.groups[m.group].journal.first  # what lies before was dropped in this turn, or earlier
+            if kind == "append":
                 for i, entry in enumerate(m.append.entries, m.append.prev_index + 1):
-                    key = struct.pack(">IcQ", m.group, b"E", i)
-                    row = durable.get(key)
-                    if key >= first and row != struct.pack("<Q", entry.term) + entry.command:
+                    row = durable.get(struct.pack(">IcQ", m.group, b"E", i))
+                    if row != struct.pack("<Q", entry.term) + entry.command and i >= first:
                         raise Violation(f"{node.name} sends entry {i} of group {m.group}, which is not on its disk")
-            if kind == "append_answer" and m.append_answer.success and term == m.term:
-                last = max((int.from_bytes(k[-8:], "big") for k in durable if k[:5] == name + b"E"), default=0)
-                if last < m.append_answer.next_index - 1:
-                    raise Violation(f"{node.name} acknowledges {m.append_answer.next_index - 1}, on its disk is {last}")
+            if kind == "append_answer" and m.append_answer.success:
+                last = m.append_answer.next_index - 1
+                if last >= first and struct.pack(">IcQ", m.group, b"E", last) not in durable:
+                    raise Violation(f"{node.name} acknowledges {last} of group {m.group}, which is not on its disk")

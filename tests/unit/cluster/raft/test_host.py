@@ -155,22 +155,22 @@ def test_an_idle_follower_learns_of_the_commit_within_a_heartbeat() -> None:
 # -- who leads ---------------------------------------------------------------------------------------------------
 
 
+class OnThree(RaftHost):
+    """Group 0 on the first three nodes only."""
+
+    def add_group(self, group: int, members: list[str], machine: Any) -> None:
+        """See RaftHost."""
+        if self.node_id != "n3":
+            super().add_group(group, members[:3], machine)
+
+
 def test_leaders_are_known_where_there_is_no_replica() -> None:
     """leader_of and on_leadership work for groups without a replica here, and forget who is gone."""
     world = World(3, Options(nodes=4))
     heard: list[tuple[int, str | None, int]] = []
     for name in world.names:
-        node = world.nodes[name]
-        add = RaftHost.add_group
-
-        class Three(RaftHost):
-            """Group 0 on the first three nodes only."""
-
-            def add_group(self, group: int, members: list[str], machine: Any) -> None:
-                if self.node_id != "n3":
-                    add(self, group, members[:3], machine)
-        node.host_class = Three  # type: ignore[misc]
-        node.start()
+        world.nodes[name].host_class = OnThree  # type: ignore[misc]
+        world.nodes[name].start()
     last = world.nodes["n3"].host
     last.on_leadership(lambda group, leader, term: heard.append((group, leader, term)))
     assert last.leader_of(0) == (None, 0)
@@ -211,23 +211,23 @@ def test_a_killed_leader_is_replaced_soon() -> None:
 # -- starting ----------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_snapshot_is_finished_at_the_next_start() -> None:
+@pytest.mark.parametrize("flipped", [True, False])
+def test_an_interrupted_snapshot_is_finished_at_the_next_start(flipped: bool) -> None:
     """R16: a crash between the state and the log leaves the new state with a log to match, or the old one."""
-    for flipped in (True, False):
-        world = _calm()
-        node = next(n for n in world.nodes.values() if n.machines[0].role is not Role.LEADER)
-        world.run_until(world.now + 0.5, lambda: not node.busy)
-        journal = node.host.groups[0].journal
-        journal.begin_install(node.host.groups[0].engine.applied)
-        node.host.store.write()
-        node.host.store.sync()
-        if flipped:
-            node.saved[0] = (500, 1, {500: b"s"})
-        node.stop()
-        node.start()
-        journal = node.host.groups[0].journal
-        assert journal.install_above is None
-        assert (journal.first == journal.last == 500) is flipped
+    world = _calm()
+    node = next(n for n in world.nodes.values() if n.machines[0].role is not Role.LEADER)
+    world.run_until(world.now + 0.5, lambda: not node.busy)
+    journal = node.host.groups[0].journal
+    journal.begin_install(node.host.groups[0].engine.applied)
+    node.host.store.write()
+    node.host.store.sync()
+    if flipped:
+        node.saved[0] = (500, 1, {500: b"s"})
+    node.stop()
+    node.start()
+    journal = node.host.groups[0].journal
+    assert journal.install_above is None
+    assert (journal.first == journal.last == 500) is flipped
 
 
 def test_a_node_that_lost_its_disk_comes_back() -> None:
@@ -339,17 +339,17 @@ class Running:
         await asyncio.gather(*self.tasks.values())
 
 
+@pytest.mark.parametrize("threshold", [1 << 20, 0], ids=["inline", "in a thread"])
 @pytest.mark.parametrize("names", ["A", "ABC"])
-async def test_hosts_run(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hosts_run(names: str, threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One node or three, the same path; with syncs in a thread, too."""
-    for threshold in (1 << 20, 0):
-        monkeypatch.setattr(host_module, "INLINE_SYNC_BYTES", threshold)
-        running = Running(names)
-        running.start()
-        await running.put(b"x", b"y")
-        await running.until(lambda: all(m.commands == [b"x", b"y"] for m in running.machines.values()))
-        await running.stop()
-        assert running.errors == []
+    monkeypatch.setattr(host_module, "INLINE_SYNC_BYTES", threshold)
+    running = Running(names)
+    running.start()
+    await running.put(b"x", b"y")
+    await running.until(lambda: all(m.commands == [b"x", b"y"] for m in running.machines.values()))
+    await running.stop()
+    assert running.errors == []
 
 
 async def test_stopping_hands_leadership_over() -> None:
@@ -436,24 +436,28 @@ async def test_a_cluster_of_one_without_its_log_refuses() -> None:
     assert not running.hosts["A"].store.node.formed
 
 
+async def _one_life(path: Path, machine: Machine, command: bytes, count: int) -> list[BaseException]:
+    loop = asyncio.get_running_loop()
+    errors: list[BaseException] = []
+    store = JournalStore(path, "c", "A")
+    transport = MemoryTransport(MemoryNetwork(loop.call_later, loop.time), "A", lambda: host.hello())
+    host = RaftHost("A", ["A"], store, transport, timing=QUICK, fatal=errors.append)
+    host.add_group(0, ["A"], machine)
+    task = loop.create_task(host.run())
+    machine.waiting.append(command)
+    host.wake(0)
+    async with asyncio.timeout(10):
+        while len(machine.seen) < count:
+            await asyncio.sleep(0.001)
+    await host.stop()
+    await task
+    store.close()
+    return errors
+
+
 async def test_hosts_run_on_rocksdb(tmp_path: Path) -> None:
     """The real disk: what was committed is there after a restart."""
-    loop = asyncio.get_running_loop()
-    for life in range(2):
-        network = MemoryNetwork(loop.call_later, loop.time)
-        machine, errors = Machine(), list[BaseException]()
-        store = JournalStore(tmp_path / "log", "c", "A")
-        transport = MemoryTransport(network, "A", lambda: host.hello())
-        host = RaftHost("A", ["A"], store, transport, timing=QUICK, fatal=errors.append)
-        host.add_group(0, ["A"], machine)
-        task = loop.create_task(host.run())
-        machine.waiting.append(b"%d" % life)
-        host.wake(0)
-        async with asyncio.timeout(10):
-            while len(machine.seen) <= life:
-                await asyncio.sleep(0.001)
-        assert machine.commands == [b"0", b"1"][:life + 1]
-        await host.stop()
-        await task
-        store.close()
-        assert errors == []
+    for life, commands in enumerate(([b"0"], [b"0", b"1"]), 1):
+        machine = Machine()
+        assert await _one_life(tmp_path / "log", machine, commands[-1], life) == []
+        assert machine.commands == commands
