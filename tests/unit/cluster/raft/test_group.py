@@ -346,3 +346,12 @@ def test_a_fetching_follower_holds_the_log_within_bounds() -> None:
         bench.drive()
         a.group.compact(keep_bytes=0)
         assert (a.journal.first <= max(first, 4)) is kept
+
+
+def test_the_librarys_unsafe_parts_are_out_of_reach() -> None:
+    """R9, R10d, R16: commands, membership changes and dumps of the library raise instead of doing something."""
+    engine = _led()["A"].engine
+    for call in (lambda: engine._applyCommand(b"x", None), lambda: engine._SyncObj__doApplyCommand(b"x"),
+                 lambda: engine._SyncObj__parseChangeClusterRequest(b"\2"), lambda: engine._SyncObj__loadDumpFile(True)):
+        with pytest.raises(LogViolation, match="must not be used"):
+            call()

@@ -152,6 +152,35 @@ def test_an_idle_follower_learns_of_the_commit_within_a_heartbeat() -> None:
         command in n.machines[0].contents.values() for n in world.nodes.values()))
 
 
+def test_much_for_one_peer_takes_several_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame is bounded, whatever a turn has to say; order is kept."""
+    monkeypatch.setattr(host_module.wire, "FRAME_BYTES_SOFT_MAX", 200)
+    world = _calm(limits=Limits(append=100, window=1 << 20))
+    node = _leader(world)
+    frames: list[bytes] = []
+    send = node.transport.send
+    monkeypatch.setattr(node.transport, "send", lambda peer, epoch, frame: (frames.append(frame), send(peer, epoch, frame)))
+    commands = [world.propose(node, 0) for _ in range(40)]
+    assert world.run_until(world.now + 1, lambda: all(
+        commands[-1] in n.machines[0].contents.values() for n in world.nodes.values()))
+    assert max(map(len, frames)) < 600
+    other = next(n for n in world.nodes.values() if n is not node)
+    assert [c for c in other.machines[0].contents.values() if c in commands] == commands
+
+
+def test_idle_groups_are_ticked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1: turns of one group cost the others nothing."""
+    world = _calm(nodes=1, groups=2)
+    node = world.nodes["n0"]
+    world.run_until(world.now + 1, lambda: not node.busy)
+    ticks: list[float] = []
+    monkeypatch.setattr(node.host.groups[1], "tick", lambda: ticks.append(world.now))
+    for i in range(100):
+        node.host.wake(0)
+        node.host.turn(world.now + i * 0.01)
+    assert 15 <= len(ticks) <= 21
+
+
 # -- who leads ---------------------------------------------------------------------------------------------------
 
 
