@@ -63,6 +63,7 @@ class Exporter(AsyncIterator[bytes]):
         self.term = term
         self._snapshot: Snapshot | None = snapshot
         self._rows: Any = None
+        self._read_options: Any = None  # an iterator of a snapshot borrows the bound in them: they must outlive it
         self._prefix = prefix
         self._bytes_per_second = bytes_per_second
         self._number = 0
@@ -94,7 +95,7 @@ class Exporter(AsyncIterator[bytes]):
 
     def close(self) -> None:
         """Releases the moment. The chunks end."""
-        self._rows = self._snapshot = None
+        self._rows = self._read_options = self._snapshot = None
 
     def __repr__(self) -> str:
         return f"<exporter of group {self.group_id} as of entry {self.index}: {self._count} rows, {self._number} chunks>"
@@ -106,6 +107,8 @@ class Exporter(AsyncIterator[bytes]):
         read.set_readahead_size(CHUNK_BYTES_MAX)
         _, group_id, generation = _PREFIX.unpack(self._prefix)
         read.set_iterate_upper_bound(_PREFIX.pack(b"R", group_id, generation + 1))
+        self._rows = None
+        self._read_options = read
         self._rows = self._snapshot.iter(read)
         self._rows.seek(self._prefix + after)
         if after and self._rows.valid() and self._rows.key() == self._prefix + after:

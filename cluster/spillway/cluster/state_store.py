@@ -49,6 +49,7 @@ INSTALL_SYNC_BYTES = 8 << 20  # of a snapshot between two syncs, so that none is
 _BUFFERS_MAX = 4  # one is filled while others are written; only a disk that is too slow ever needs more than two
 _BUFFER_BYTES_FACTOR = 4  # RocksDB's own limit of a buffer, in ours: out of reach
 _FORMAT_KEY = b"F"
+_REPLACE = "If the disk is sound, replace this node by an empty one: the others will bring it up to date"
 _META = struct.Struct("<BIQQ")
 _META_KEY = struct.Struct(">cI")
 _PREFIX = struct.Struct(">cII")
@@ -78,6 +79,9 @@ class StateStore:
         try:
             self._check_format()
             self._drop_unfinished()
+        except (StorageFailed, struct.error, IndexError) as error:
+            self.db.close()
+            raise StoreRefused(f"{path} is damaged: {error}. {_REPLACE}") from None
         except BaseException:
             self.db.close()
             raise
@@ -119,7 +123,7 @@ class StateStore:
         self.db.close()
 
     def __repr__(self) -> str:
-        return f"<state store {self.path}: {len(self._groups)} groups, {self._buffered() >> 10} KiB buffered>"
+        return f"<state store {self.path}: {len(self._groups)} groups{', failed' if self._failed else ''}>"
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -266,7 +270,7 @@ class StateStore:
     def _drop_unfinished(self) -> None:
         """Leftovers of installs that a crash ended. One seek for each generation."""
         current: dict[int, int] = {}
-        for key, meta in self.scan(b"M", b"N"):
+        for key, meta in list(self.scan(b"M", b"N")):
             group_id = _META_KEY.unpack(key)[1]
             current[group_id] = _unpack_meta(self.path, group_id, meta)[0]
         found: list[tuple[int, int]] = []
@@ -412,12 +416,12 @@ def _options(write_buffer_bytes: int) -> Options:
 
 def _unpack_meta(path: Path, group_id: int, meta: bytes) -> tuple[int, int, int]:
     """(generation, applied index, applied term). Raises StoreRefused."""
-    if meta[0] > FORMAT:
+    if meta and meta[0] > FORMAT:
         raise StoreRefused(f"the state of group {group_id} in {path} has format {meta[0]}, written by a newer Spillway; this "
                            f"one reads up to {FORMAT}: start the newer version")
     if len(meta) != _META.size:
         raise StoreRefused(f"the state of group {group_id} in {path} is damaged: its meta row has {len(meta)} bytes. "
-                           "Replace this node by an empty one: the others will bring it up to date")
+                           f"{_REPLACE}")
     _, generation, index, term = _META.unpack(meta)
     return generation, index, term
 
@@ -431,5 +435,4 @@ def _why_not_opened(path: Path, text: str) -> str:
         return f"{path} is in use by another process; stop that one, or name another directory"
     if _disk_full(text):
         return f"{path} cannot be opened: its disk is full; free space, then start again ({text})"
-    return (f"{path} cannot be opened: {text}. If the disk is sound, replace this node by an empty one: the others will "
-            "bring it up to date")
+    return f"{path} cannot be opened: {text}. {_REPLACE}"

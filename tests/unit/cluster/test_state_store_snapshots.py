@@ -1,0 +1,338 @@
+"""Snapshots of a group: out of one store, into another, whatever breaks in between."""
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from spillway.cluster.errors import SnapshotInvalid, StorageFailed
+from spillway.cluster.snapshots import CHUNK_BYTES_MAX, CHUNK_ROWS_MAX, Installer
+from spillway.cluster.state_store import StateStore
+
+GROUP = 3
+FAST = 1 << 40  # bytes per second
+Rows = dict[bytes, bytes]
+
+
+def filled(path: Path, index: int = 10) -> tuple[StateStore, Rows]:
+    """A store with a group of rows of all sizes, and what is in it."""
+    random = Random(4)
+    rows = {b"": b"empty key", b"\xff" * 12: b"last"}
+    rows |= {b"small%05d" % n: random.randbytes(random.randrange(60)) for n in range(CHUNK_ROWS_MAX * 3)}
+    rows |= {b"middle%03d" % n: random.randbytes(2_000) for n in range(200)}
+    rows |= {b"large%d" % n: random.randbytes(CHUNK_BYTES_MAX * n) for n in range(4)}
+    store = StateStore(path)
+    store.group(GROUP).commit(index, 2, list(rows.items()), [], [])
+    store.group(GROUP + 1).commit(1, 1, [(b"other", b"group")], [], [])
+    return store, rows
+
+
+def content(store: StateStore, group: int = GROUP) -> Rows:
+    return dict(store.group(group).scan(b"", b"\xff" * 16))
+
+
+async def chunks_of(store: StateStore, group: int = GROUP) -> list[bytes]:
+    return [chunk async for chunk in store.export(group, FAST)]
+
+
+async def stream(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+
+
+def generations(store: StateStore) -> set[bytes]:
+    """Prefixes of rows in the database."""
+    return {key[:9] for key, _ in store.scan(b"R", b"S")}
+
+
+async def test_a_snapshot_replaces_what_was_there(tmp_path: Path) -> None:
+    """Rows, applied index and term are the exporter's; durable at once, and after a restart."""
+    source, rows = filled(tmp_path / "a")
+    target = StateStore(tmp_path / "b")
+    target.group(GROUP).commit(4, 1, [(b"old", b"row"), (b"small00001", b"old")], [], [])
+    target.group(GROUP + 1).commit(2, 1, [(b"other", b"one")], [], [])
+    chunks = await chunks_of(source)
+    assert max(map(len, chunks)) <= CHUNK_BYTES_MAX
+    assert len(chunks) > 10
+    assert await target.install(GROUP, stream(chunks), 4) == (10, 2)
+    assert (target.applied(GROUP), target.group(GROUP).durable_index) == ((10, 2), 10)
+    for _ in range(2):
+        assert content(target) == rows
+        assert content(target, GROUP + 1) == {b"other": b"one"}
+        assert len(generations(target)) == 2, "the old rows are gone"
+        target.close()
+        target = StateStore(tmp_path / "b")
+    target.group(GROUP).commit(11, 2, [(b"new", b"row")], [], [])
+    assert content(target) == rows | {b"new": b"row"}
+    target.close()
+    source.close()
+
+
+async def test_a_snapshot_shows_one_moment(tmp_path: Path) -> None:
+    """Commits and replacements during an export don't show in it."""
+    source, rows = filled(tmp_path / "a")
+    target = StateStore(tmp_path / "b")
+    exporter = source.export(GROUP, FAST)
+    chunks = [await anext(exporter)]
+    source.group(GROUP).commit(11, 2, [(b"zz", b"late"), (b"small00000", b"late")], [b"large1"], [(b"m", b"n")])
+    chunks += [chunk async for chunk in exporter]
+    assert await target.install(GROUP, stream(chunks), 0) == (10, 2)
+    assert content(target) == rows
+    target.close()
+    source.close()
+
+
+async def test_an_empty_group_travels(tmp_path: Path) -> None:
+    """No rows, but an applied index."""
+    source, target = StateStore(tmp_path / "a"), StateStore(tmp_path / "b")
+    source.group(GROUP).commit(5, 1, [], [], [])
+    target.group(GROUP).commit(4, 1, [(b"a", b"1")], [], [])
+    assert await target.install(GROUP, source.export(GROUP), 4) == (5, 1)
+    assert content(target) == {}
+    target.close()
+    source.close()
+
+
+def _changed(chunk: bytes, at: int) -> bytes:
+    return chunk[:at] + bytes([chunk[at] ^ 1]) + chunk[at + 1:]
+
+
+def _sealed(kind: bytes, number: int, body: bytes, checksum: int = 0) -> bytes:
+    head = kind + number.to_bytes(4, "little")
+    return zlib.crc32(head + body, checksum).to_bytes(4, "little") + head + body
+
+
+BREAKS: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda c: [], "it broke off"),
+    "no end": (lambda c: c[:-1], "it broke off"),
+    "no beginning": (lambda c: c[1:], "chunk 1 instead of 0"),
+    "one missing": (lambda c: c[:5] + c[6:], "chunk 6 instead of 5"),
+    "one twice": (lambda c: c[:5] + c[4:], "chunk 4 instead of 5"),
+    "two swapped": (lambda c: [*c[:3], c[4], c[3], *c[5:]], "chunk 4 instead of 3"),
+    "more": (lambda c: [*c, c[-1]], "a chunk after the last one"),
+    "a bit of the checksum": (lambda c: [*c[:3], _changed(c[3], 0), *c[4:]], "checksum of chunk 3"),
+    "a bit of a row": (lambda c: [*c[:3], _changed(c[3], len(c[3]) - 1), *c[4:]], "checksum of chunk 3"),
+    "a bit of the kind": (lambda c: [*c[:3], _changed(c[3], 4), *c[4:]], "checksum of chunk 3"),
+    "a bit of the end": (lambda c: [*c[:-1], _changed(c[-1], 12)], "checksum"),
+    "a short chunk": (lambda c: [b"12345678"], "a chunk of 8 bytes"),
+    "a long chunk": (lambda c: [bytes(CHUNK_BYTES_MAX + 1)], f"a chunk of {CHUNK_BYTES_MAX + 1} bytes"),
+    "rows first": (lambda c: [_sealed(b"R", 0, b"")], "chunk 0 is of kind b'R'"),
+    "another format": (lambda c: [_sealed(b"H", 0, b"\x09" + c[0][10:])], "of format 9; this node takes 2"),
+    "an empty header": (lambda c: [_sealed(b"H", 0, b"")], "of format 0"),
+    "an unknown kind": (lambda c: [c[0], _sealed(b"X", 1, b"", zlib.crc32(c[0][4:]))], "chunk 1 is of kind b'X'"),
+    "a second header": (lambda c: [c[0], _sealed(b"H", 1, c[0][9:], zlib.crc32(c[0][4:]))], "chunk 1 is of kind b'H'"),
+    "a cut row": (lambda c: [c[0], _sealed(b"R", 1, b"\4\0\0\0\1\0\0\0keys", zlib.crc32(c[0][4:]))], "a row is cut"),
+    "a cut row head": (lambda c: [c[0], _sealed(b"R", 1, b"\4\0\0\0", zlib.crc32(c[0][4:]))], "a row is cut"),
+    "keys out of order": (lambda c: [c[0], _sealed(b"R", 1, b"\1\0\0\0\0\0\0\0b\1\0\0\0\0\0\0\0b", zlib.crc32(c[0][4:]))],
+                          "rows are not in order"),
+    "an end too early": (lambda c: [c[0], _sealed(b"T", 1, b"\1" + bytes(7), zlib.crc32(c[0][4:]))],
+                         "0 rows came, but not all there are"),
+}
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The chunks of a filled group."""
+    source, _ = filled(tmp_path_factory.mktemp("source"))
+    chunks = asyncio.run(chunks_of(source))
+    source.close()
+    return chunks
+
+
+@pytest.mark.parametrize("name", BREAKS)
+async def test_a_broken_snapshot_changes_nothing(tmp_path: Path, snapshot: list[bytes], name: str) -> None:
+    """It is refused with its reason, and leaves no rows behind."""
+    make, said = BREAKS[name]
+    store = StateStore(tmp_path)
+    store.group(GROUP).commit(4, 1, [(b"a", b"1")], [], [])
+    with pytest.raises(SnapshotInvalid, match=said):
+        await store.install(GROUP, stream(make(snapshot)), 4)
+    assert (content(store), store.applied(GROUP), len(generations(store))) == ({b"a": b"1"}, (4, 1), 1)
+    assert await store.install(GROUP, stream(snapshot), 4) == (10, 2)
+    store.close()
+
+
+@pytest.mark.parametrize(("applied", "above"), [(10, 0), (11, 0), (4, 10), (4, 11)])
+async def test_an_older_snapshot_is_refused(tmp_path: Path, snapshot: list[bytes], applied: int, above: int) -> None:
+    """At or below what is applied here, or what the caller knows to be applied."""
+    store = StateStore(tmp_path)
+    store.group(GROUP).commit(applied, 1, [(b"a", b"1")], [], [])
+    with pytest.raises(SnapshotInvalid, match=f"as of entry 10, but {max(applied, above)} is applied here"):
+        await store.install(GROUP, stream(snapshot), above)
+    with pytest.raises(SnapshotInvalid, match=f"of group {GROUP + 1}: of group {GROUP}"):
+        await store.install(GROUP + 1, stream(snapshot), 0)
+    assert content(store) == {b"a": b"1"}
+    store.close()
+
+
+async def test_a_state_that_overtakes_a_snapshot_stays(tmp_path: Path, snapshot: list[bytes]) -> None:
+    """What was committed during the transfer is not replaced by something older."""
+    store = StateStore(tmp_path)
+    installer = Installer(store, GROUP)
+    for chunk in snapshot:
+        installer.feed(chunk)
+    store.group(GROUP).commit(10, 2, [(b"a", b"1")], [], [])
+    with pytest.raises(SnapshotInvalid, match="10 is applied here"):
+        installer.finish()
+    installer.abort()
+    assert content(store) == {b"a": b"1"}
+    store.close()
+
+
+@pytest.mark.parametrize("came", [0, 1, 7, -1, None])
+@pytest.mark.parametrize("blank", [True, False])
+async def test_a_crash_before_the_end_leaves_the_old_state(tmp_path: Path, snapshot: list[bytes], came: int | None,
+                                                           blank: bool) -> None:
+    """Even when every chunk had come; the next start drops the leftovers."""
+    old = {} if blank else {b"a": b"1"}
+    store = StateStore(tmp_path)
+    if not blank:
+        store.group(GROUP).commit(4, 1, list(old.items()), [], [])
+    installer = Installer(store, GROUP)
+    for chunk in snapshot[:came]:
+        installer.feed(chunk)
+    store.sync_now()
+    store.close()
+    store = StateStore(tmp_path)
+    assert (content(store), store.applied(GROUP)) == (old, (0, 0) if blank else (4, 1))
+    assert len(generations(store)) == len(old)
+    assert await store.install(GROUP, stream(snapshot), 0) == (10, 2)
+    assert b"large3" in content(store)
+    store.close()
+
+
+async def test_a_transfer_goes_on_where_it_broke(tmp_path: Path) -> None:
+    """After each refused or lost chunk, from the receiver's position and with nothing sent twice in vain."""
+    source, rows = filled(tmp_path / "a")
+    target = StateStore(tmp_path / "b")
+    exporter = source.export(GROUP, FAST)
+    installer = Installer(target, GROUP)
+    random = Random(5)
+    sent = 0
+    async for chunk in exporter:
+        sent += 1
+        if random.random() < 0.2:
+            exporter.resume(installer.rewind())  # this chunk was lost, and whatever was under way
+            continue
+        if random.random() < 0.2:
+            with pytest.raises(SnapshotInvalid):
+                installer.feed(_changed(chunk, len(chunk) // 2))
+        installer.feed(chunk)
+    assert sent > installer.position.number + 5
+    assert (installer.position.index, installer.position.rows) == (10, len(rows))
+    assert installer.finish() == (10, 2)
+    assert content(target) == rows
+    with pytest.raises(SnapshotInvalid, match="closed"):
+        exporter.resume(installer.position)
+    source.group(GROUP).commit(12, 2, [], [], [])
+    with pytest.raises(SnapshotInvalid, match="as of entry 12"):
+        source.export(GROUP).resume(installer.position)
+    target.close()
+    source.close()
+
+
+async def test_the_last_installer_of_a_group_counts(tmp_path: Path, snapshot: list[bytes]) -> None:
+    """An earlier one can neither write among its rows nor finish."""
+    store = StateStore(tmp_path)
+    first = Installer(store, GROUP)
+    first.feed(snapshot[0])
+    second = Installer(store, GROUP)
+    with pytest.raises(SnapshotInvalid, match="another one was begun"):
+        first.feed(snapshot[1])
+    for chunk in snapshot:
+        second.feed(chunk)
+    first.abort()
+    assert second.finish() == (10, 2)
+    with pytest.raises(SnapshotInvalid, match="it was ended"):
+        second.finish()
+    assert b"large3" in content(store)
+    store.close()
+
+
+async def test_an_export_keeps_to_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits as long as its bytes take at that rate."""
+    source, _ = filled(tmp_path)
+    waited = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    sizes = [len(chunk) async for chunk in source.export(GROUP, 1_000_000)]
+    assert sum(waited) == pytest.approx(sum(sizes) / 1_000_000)
+    source.close()
+
+
+async def test_closing_a_store_ends_its_exports(tmp_path: Path) -> None:
+    """They would keep the database open."""
+    source, _ = filled(tmp_path)
+    exporters = [source.export(GROUP, FAST) for _ in range(2)]
+    await anext(exporters[0])
+    await anext(exporters[0])
+    source.close()
+    assert [chunk async for chunk in exporters[1]] == []
+    StateStore(tmp_path).close()
+
+
+async def test_a_failing_disk_ends_an_install(tmp_path: Path, snapshot: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As StorageFailed, which is fatal to the caller; the old state stands on disk."""
+    store = StateStore(tmp_path)
+    store.group(GROUP).commit(4, 1, [(b"a", b"1")], [], [])
+    store.sync_now()
+
+    def fail() -> None:
+        raise store._fail("synced", OSError("Input/output error"))
+
+    monkeypatch.setattr(store, "_flush_wal", fail)
+    with pytest.raises(StorageFailed, match="Input/output error"):
+        await store.install(GROUP, stream(snapshot), 4)
+    store.close()
+    store = StateStore(tmp_path)
+    assert (content(store), store.applied(GROUP)) == ({b"a": b"1"}, (4, 1))
+    store.close()
+
+
+async def test_damage_under_an_export_is_an_error(tmp_path: Path) -> None:
+    """A block that cannot be read does not end the snapshot as if it were complete."""
+    source = StateStore(tmp_path)
+    source.group(GROUP).commit(1, 1, [(b"%05d" % n, Random(n).randbytes(300)) for n in range(2_000)], [], [])
+    source.db.flush(True)
+    source.close()
+    [file] = tmp_path.glob("*.sst")
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2:len(whole) // 2 + 64] = bytes(64)
+    file.write_bytes(whole)
+    source = StateStore(tmp_path)
+    with pytest.raises(StorageFailed, match="cannot be read"):
+        await chunks_of(source)
+    source.close()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, deadline=None, max_examples=150,
+          database=None)
+@given(st.lists(st.tuples(st.sampled_from(b"HPRTX"), st.binary(max_size=40)), max_size=6), st.binary(max_size=30))
+def test_whatever_comes_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, bodies: list[tuple[int, bytes]],
+                                            raw: bytes) -> None:
+    """Chunks of any content with correct checksums, and plain noise: SnapshotInvalid, never another error."""
+    if "fuzzed" not in globals():
+        globals()["fuzzed"] = StateStore(tmp_path_factory.mktemp("fuzz"))
+    store: StateStore = globals()["fuzzed"]
+    installer = Installer(store, GROUP)
+    checksum = 0
+    header = b"\2" + GROUP.to_bytes(4, "little") + (7).to_bytes(8, "little") + bytes(8)
+    try:
+        for number, (kind, body) in enumerate([(ord("H"), header), *bodies]):
+            chunk = _sealed(bytes([kind]), number, body, checksum)
+            checksum = int.from_bytes(chunk[:4], "little")
+            installer.feed(chunk)
+        installer.feed(raw)
+    except SnapshotInvalid:
+        pass
+    installer.abort()
+    assert generations(store) == set()
