@@ -1,13 +1,17 @@
 """The library's gaps, each as an interleaving built by hand: closed by the adapter, and open again without its rule."""
 from __future__ import annotations
 
+import random
+
 import pytest
 from spillway.cluster.machine import Role
+from spillway.cluster.raft import wire
 from spillway.cluster.raft.journal import LogViolation
 from spillway.cluster.raft.progress import Limits
+from spillway.peer.v1.raft_pb2 import RaftGroupMessage
 
 from tests.simulation.raft.mutations import SEEN
-from tests.unit.cluster.raft.bench import Bench
+from tests.unit.cluster.raft.bench import Bench, Replica
 
 SMALL = Limits(append=25_000, window=1 << 30)
 
@@ -236,9 +240,6 @@ def _restarted_voter(bench: Bench) -> bool:
     bench.elect("A", "B")
     term = bench["A"].engine.term
     disk = bench.kill("B").disk
-    import random
-
-    from tests.unit.cluster.raft.bench import Replica
     disk.crash(random.Random(0))
     bench.drive()
     b = bench.nodes["B"] = Replica(bench, "B", disk)
@@ -269,8 +270,6 @@ def test_a_follower_applies_only_what_is_on_its_disk() -> None:
         bench.links["B", "A"].clear()
         b = bench["B"]
         bench.turn("A")
-        from spillway.cluster.raft import wire
-        from spillway.peer.v1.raft_pb2 import RaftGroupMessage
         for data in bench.links["A", "B"]:
             b.group.deliver("A", wire.decode(RaftGroupMessage.FromString(data)))
         b.group.tick()
@@ -294,3 +293,27 @@ def test_a_leader_that_is_cut_off_hears_of_the_new_term() -> None:
     bench.move("C", "A")
     assert bench["A"].machine.roles[-1][0] is Role.FOLLOWER
     assert bench["A"].engine.term == bench["B"].engine.term
+
+
+def _sent_after_two_resets(bench: Bench) -> int:
+    """Two heartbeats beyond the follower's log, two answers `reset`. Returns how many entries the leader sends."""
+    bench.elect("A", "B", "C")
+    bench.settle("A", "B", "C")
+    bench.cut("A", "B")
+    bench.put("A", *[b"%d" % i for i in range(5)])
+    bench.join("A", "B")
+    bench.links["A", "B"].clear()
+    bench.drive()
+    bench["A"].engine.set_next_index("B", bench["A"].journal.last + 1)
+    bench.turn("A")
+    bench.turn("A")
+    bench.move("A", "B")
+    bench.move("B", "A")
+    return sum(len(RaftGroupMessage.FromString(data).append.entries) for data in bench.links["A", "B"])
+
+
+def test_a_repeated_reset_is_acted_upon_once() -> None:
+    """R10a: what was asked for twice is sent once."""
+    assert _sent_after_two_resets(Bench()) == 5
+    with SEEN["every reset"]():
+        assert _sent_after_two_resets(Bench()) == 10
