@@ -37,7 +37,7 @@ class Call:
 class Batch:
     """The messages of one call for one shard, in order, all of one producer without a gap."""
 
-    __slots__ = ("bodies", "call", "delays", "first", "names", "positions", "producer", "size")
+    __slots__ = ("bodies", "call", "delays", "first", "give_up", "names", "positions", "producer", "size")
 
     def __init__(self, call: Call, producer: str, first: int) -> None:
         self.call = call
@@ -47,4 +47,5 @@ class Batch:
         self.bodies: list[bytes] = []
         self.positions: list[int] = []  # in the call
         self.delays: dict[int, int] | None = None  # position in the batch -> ms since 1970
+        self.give_up = 0.0  # loop time after which it is no longer passed on to another node; 0: not passed on yet
         self.size = 0

@@ -1,8 +1,11 @@
 """From any node to the leaders: pieces of Produce and Ack requests, leases on behalf of plain clients, admin calls.
 
-Forwarded work travels over the peers' port as ordinary QueueService and AdminService calls; the receiving node never
-forwards again. Each link keeps one stream per kind, so what one node forwards to another stays in order. Nothing is
-retried here: an answer that is lost comes back as UNAVAILABLE, and the client's retry is idempotent.
+Forwarded work travels over the peers' port as ordinary QueueService and AdminService calls. Each link keeps one stream
+per kind, so what one node forwards to another stays in order.
+
+When a shard's leader changes, what certainly was not stored, and what may be repeated (settlements, and messages of a
+producer with an id), is passed on to the new leader, in order, for a bounded time; a plain client notices nothing. Only
+messages without a producer id whose outcome is unknown come back as UNAVAILABLE.
 """
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ from spillway.v1.queue_service_pb2 import (
     LeaseRequest,
     LeaseResponse,
     ProduceResponse,
+    Settlement,
     Subscribe,
 )
 
@@ -44,6 +48,7 @@ log = logging.getLogger(__name__)
 
 LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a leader
 LEADER_POLL_SECONDS = 0.02
+NOT_LEADER = "leader"  # field of an ItemError between nodes: refused before anything was done
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
                    ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
                    ("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1)]
@@ -116,8 +121,8 @@ class PeerLink:
         self.node_id = node_id
         self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.admin = AdminServiceStub(self.channel)
-        self.produce = _Stream(self, "Produce", _produced, _produce_failed)
-        self.ack = _Stream(self, "Ack", _acked, _ack_failed)
+        self.produce = _Stream(self, "Produce", _produced, _produce_lost)
+        self.ack = _Stream(self, "Ack", _acked, _acks_lost)
 
     async def close(self) -> None:
         """Ends all calls."""
@@ -134,6 +139,8 @@ class Forwarder:
         self._links: dict[str, PeerLink] = {}
         self._leaderless: dict[int, deque[Callable[[str | None], None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        node.pass_on = self.produce
+        node.pass_on_settlement = lambda shard, call, index, settlement: self.ack(shard, call, {index: settlement})
 
     def link(self, node_id: str) -> PeerLink:
         """The link to another node."""
@@ -179,6 +186,12 @@ class Forwarder:
 
     def produce(self, shard: int, batch: Batch) -> None:
         """Sends a batch to its shard's leader; answers through its call."""
+        now = asyncio.get_running_loop().time()
+        if not batch.give_up:
+            batch.give_up = now + LEADER_WAIT_SECONDS
+        elif now > batch.give_up:
+            _produce_failed(batch, f"shard {shard}: its leader keeps changing")
+            return
 
         def act(leader: str | None) -> None:
             if leader is None:
@@ -187,7 +200,7 @@ class Forwarder:
                 self.node.shards[shard].enqueue(0, batch)
                 self.node.host.wake(shard)
             else:
-                self.link(leader).produce.send(self._encode(batch), batch)
+                self.link(leader).produce.send(self._encode(batch), (self, shard, batch))
 
         self._with_leader(shard, act)
 
@@ -204,22 +217,44 @@ class Forwarder:
             request.records.append(record)
         return request.SerializeToString()
 
-    def ack(self, shard: int, call: Call, indexes: list[int], settlements: Any) -> None:
-        """Sends settlements of one shard to its leader; answers through the call."""
-        item = (call, indexes)
+    def ack(self, shard: int, call: Call, settlements: dict[int, Settlement], give_up: float = 0.0) -> None:
+        """Sends settlements of one shard, by their index in the call, to its leader; answers through the call, which waits
+        for one release."""
+        now = asyncio.get_running_loop().time()
+        give_up = give_up or now + LEADER_WAIT_SECONDS
+        item = _Acks(self, shard, call, settlements, give_up)
+        if now > give_up:
+            _ack_failed(item, f"shard {shard}: its leader keeps changing")
+            return
 
         def act(leader: str | None) -> None:
             if leader is None:
                 _ack_failed(item, f"shard {shard} has no leader")
             elif leader == self.node.config.node_id:
-                _ack_failed(item, f"shard {shard} has just moved to this node")
+                runtime = self.node.shards[shard]
+                for index, s in settlements.items():
+                    delay = s.delay.ToMilliseconds() if s.HasField("delay") else -1
+                    runtime.settle(call, index, s.fencing_token, s.sequence, s.outcome, delay, s.reason)
+                self.node.host.wake(shard)
+                call.release()
             else:
-                request = AckRequest(settlements=[settlements[i] for i in indexes])
+                request = AckRequest(settlements=settlements.values())
                 self.link(leader).ack.send(request.SerializeToString(), item)
 
         self._with_leader(shard, act)
 
     # -- Admin ---------------------------------------------------------------------------------------------------
+
+    async def await_meta_leader(self) -> str:
+        """Node id of the meta group's leader, as soon as there is one. Raises Unavailable after a while."""
+        deadline = asyncio.get_running_loop().time() + LEADER_WAIT_SECONDS
+        while True:
+            try:
+                return self.meta_leader()
+            except Unavailable:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(LEADER_POLL_SECONDS)
 
     def meta_leader(self) -> str:
         """Node id of the meta group's leader. Raises Unavailable."""
@@ -257,8 +292,26 @@ class Forwarder:
             await asyncio.sleep(LEADER_POLL_SECONDS)
 
 
-def _produced(batch: Batch, data: bytes) -> None:
+class _Acks:
+    """Settlements of one shard on their way."""
+
+    __slots__ = ("call", "forwarder", "give_up", "settlements", "shard")
+
+    def __init__(self, forwarder: Forwarder, shard: int, call: Call, settlements: dict[int, Settlement],
+                 give_up: float) -> None:
+        self.forwarder = forwarder
+        self.shard = shard
+        self.call = call
+        self.settlements = settlements
+        self.give_up = give_up
+
+
+def _produced(item: tuple[Forwarder, int, Batch], data: bytes) -> None:
+    forwarder, shard, batch = item
     response = ProduceResponse.FromString(data)
+    if response.errors and response.errors[0].field == NOT_LEADER:  # then nothing of it was stored
+        asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, forwarder.produce, shard, batch)
+        return
     call = batch.call
     for position, sequence in zip(batch.positions, response.sequences, strict=True):
         call.results[position] = sequence
@@ -269,27 +322,48 @@ def _produced(batch: Batch, data: bytes) -> None:
     call.release()
 
 
+def _produce_lost(item: tuple[Forwarder, int, Batch], why: str) -> None:
+    forwarder, shard, batch = item
+    if batch.producer:  # may be repeated
+        asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, forwarder.produce, shard, batch)
+    else:
+        _produce_failed(batch, why)
+
+
 def _produce_failed(batch: Batch, why: str) -> None:
     for position in batch.positions:
         batch.call.fail(position, ERROR_CODE_UNAVAILABLE, "", why)
     batch.call.release()
 
 
-def _acked(item: tuple[Call, list[int]], data: bytes) -> None:
-    call, indexes = item
+def _acked(item: _Acks, data: bytes) -> None:
+    call, indexes = item.call, list(item.settlements)
     response = AckResponse.FromString(data)
+    moved = {indexes[e.index]: item.settlements[indexes[e.index]] for e in response.errors if e.field == NOT_LEADER}
+    if moved:
+        call.waiting += 1
+        asyncio.get_running_loop().call_later(
+            LEADER_POLL_SECONDS, item.forwarder.ack, item.shard, call, moved, item.give_up)
     for index, result in zip(indexes, response.results, strict=True):
         call.results[index] = result
     for error in response.errors:
         index = indexes[error.index]
+        if index in moved:
+            continue
         field = error.field.replace(f"settlements[{error.index}]", f"settlements[{index}]", 1)
         call.fail(index, error.code, field, error.description)
     call.release()
 
 
-def _ack_failed(item: tuple[Call, list[int]], why: str) -> None:
-    call, indexes = item
-    for index in indexes:
+def _acks_lost(item: _Acks, why: str) -> None:
+    """Settlements may be repeated."""
+    asyncio.get_running_loop().call_later(
+        LEADER_POLL_SECONDS, item.forwarder.ack, item.shard, item.call, item.settlements, item.give_up)
+
+
+def _ack_failed(item: _Acks, why: str) -> None:
+    call = item.call
+    for index in item.settlements:
         call.results[index] = SETTLEMENT_RESULT_REFUSED
         call.fail(index, ERROR_CODE_UNAVAILABLE, "", why)
     call.release()

@@ -19,7 +19,7 @@ from spillway.broker.core import scheduler as sched
 from spillway.broker.core.policy import Policy, park_ms
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick, Scheduler
-from spillway.broker.runtime.calls import Call
+from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
@@ -29,6 +29,7 @@ from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
+from spillway.v1.queue_service_pb2 import Settlement
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ class Node:
                 runtime = self.shards[number] = ShardRuntime(self, number, store.group(number))
                 host.add_group(number, nodes, runtime)
         host.before_collect = self.before_collect
+        # What becomes of work for a shard that this node no longer leads; the forwarder sets them.
+        self.pass_on: Callable[[int, Batch], None]
+        self.pass_on_settlement: Callable[[int, Call, int, Settlement], None]
 
     # -- small things --------------------------------------------------------------------------------------------
 

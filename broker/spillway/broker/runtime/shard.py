@@ -26,7 +26,12 @@ from spillway.v1.message_pb2 import (
     ERROR_CODE_STALE_TOKEN,
     ERROR_CODE_UNAVAILABLE,
 )
-from spillway.v1.queue_service_pb2 import SETTLEMENT_RESULT_ALREADY_SETTLED, SETTLEMENT_RESULT_OK, SETTLEMENT_RESULT_REFUSED
+from spillway.v1.queue_service_pb2 import (
+    SETTLEMENT_RESULT_ALREADY_SETTLED,
+    SETTLEMENT_RESULT_OK,
+    SETTLEMENT_RESULT_REFUSED,
+    Settlement,
+)
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.node import Node
@@ -283,17 +288,20 @@ class ShardRuntime:
         """Stops leading: what was proposed may still commit, what was not never will; the callers retry."""
         node = self.node
         self.rebuild = None
-        for _, batches, calls, picks in self._in_flight:
+        for made, batches, calls, picks in self._in_flight:
             for batch in batches:
-                self._fail_batch(batch, "the leader changed; the outcome is unknown")
-            self._fail_settles(calls)
+                if batch.producer:  # a repetition is recognised
+                    node.pass_on(self.number, batch)
+                else:
+                    self._fail_batch(batch, "the leader changed; the outcome is unknown")
+            self._pass_on_settles(made.settles, calls)
             for pick in picks:
                 node.return_credit(pick)
         self._in_flight.clear()
         for waiting in self._batches.values():
             for batch in waiting:
-                self._fail_batch(batch, "the leader changed")
-        self._fail_settles(self._settle_calls)
+                node.pass_on(self.number, batch)
+        self._pass_on_settles(self._settles, self._settle_calls)
         for pick, _, _ in self._grants:
             node.return_credit(pick)
         for pick in self.picks.values():
@@ -310,13 +318,16 @@ class ShardRuntime:
             call.fail(position, ERROR_CODE_UNAVAILABLE, "", f"shard {self.number}: {why}")
         call.release()
 
-    def _fail_settles(self, calls: list[tuple[Call, int] | None]) -> None:
-        for item in calls:
+    def _pass_on_settles(self, settles: list[Settle], calls: list[tuple[Call, int] | None]) -> None:
+        """Settlements may be repeated: the new leader tells what became of them."""
+        now = self.node.now_ms()
+        for (token, _, sequence, outcome, argument, reason), item in zip(settles, calls, strict=True):
             if item is not None:
-                call, index = item
-                call.results[index] = SETTLEMENT_RESULT_REFUSED
-                call.fail(index, ERROR_CODE_UNAVAILABLE, "", f"shard {self.number}: the leader changed")
-                call.release()
+                again = Settlement(shard=self.number, fencing_token=token, sequence=sequence, reason=reason)
+                again.outcome = outcome  # type: ignore[assignment]
+                if argument:
+                    again.delay.FromMilliseconds(max(0, argument - now))
+                self.node.pass_on_settlement(self.number, *item, again)
 
     def _answer(self, effects: Effects, batches: list[Batch], calls: list[tuple[Call, int] | None]) -> None:
         sequence = effects.base

@@ -40,7 +40,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         """See admin_service.proto."""
         try:
             wanted = parse_destination(request.destination)
-            if (stub := self._meta_leader()) is not None:
+            if (stub := await self._meta_leader()) is not None:
                 created: pb.CreateDestinationResponse = await stub.CreateDestination(request, timeout=CALL_SECONDS)
                 return created
             stored = await self.node.meta.put(wanted, create=True, replace=False, etag=0)
@@ -55,7 +55,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             etag = request.destination.etag
             if etag and not etag.isdigit():
                 raise RequestError("destination.etag", f"{etag!r} is not an etag of this cluster")
-            if (stub := self._meta_leader()) is not None:
+            if (stub := await self._meta_leader()) is not None:
                 updated: pb.UpdateDestinationResponse = await stub.UpdateDestination(request, timeout=CALL_SECONDS)
                 return updated
             stored = await self.node.meta.put(wanted, create=request.allow_missing, replace=True, etag=int(etag or 0))
@@ -63,9 +63,9 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             await _fail(context, error)
         return pb.UpdateDestinationResponse(destination=destination_proto(stored))
 
-    def _meta_leader(self) -> Any:
+    async def _meta_leader(self) -> Any:
         """The stub of the meta leader, or None if it is this node."""
-        leader = self.forwarder.meta_leader()
+        leader = await self.forwarder.await_meta_leader()
         if leader == self.node.config.node_id:
             return None
         if self.peer:

@@ -19,7 +19,7 @@ from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import RequestError, Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
-from spillway.broker.runtime.forward import Forwarder, LeaseProxy
+from spillway.broker.runtime.forward import NOT_LEADER, Forwarder, LeaseProxy
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.names import check_destination, check_name, duration_ms
 from spillway.broker.services.status import abort
@@ -53,6 +53,7 @@ from spillway.v1.queue_service_pb2 import (
     LeaseResponse,
     ProduceRequest,
     ProduceResponse,
+    Settlement,
 )
 
 STREAM_BYTES_MAX = 4 << 20  # of a Produce stream, accepted and not yet committed
@@ -295,7 +296,7 @@ class QueueService:
                 node.host.wake(shard)
             elif self.peer:
                 for position in batch.positions:
-                    call.fail(position, ERROR_CODE_UNAVAILABLE, "", f"this node does not lead shard {shard}")
+                    call.fail(position, ERROR_CODE_UNAVAILABLE, NOT_LEADER, f"this node does not lead shard {shard}")
                 call.release()
             else:
                 self.forwarder.produce(shard, batch)
@@ -316,7 +317,7 @@ class QueueService:
         node = self.node
         shards = node.shards
         woken: set[int] = set()
-        remote: dict[int, list[int]] = {}
+        remote: dict[int, dict[int, Settlement]] = {}
         for i, s in enumerate(settlements):
             shard = s.shard
             outcome = s.outcome
@@ -343,14 +344,14 @@ class QueueService:
                 self._refuse(call, i, ERROR_CODE_INVALID_ARGUMENT, f"settlements[{i}].shard",
                              f"there is no shard {shard}; they are 1 to {node.config.shards}")
             elif self.peer:
-                self._refuse(call, i, ERROR_CODE_UNAVAILABLE, "", f"this node does not lead shard {shard}")
+                self._refuse(call, i, ERROR_CODE_UNAVAILABLE, NOT_LEADER, f"this node does not lead shard {shard}")
             else:
-                remote.setdefault(shard, []).append(i)
+                remote.setdefault(shard, {})[i] = s
         for shard in woken:
             node.host.wake(shard)
-        for shard, indexes in remote.items():
+        for shard, chosen in remote.items():
             call.waiting += 1
-            self.forwarder.ack(shard, call, indexes, settlements)
+            self.forwarder.ack(shard, call, chosen)
         call.release()
         return call
 
