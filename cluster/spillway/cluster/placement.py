@@ -1,53 +1,168 @@
 """Which nodes hold which shard: consistent hashing with virtual nodes and bounded loads. Pure and deterministic.
 
-Every node has points on a ring; a shard walks the ring from its own point and takes the first nodes that still have room
-(Karger et al., STOC 1997; bounded loads: Mirrokni, Thorup, Zadimoghaddam, SODA 2018). A node more moves about its fair
-share of the replicas and little else.
+Every node has points on a ring, every shard has one (Karger et al., STOC 1997). A replica belongs on the node whose next
+point is nearest, and loads are bounded (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, 2016). They
+send the overflow to the next node with room, in order of arrival. Here it goes where it costs the least distance, over
+several nodes if need be (cheapest paths, as in minimum-cost flow), which makes loads even to one replica and moves less.
+
+From nothing but the nodes' names, a node more moves about 1/N of the replicas when each node holds many, and up to 2.5/N
+with 16 shards on a dozen nodes: even loads then leave few ways. With the placement so far as a start, it moves what the new
+node takes and nothing else.
+
+Failure domains come first: replicas of a shard are in as many zones, and within a zone on as many hosts, as there are.
+Loads are as even as that allows.
 """
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from math import ceil
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from xxhash import xxh3_64_intdigest
 
-VIRTUAL_NODES = 256  # points of a node on the ring: enough that nodes' arcs differ by a few per cent
+VIRTUAL_NODES = 256  # points of a node on the ring: its share of the ring then differs by a few per cent
+_RING = 1 << 64
 
 
-def place(nodes: Sequence[str], shards: int, replicas: int) -> dict[int, list[str]]:
-    """shard (1..shards) -> `replicas` different nodes, the preferred leader first. No node holds more than its even share
-    of replicas, rounded up; preferred leaders are spread as evenly. Raises ValueError if there are too few nodes."""
-    if not 1 <= replicas <= len(set(nodes)):
-        raise ValueError(f"{replicas} replicas need as many nodes; there are {len(set(nodes))}")
-    ring = sorted((xxh3_64_intdigest(f"{node}#{i}".encode()), node) for node in sorted(set(nodes)) for i in range(VIRTUAL_NODES))
-    points = [point for point, _ in ring]
-    room = {node: ceil(shards * replicas / len(set(nodes))) for node in nodes}
-    out: dict[int, list[str]] = {}
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A node and what it may fail together with. Nodes without a zone, or host, share none with others."""
+
+    node_id: str
+    zone: str = ""
+    host: str = ""
+
+
+def place(nodes: Iterable[Site | str], shards: int, replicas: int,
+          previous: Mapping[int, Sequence[str]] | None = None) -> dict[int, list[str]]:
+    """shard (1..shards) -> node ids of its replicas, the preferred leader first.
+
+    `replicas` different nodes, or all nodes if there are fewer. No two replicas of a shard are in one zone while zones
+    suffice. Where zones leave the choice, nodes hold an even share of replicas, to one; preferred leaders are even to one
+    as well. The order of `nodes` does not matter. `previous` is the placement so far: replicas and leaders stay unless one
+    of these rules moves them. Raises ValueError for fewer than one node, shard or replica, or for two nodes of one id."""
+    sites = sorted((node if isinstance(node, Site) else Site(node) for node in nodes), key=lambda site: site.node_id)
+    if not sites or shards < 1 or replicas < 1:
+        raise ValueError(f"nothing to place: {len(sites)} nodes, {shards} shards, {replicas} replicas")
+    numbers = {site.node_id: number for number, site in enumerate(sites)}
+    if len(numbers) < len(sites):
+        raise ValueError("two nodes have one id")
+    distances = _distances(list(numbers), shards)
+    domains = [(site.zone or f"\0{site.node_id}", site.host or f"\0{site.node_id}") for site in sites]
+    kept = [[numbers[node] for node in (previous or {}).get(shard, ()) if node in numbers] for shard in range(1, shards + 1)]
+    chosen = _Choice(distances, [list(range(len(sites)))] * shards, domains, kept, min(replicas, len(sites)))
+    chosen.balance()
+    leaders = _Choice(distances, chosen.taken, [("", "")] * len(sites), [nodes[:1] for nodes in kept], 1)
+    leaders.balance()
+    return {shard + 1: [sites[n].node_id for n in sorted(taken, key=lambda n: (n != leader, distances[shard][n]))]
+            for shard, (taken, (leader,)) in enumerate(zip(chosen.taken, leaders.taken, strict=True))}
+
+
+def _distances(node_ids: Sequence[str], shards: int) -> list[list[int]]:
+    """[shard][node]: how far the ring goes on from the shard's point to the node's next one."""
+    points = [sorted(xxh3_64_intdigest(f"{node_id}#{i}".encode()) for i in range(VIRTUAL_NODES)) for node_id in node_ids]
+    found = []
     for shard in range(1, shards + 1):
-        start = bisect_right(points, xxh3_64_intdigest(f"shard {shard}".encode()))
-        chosen: list[str] = []
-        for spare in (True, False):  # the last shards may find fewer nodes with room than replicas
-            for step in range(len(ring)):
-                node = ring[(start + step) % len(ring)][1]
-                if node not in chosen and (room[node] > 0 or not spare):
-                    chosen.append(node)
-                    if len(chosen) == replicas:
-                        break
-            if len(chosen) == replicas:
-                break
-        for node in chosen:
-            room[node] -= 1
-        out[shard] = chosen
-    _spread_leaders(out)
-    return out
+        start = xxh3_64_intdigest(f"shard {shard}".encode())
+        found.append([(own[bisect_left(own, start) % VIRTUAL_NODES] - start) % _RING for own in points])
+    return found
 
 
-def _spread_leaders(placement: dict[int, list[str]]) -> None:
-    """Puts the replica first whose node leads the fewest so far; ties keep the ring's order."""
-    leads: dict[str, int] = {}
-    for nodes in placement.values():
-        first = min(nodes, key=lambda n: leads.get(n, 0))
-        leads[first] = leads.get(first, 0) + 1
-        nodes.remove(first)
-        nodes.insert(0, first)
+class _Choice:
+    """For each shard, `count` of its candidates: those kept and the nearest ones, then balanced."""
+
+    def __init__(self, distances: list[list[int]], candidates: list[list[int]], domains: list[tuple[str, str]],
+                 kept: list[list[int]], count: int) -> None:
+        """[shard][node] for distances, [shard] for candidates and kept; domains are (zone, host) of nodes."""
+        self._distances = distances
+        self._candidates = candidates
+        self._domains = domains
+        self._kept = kept
+        self._move_cost = _RING if any(kept) else 0  # one long move is better than two short ones, where moves count
+        self.taken = [self._nearest(shard, count) for shard in range(len(distances))]
+        """[shard]: nodes."""
+        self._load = [0] * len(domains)
+        for nodes in self.taken:
+            for node in nodes:
+                self._load[node] += 1
+
+    def balance(self) -> None:
+        """Moves replicas along the cheapest paths from fuller to emptier nodes, until none are two apart that can be
+        brought closer."""
+        edges: dict[int, dict[int, tuple[int, int]]] = {node: self._edges_from(node) for node in range(len(self._load))}
+        while path := self._cheapest_path(edges):
+            changed: set[int] = set()
+            for shard, source, target in path:
+                changed.update(self.taken[shard], (target,))
+                self.taken[shard].remove(source)
+                self.taken[shard].append(target)
+            self._load[path[0][1]] -= 1
+            self._load[path[-1][2]] += 1
+            for node in changed:
+                edges[node] = self._edges_from(node)
+
+    def _nearest(self, shard: int, count: int) -> list[int]:
+        taken: list[int] = []
+        kept, distances = self._kept[shard], self._distances[shard]
+        rest = sorted(self._candidates[shard], key=lambda node: (node not in kept, distances[node], node))
+        while len(taken) < count:
+            best = min(rest, key=lambda node: self._shared(taken, node))  # the first of equals
+            rest.remove(best)
+            taken.append(best)
+        return taken
+
+    def _shared(self, taken: Iterable[int], node: int) -> tuple[int, int]:
+        """How many of the nodes are in the node's zone, and on its host."""
+        zone, host = self._domains[node]
+        zones = hosts = 0
+        for other in taken:
+            if self._domains[other][0] == zone:
+                zones += 1
+                hosts += self._domains[other][1] == host
+        return zones, hosts
+
+    def _edges_from(self, source: int) -> dict[int, tuple[int, int]]:
+        """Other node -> (cost, shard): the cheapest replica to move there, its domains shared with no more others. Costs are
+        positive, also where a node is nearer: a cheapest path then visits no node twice."""
+        edges: dict[int, tuple[int, int]] = {}
+        for shard, taken in enumerate(self.taken):
+            if source in taken:
+                others = [node for node in taken if node != source]
+                shared = self._shared(others, source)
+                distances = self._distances[shard]
+                for target in self._candidates[shard]:
+                    if target not in taken and self._shared(others, target) <= shared:
+                        edge = max(1, self._move_cost + distances[target] - distances[source]), shard
+                        if target not in edges or edge < edges[target]:
+                            edges[target] = edge
+        return edges
+
+    def _cheapest_path(self, edges: dict[int, dict[int, tuple[int, int]]]) -> list[tuple[int, int, int]]:
+        """(shard, from, to) of each move on the cheapest way from one of the fullest nodes that can give to one that holds
+        at least two fewer; empty if there is none (Dijkstra)."""
+        for load in sorted(set(self._load), reverse=True):
+            heap = [(0, node, -1, -1) for node, own in enumerate(self._load) if own == load]
+            came: dict[int, tuple[int, int]] = {}  # node -> (shard, from)
+            while heap:
+                cost, node, shard, source = heappop(heap)
+                if node in came:
+                    continue
+                came[node] = shard, source
+                if self._load[node] <= load - 2:
+                    path = _walk(came, node)
+                    if len({shard for shard, _, _ in path}) == len(path):
+                        return path
+                for target, (step, moved) in edges[node].items():
+                    if target not in came:
+                        heappush(heap, (cost + step, target, moved, node))
+        return []
+
+
+def _walk(came: dict[int, tuple[int, int]], node: int) -> list[tuple[int, int, int]]:
+    path = []
+    while came[node][1] >= 0:
+        shard, source = came[node]
+        path.append((shard, source, node))
+        node = source
+    return path[::-1]

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from spillway.cluster.errors import SnapshotInvalid, StorageFailed
 from spillway.cluster.snapshots import CHUNK_BYTES_MAX, CHUNK_ROWS_MAX, Installer
@@ -314,16 +314,19 @@ async def test_damage_under_an_export_is_an_error(tmp_path: Path) -> None:
     source.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, deadline=None, max_examples=150,
-          database=None)
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StateStore]:
+    """A store that takes many snapshots."""
+    store = StateStore(tmp_path_factory.mktemp("target"))
+    yield store
+    store.close()
+
+
+@settings(derandomize=True, deadline=None, max_examples=150, database=None)
 @given(st.lists(st.tuples(st.sampled_from(b"HPRTX"), st.binary(max_size=40)), max_size=6), st.binary(max_size=30))
-def test_whatever_comes_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, bodies: list[tuple[int, bytes]],
-                                            raw: bytes) -> None:
+def test_whatever_comes_is_taken_or_refused(target: StateStore, bodies: list[tuple[int, bytes]], raw: bytes) -> None:
     """Chunks of any content with correct checksums, and plain noise: SnapshotInvalid, never another error."""
-    if "fuzzed" not in globals():
-        globals()["fuzzed"] = StateStore(tmp_path_factory.mktemp("fuzz"))
-    store: StateStore = globals()["fuzzed"]
-    installer = Installer(store, GROUP)
+    installer = Installer(target, GROUP)
     checksum = 0
     header = b"\2" + GROUP.to_bytes(4, "little") + (7).to_bytes(8, "little") + bytes(8)
     try:
@@ -335,4 +338,4 @@ def test_whatever_comes_is_taken_or_refused(tmp_path_factory: pytest.TempPathFac
     except SnapshotInvalid:
         pass
     installer.abort()
-    assert generations(store) == set()
+    assert generations(target) == set()
