@@ -681,3 +681,32 @@ def test_long_interleavings(seed: int) -> None:
     for _ in range(600):
         checked.step(draw.randrange(256), draw.randrange(256), draw.randrange(256))
     checked.finish()
+
+
+@pytest.mark.parametrize("slots", [16, 50])
+def test_a_burst_leaves_headroom_to_those_who_come_and_go(slots: int) -> None:
+    """While tenants that come and go are about, a tenant with a backlog leaves the last eighth of the credit free, so
+    that they never wait for one of its slots; a second after the last of them it takes everything."""
+    scheduler = Scheduler()
+    consumer = Consumer("c")
+    scheduler.subscribe(consumer, ["d"])
+    scheduler.credit(consumer, slots, 1 << 40)
+
+    def take(now_ms: int) -> list[bytes]:
+        got = []
+        while (pick := scheduler.pick(consumer.subscription)) is not None:
+            scheduler.charge(pick, 1, 100, now_ms)
+            got.append(pick.tenant.name)
+        return got
+
+    scheduler.add(b"d\0quiet\0" + b"0")
+    assert take(0) == [b"quiet"]
+    for key in range(1000):
+        scheduler.add(b"d\0burst\0%d" % key)
+    taken = take(1)
+    assert set(taken) == {b"burst"} and slots - slots // 8 - 2 <= len(taken) < slots - 1
+    scheduler.add(b"d\0other\0" + b"0")
+    assert take(2) == [b"other"]
+    assert take(3) == []
+    scheduler._now_ms = 2000  # as the next settlement would tell
+    assert set(take(2000)) == {b"burst"} and consumer.messages == 0

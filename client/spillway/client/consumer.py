@@ -367,8 +367,11 @@ class Consumer:
                 # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
                 if before != after and after in self._streams:
                     self._moved_to.add(after)
-            if self._moved_to and self._resubscribe_timer is None:
-                self._resubscribe_timer = self._loop.call_later(RESUBSCRIBE_SECONDS, self._resubscribe_moved)
+            self._resubscribe_soon()
+
+    def _resubscribe_soon(self) -> None:
+        if self._moved_to and self._resubscribe_timer is None and not self._closed:
+            self._resubscribe_timer = self._loop.call_later(RESUBSCRIBE_SECONDS, self._resubscribe_moved)
 
     def _resubscribe_moved(self) -> None:
         self._resubscribe_timer = None
@@ -408,15 +411,21 @@ class Consumer:
                 self._forwarded = _Stream(self, "forwarded", address, local_only=False)
         elif not unreachable and self._forwarded is not None:
             stream, self._forwarded = self._forwarded, None
-            self._close_stream(stream)
+            self._close_stream(stream).add_done_callback(self._stand_in_closed)
         if failing and self._forwarded is None:
             self._forward_timer = self._loop.call_later(FORWARD_SECONDS / 4, self._check_forwarding)
 
-    def _close_stream(self, stream: _Stream) -> None:
+    def _stand_in_closed(self, _: asyncio.Task[None]) -> None:
+        """What other nodes granted to the stand-in and it did not deliver is lost on the way: ask each for it anew."""
+        self._moved_to.update(self._streams)
+        self._resubscribe_soon()
+
+    def _close_stream(self, stream: _Stream) -> asyncio.Task[None]:
         self.credits.remove(stream)
         task = asyncio.create_task(stream.close())
         self._closing_streams.add(task)
         task.add_done_callback(self._closing_streams.discard)
+        return task
 
     def stream_opened(self, stream: _Stream) -> None:
         """A stream works (again)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 from spillway.broker.core import entry as e
 from spillway.broker.core.entry import Enqueue, Entry, encode_entry
 from spillway.broker.runtime import shard
+from spillway.broker.runtime.node import TURN_BYTES
 from spillway.broker.services.queue import BATCH_BYTES_MAX
 from spillway.cluster.machine import ENTRY_BYTES_MAX
 from spillway.contract.limits import FRAME_BYTES_MAX, NAME_BYTES_MAX, RECORDS_PER_REQUEST_MAX
@@ -18,7 +19,7 @@ def test_the_largest_entry_fits_the_log() -> None:
     body = b"b" * ((BATCH_BYTES_MAX - 64 * count) // count)
     last = Enqueue("p" * 64, 1 << 60, [b"\0d\0"] * count + [name], [body] * count + [b"x" * payload_max],
                    dict.fromkeys(range(count), 1 << 44))
-    first = Enqueue("p" * 64, 1 << 60, [name], [b"x" * shard.ENTRY_BYTES_TARGET])
+    first = Enqueue("p" * 64, 1 << 60, [name], [b"x" * TURN_BYTES])
     settle: e.Settle = (1 << 62, 1024, 1 << 62, e.REJECT, 1 << 44, "")
     entry = Entry(
         e.VERSION, 1 << 44, [first, last], [settle] * (shard.SETTLES_PER_ENTRY_BYTES // shard.SETTLE_BYTES),

@@ -12,6 +12,11 @@ enough (as in deficit round robin, Shreedhar and Varghese 1996): it takes 8 byte
 Only queues that may be leased stand in the index. Closed gates (a parked destination or tenant) cost O(1) whatever
 stands behind them. The index may hold a queue that has changed since it was added; whoever picks checks it and
 tells (`charge` or `discard`), so nothing is ever searched for and removed.
+
+No tenant may hold all credit while others are about: consumers cannot be preempted, so a burst that took every slot would
+make the next tenant wait for a slot to come free, and slots that were taken together come free together. So the last
+eighth of the credit is kept from tenants that hold more than an eighth of it already, as long as some tenant of the
+destination that comes and goes was served within a second. Alone, or among others with a backlog, a tenant gets everything.
 """
 from __future__ import annotations
 
@@ -25,6 +30,8 @@ COST_PER_BYTE_MS = 1 / 65_536  # 64 KiB weigh as much as a millisecond of a cons
 HOLD_MS_START = 1.0  # first guess of how long a lease is held
 HOLD_GAIN = 0.2  # weight of a new observation in the moving average
 HOLD_MS_MAX = 3_600_000.0
+HEADROOM = 8  # 1/8 of a subscription's credit is kept from tenants that hold more than 1/8 of it, while others are about
+LIGHT_MS = 1000  # a light tenant's lease keeps the headroom for this long
 
 OPEN, CLOSED, HALF_OPEN, PROBING = range(4)  # states of a gate
 
@@ -32,7 +39,8 @@ OPEN, CLOSED, HALF_OPEN, PROBING = range(4)  # states of a gate
 class Tenant:
     """A tenant inside a destination."""
 
-    __slots__ = ("destination", "gate", "held", "hold_ms", "name", "prober", "queued", "ready", "start", "weight")
+    __slots__ = ("destination", "gate", "held", "hold_ms", "name", "prober", "queued", "ready", "start", "taken",
+                 "weight")
 
     def __init__(self, name: bytes, destination: Destination) -> None:
         self.name = name
@@ -41,6 +49,7 @@ class Tenant:
         self.start = 0.0  # virtual start tag of its next lease
         self.weight = 1.0
         self.held = 0  # leases out
+        self.taken = 0  # messages of these leases
         self.hold_ms = destination.hold_ms
         self.queued = False  # stands in destination.heap
         self.gate = OPEN
@@ -53,7 +62,8 @@ class Tenant:
 class Destination:
     """A destination with work or leases."""
 
-    __slots__ = ("gate", "heap", "held", "hold_ms", "name", "prober", "subscriptions", "tenants", "virtual", "weight")
+    __slots__ = ("gate", "heap", "held", "hold_ms", "light", "light_ms", "name", "prober", "subscriptions", "tenants", "virtual",
+                 "weight")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
@@ -63,6 +73,8 @@ class Destination:
         self.weight = 1.0
         self.held = 0
         self.hold_ms = HOLD_MS_START
+        self.light: Tenant | None = None  # that was last served while it held little and had nothing more to give
+        self.light_ms = 0  # when
         self.gate = OPEN
         self.prober: Pick | None = None
         self.subscriptions: list[Subscription] = []
@@ -96,7 +108,7 @@ class Subscription:
     of its own, and so each destination a start tag in each subscription: were the tag shared, a destination that one
     subscription has served for long would wait in another, younger one until that has caught up."""
 
-    __slots__ = ("consumers", "heap", "matcher", "patterns", "queued", "round", "starts", "virtual")
+    __slots__ = ("consumers", "free", "heap", "matcher", "patterns", "queued", "round", "starts", "taken", "virtual")
 
     def __init__(self, patterns: frozenset[str]) -> None:
         self.patterns = patterns
@@ -104,6 +116,8 @@ class Subscription:
             "|".join("(?:" + ".*".join(re.escape(part) for part in p.split("*")) + ")" for p in sorted(patterns)), re.DOTALL)
         self.consumers: set[Consumer] = set()
         self.round: deque[Consumer] = deque()  # those with credit
+        self.free = 0  # messages of credit that its consumers have left
+        self.taken = 0  # messages out
         self.heap: list[tuple[float, int, Destination]] = []
         self.queued: set[Destination] = set()
         self.starts: dict[Destination, float] = {}  # virtual start tags of their next leases
@@ -138,6 +152,7 @@ class Scheduler:
         self.destinations: dict[bytes, Destination] = {}
         self.subscriptions: dict[frozenset[str], Subscription] = {}
         self._order = 0  # ties go to whoever came first
+        self._now_ms = 0  # the last time that was told
 
     # -- queues --------------------------------------------------------------------------------------------------
 
@@ -209,6 +224,7 @@ class Scheduler:
         if subscription is None:
             return
         consumer.subscription = None
+        subscription.free -= consumer.messages
         consumer.messages = 0
         subscription.consumers.discard(consumer)
         if consumer.active:
@@ -224,6 +240,8 @@ class Scheduler:
         """Adds to a consumer's credit; negative amounts take back."""
         consumer.messages += messages
         consumer.bytes += size
+        if consumer.subscription is not None:
+            consumer.subscription.free += messages
         if consumer.messages > 0 and consumer.bytes > 0 and not consumer.active and consumer.subscription is not None:
             consumer.active = True
             consumer.subscription.round.append(consumer)
@@ -243,6 +261,12 @@ class Scheduler:
         else:
             return None
         heap = subscription.heap
+        ceiling = -1  # if credit is scarce, what a tenant may hold and still get some
+        share = (subscription.free + subscription.taken) // HEADROOM
+        if subscription.free <= share:
+            ceiling = share
+        restrained: list[tuple[float, int, Destination]] = []
+        found = None
         while heap:
             tag, _, destination = heap[0]
             if destination.gate != CLOSED and destination.gate != PROBING:
@@ -252,21 +276,31 @@ class Scheduler:
                     self._order += 1
                     heappush(heap, (start, self._order, destination))
                     continue
-                tenant = self._pick_tenant(destination)
+                tenant = self._pick_tenant(destination, ceiling)
                 if tenant is not None:
                     subscription.virtual = max(subscription.virtual, tag)
                     probe = destination.gate == HALF_OPEN or tenant.gate == HALF_OPEN
-                    return Pick(tenant.ready.popleft(), tenant, consumer, probe, subscription)
+                    found = Pick(tenant.ready.popleft(), tenant, consumer, probe, subscription)
+                    break
+                if destination.heap:  # its turn is a tenant's that must leave the last credit to others: asked again next time
+                    restrained.append(heappop(heap))
+                    continue
             heappop(heap)
             subscription.queued.discard(destination)
-        return None
+        for entry in restrained:
+            heappush(heap, entry)
+        return found
 
-    def _pick_tenant(self, destination: Destination) -> Tenant | None:
+    def _pick_tenant(self, destination: Destination, ceiling: int) -> Tenant | None:
         heap = destination.heap
+        if ceiling >= 0 and (destination.light is None or self._now_ms - destination.light_ms > LIGHT_MS):
+            ceiling = -1
         while heap:
             tag, _, tenant = heap[0]
             if tenant.ready and tenant.gate != CLOSED and tenant.gate != PROBING:
                 if tag >= tenant.start:
+                    if 0 <= ceiling < tenant.taken and destination.light is not tenant:
+                        return None
                     destination.virtual = max(destination.virtual, tag)
                     return tenant
                 heappop(heap)
@@ -286,7 +320,15 @@ class Scheduler:
         destination = tenant.destination
         consumer.messages -= messages
         consumer.bytes -= size
-        pick.subscription.round.rotate(-1)
+        subscription = pick.subscription
+        subscription.round.rotate(-1)
+        subscription.free -= messages
+        subscription.taken += messages
+        tenant.taken += messages
+        self._now_ms = now_ms
+        if not tenant.ready and tenant.taken <= (subscription.free + subscription.taken) // HEADROOM:
+            destination.light = tenant
+            destination.light_ms = now_ms
         pick.messages = messages
         pick.bytes = size
         pick.since_ms = now_ms
@@ -308,6 +350,9 @@ class Scheduler:
         tenant = pick.tenant
         destination = tenant.destination
         tenant.held -= 1
+        tenant.taken -= pick.messages
+        pick.subscription.taken -= pick.messages
+        self._now_ms = now_ms
         destination.held -= 1
         held_ms = min(max(0.0, float(now_ms - pick.since_ms)), HOLD_MS_MAX)
         cost = held_ms + pick.messages * COST_PER_MESSAGE_MS + pick.bytes * COST_PER_BYTE_MS

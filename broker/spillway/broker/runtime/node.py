@@ -34,6 +34,7 @@ from spillway.v1.queue_service_pb2 import Settlement
 log = logging.getLogger(__name__)
 
 PICKS_PER_TURN_MAX = 512  # leases granted in one turn: a turn stays a few milliseconds
+TURN_BYTES = 512 << 10  # of messages that a turn takes in, over all shards: bounds what a flood adds to others' latency
 REBUILD_PER_TURN = 2048  # queues that a new leader schedules per turn
 TICK_SECONDS = 0.005  # how late a timer may be
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
@@ -57,6 +58,7 @@ class Node:
         self.timers = Timers()
         self.random: Callable[[], float] = random.random
         self.rebuilds: list[ShardRuntime] = []
+        self.entry_bytes = TURN_BYTES  # of messages that one shard's entry takes in this turn
         self.gates: dict[bytes, tuple[int, int]] = {}  # scope -> (until, step), of all shards that it leads
         self.ingress_bytes = 0  # accepted from producers and not yet committed
         self.disk_full = False
@@ -125,6 +127,8 @@ class Node:
         scheduler = self.scheduler
         picked = 0
         now = self.now_ms()
+        filling = sum(runtime.leading and runtime.filling for runtime in self.shards.values())
+        self.entry_bytes = TURN_BYTES // max(1, filling)
         for subscription in list(scheduler.subscriptions.values()):
             while picked < PICKS_PER_TURN_MAX:
                 pick = scheduler.pick(subscription)

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENTRY_BYTES_TARGET = 256 << 10  # an entry takes no further batch beyond this: keeps turns short under a flood
 SETTLES_PER_ENTRY_BYTES = 256 << 10  # with their reasons
 SETTLE_BYTES = 64  # without its reason
 GRANTS_PER_ENTRY_MAX = 256  # with names at their limit, about 200 KiB
@@ -184,6 +183,11 @@ class ShardRuntime:
         return found
 
     @property
+    def filling(self) -> bool:
+        """Whether messages wait for an entry."""
+        return bool(self._batches)
+
+    @property
     def waiting(self) -> bool:
         """Whether something waits for an entry."""
         return bool(self._batches or self._settles or self._grants or self._expires or self._gates)
@@ -200,7 +204,7 @@ class ShardRuntime:
             return None
         batches: list[Batch] = []
         size = 0
-        budget = ENTRY_BYTES_TARGET
+        budget = self.node.entry_bytes  # beyond it, an entry takes no further batch
         while self._batches and size < budget:
             stream, waiting = next(iter(self._batches.items()))
             batch = waiting.popleft()
