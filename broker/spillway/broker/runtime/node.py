@@ -34,7 +34,7 @@ from spillway.v1.queue_service_pb2 import Settlement
 log = logging.getLogger(__name__)
 
 PICKS_PER_TURN_MAX = 512  # leases granted in one turn: a turn stays a few milliseconds
-TURN_BYTES = 512 << 10  # of messages that a turn takes in, over all shards: bounds what a flood adds to others' latency
+TURN_BYTES = 128 << 10  # of messages that a turn takes in, over all shards: bounds what a flood adds to others' latency
 REBUILD_PER_TURN = 2048  # queues that a new leader schedules per turn
 TICK_SECONDS = 0.005  # how late a timer may be
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often

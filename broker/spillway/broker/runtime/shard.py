@@ -42,8 +42,8 @@ SETTLES_PER_ENTRY_BYTES = 256 << 10  # with their reasons
 SETTLE_BYTES = 64  # without its reason
 GRANTS_PER_ENTRY_MAX = 256  # with names at their limit, about 200 KiB
 EXPIRES_PER_ENTRY_MAX = 4096
-UNSAVED_BYTES_MAX = 2 << 20  # a checkpoint is due: keeps memory bounded and one checkpoint a few milliseconds
-UNSAVED_QUEUES_MAX = 4096
+UNSAVED_BYTES_MAX = 512 << 10  # a checkpoint is due: keeps memory bounded and one checkpoint a few milliseconds
+UNSAVED_QUEUES_MAX = 1024
 LOG_BYTES_MAX = 3 << 20  # log applied since the last checkpoint; bounds the replay at start
 STALE = "the lease is over: its fencing token is not current"
 

@@ -56,7 +56,7 @@ from spillway.v1.queue_service_pb2 import (
     Settlement,
 )
 
-STREAM_BYTES_MAX = 4 << 20  # of a Produce stream, accepted and not yet committed
+STREAM_BYTES_MAX = 1 << 20  # of a Produce stream, accepted and not yet committed
 BATCH_BYTES_MAX = 1 << 20  # of messages for one shard in one piece: keeps a log entry well below its limit
 STREAM_CALLS_MAX = 64  # requests of a stream under way
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
