@@ -9,7 +9,6 @@ import pytest
 from cluster_process import ClusterProcesses, NodeProcess
 from google.protobuf.duration_pb2 import Duration
 from plain_client import CALL_SECONDS, lease, produce, record, settle
-
 from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -126,6 +125,52 @@ def test_a_wiped_node_comes_back_and_counts_again(cluster: Make) -> None:
         n3.kill()
         put(channel, "wiped", 40, 10)
         assert drain(channel, "wiped", 50) == numbers(0, 50)
+
+
+def test_a_node_that_is_far_behind_catches_up_by_snapshot(cluster: Make) -> None:
+    """A node that was away while the log moved on takes the state of the shard, leases and dead letters included, and
+    then carries it when another node dies."""
+    processes = cluster(nodes=3)
+    n1, _, n3 = processes.nodes.values()
+    body = b"x" * 64_000
+    with grpc.insecure_channel(n1.address) as channel:
+        put(channel, "far", 0, 4)
+        n3.kill()
+        shard = 0
+
+        def fill(n: int) -> int:
+            """Produces 3 MiB to the queue and takes all but the first messages away again."""
+            response = produce(channel, *(record("far", key=f"other{n}-{i}", payload=body) for i in range(48)))
+            return len(response.errors)
+
+        held = lease(channel, "far", run_messages_max=1, lease_duration=Duration(seconds=600))
+        shard = held.shard
+        for n in range(24):
+            until("filled", lambda n=n: fill(n) == 0)  # type: ignore[misc]
+        until("the log of every shard moved on",
+              lambda: all(g.log_first_index > 2 for n, g in groups(n1).items() if n))
+        n3.start()
+        until("n3 is level", lambda: level(processes))
+        assert "installed a snapshot" in n3.text()
+        n1.kill()
+    with grpc.insecure_channel(n3.address) as channel:
+        until("leaders", lambda: all(s.leader in ("n2", "n3") for s in processes.topology(n3).shards))
+        assert held.shard == shard
+        ack(channel, held)
+        until("counted", lambda: stats(channel, "far").messages == 3 + 24 * 48)
+        seen = drain_queue(channel, "far", held.key, 3)
+        assert seen == numbers(1, 3)
+
+
+def drain_queue(channel: grpc.Channel, destination: str, key: str, count: int) -> list[bytes]:
+    """Takes everything until `count` messages of one queue came; returns those."""
+    got: list[bytes] = []
+    while len(got) < count:
+        run = lease(channel, destination)
+        if run.key == key:
+            got += [m.message.payload for m in run.messages]
+        ack(channel, run)
+    return got
 
 
 def test_all_nodes_killed_at_once_lose_nothing(cluster: Make) -> None:
