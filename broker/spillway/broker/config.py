@@ -94,28 +94,40 @@ def load(argv: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Node
     env = os.environ if env is None else env
     flags = vars(parser().parse_args(list(argv)))
     values: dict[str, Any] = {}
-    path = flags.pop("config") or env.get("SPILLWAY_CONFIG")
+    sources: dict[str, str] = {}
+
+    def take(source: str, name: str, value: Any) -> None:
+        values[name] = _convert(source, name, value)
+        sources[name] = source
+
+    path, asked = flags.pop("config"), "flag --config"
+    if path is None:
+        path, asked = env.get("SPILLWAY_CONFIG"), "variable SPILLWAY_CONFIG"
     if path:
         try:
             with Path(path).open("rb") as f:
                 table = tomllib.load(f)
         except OSError as e:
-            raise ConfigError(f"--config {path}: cannot be read: {e.strerror}") from None
+            raise ConfigError(f"{asked}: {path} cannot be read: {e.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise ConfigError(f"--config {path}: not valid TOML: {e}") from None
+            raise ConfigError(f"{asked}: {path} is not valid TOML: {e}") from None
         for name, value in table.items():
-            values[name] = _convert(f"file {path}", name, value)
+            take(f"file {path}", name, value)
     for name, *_ in _fields():
         if (text := env.get("SPILLWAY_" + name.upper())) is not None:
-            values[name] = _convert(f"variable SPILLWAY_{name.upper()}", name, text)
+            take(f"variable SPILLWAY_{name.upper()}", name, text)
     for name, value in flags.items():
         if value is not None:
-            values[name] = _convert(f"flag --{name.replace('_', '-')}", name, value)
-    return validate(NodeConfig(**values))
+            take(f"flag --{name.replace('_', '-')}", name, value)
+    try:
+        return validate(NodeConfig(**values))
+    except ConfigError as e:
+        source = sources.get(str(e).partition(" ")[0])
+        raise ConfigError(f"{source}: {e}" if source else str(e)) from None
 
 
 def validate(config: NodeConfig) -> NodeConfig:
-    """The same settings, checked against each other. Raises ConfigError."""
+    """The same settings, checked against each other. Raises ConfigError; its first word is the setting."""
     for name in ("node_id", "cluster"):
         value = getattr(config, name)
         if not value or len(value) > 63 or not all(c.isalnum() or c in "-_." for c in value):
@@ -130,6 +142,8 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"payload_bytes_max is {config.payload_bytes_max}; it must be 1 to {FRAME_BYTES_MAX // 2}")
     if config.ingress_bytes_max < 1 << 20:
         raise ConfigError(f"ingress_bytes_max is {config.ingress_bytes_max}; it must be at least 1 MiB")
+    if config.disk_free_bytes_min < 0:
+        raise ConfigError(f"disk_free_bytes_min is {config.disk_free_bytes_min}; it must be at least 0")
     if config.streams_max < 1:
         raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
     if config.log_level not in ("debug", "info", "warning", "error"):
@@ -159,7 +173,7 @@ def members_of(config: NodeConfig) -> dict[str, Peer]:
 def split_address(name: str, address: str) -> tuple[str, int]:
     """host and port of `host:port` or `[v6]:port`. Raises ConfigError naming the setting."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"{name} has {address!r}; write host:port")
     return host.strip("[]"), int(port)
 
