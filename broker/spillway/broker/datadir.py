@@ -44,9 +44,13 @@ def claim(config: NodeConfig) -> Path:
     return path
 
 
+def _temporary(file: Path) -> Path:
+    return file.with_suffix(".tmp")
+
+
 def _write(file: Path, text: str) -> None:
     """Whole or not at all, also after a crash."""
-    temporary = file.with_suffix(".tmp")
+    temporary = _temporary(file)
     with temporary.open("w") as f:
         f.write(text)
         f.flush()
