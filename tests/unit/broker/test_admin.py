@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from spillway.broker.core.policy import Nack, Policy
 from spillway.broker.errors import RequestError
-from spillway.broker.services.admin import destination_proto, parse_destination
+from spillway.broker.services.admin import destination_proto, parse_destination, parse_etag
 from spillway.v1.admin_service_pb2 import (
     NACK_POLICY_BLOCK,
     NACK_POLICY_BLOCK_UNTIL,
@@ -119,3 +119,15 @@ def test_what_is_taken_at_its_limits_reads_back_the_same(message: Destination) -
     back = destination_proto(parse_destination(message))
     back.ClearField("etag")
     assert back == message
+
+
+def test_the_etag_that_was_read_is_taken_back() -> None:
+    """A destination's etag stands for its revision; none stands for no condition."""
+    assert [parse_etag(e) for e in ("", "1", "42", "9" * 19)] == [0, 1, 42, int("9" * 19)]
+
+
+@pytest.mark.parametrize("etag", ["0", "00", "-1", "x", "1 ", "²", "٣", "1" * 20, "1" * 5000])
+def test_an_etag_of_something_else_is_refused(etag: str) -> None:
+    """Whatever no destination was ever given is an error of the caller's, neither ignored nor a failure of the node."""
+    with pytest.raises(RequestError, match=r"^destination.etag: .* is not an etag of this cluster$"):
+        parse_etag(etag)

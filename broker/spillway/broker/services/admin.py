@@ -52,13 +52,11 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         """See admin_service.proto."""
         try:
             wanted = parse_destination(request.destination)
-            etag = request.destination.etag
-            if etag and not etag.isdigit():
-                raise RequestError("destination.etag", f"{etag!r} is not an etag of this cluster")
+            etag = parse_etag(request.destination.etag)
             if (stub := await self._meta_leader()) is not None:
                 updated: pb.UpdateDestinationResponse = await stub.UpdateDestination(request, timeout=CALL_SECONDS)
                 return updated
-            stored = await self.node.meta.put(wanted, create=request.allow_missing, replace=True, etag=int(etag or 0))
+            stored = await self.node.meta.put(wanted, create=request.allow_missing, replace=True, etag=etag)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await _fail(context, error)
         return pb.UpdateDestinationResponse(destination=destination_proto(stored))
@@ -213,6 +211,15 @@ async def _fail(context: Any, error: Exception) -> NoReturn:
     await abort(context, error)
 
 
+def parse_etag(etag: str) -> int:
+    """The revision that an etag stands for; 0 for none. Raises RequestError."""
+    if not etag:
+        return 0
+    if not (etag.isascii() and etag.isdigit() and len(etag) < 20 and int(etag)):
+        raise RequestError("destination.etag", f"{etag[:64]!r} is not an etag of this cluster")
+    return int(etag)
+
+
 def parse_destination(message: pb.Destination) -> d.Destination:
     """A destination as callers send it, defaults filled in. Raises RequestError naming the field."""
     check_destination("destination.name", message.name)
@@ -252,7 +259,7 @@ def _parse_http(http: pb.HttpTarget) -> d.HttpTarget:
         raise RequestError(field, f"has more than {URL_BYTES_MAX} bytes")
     try:
         parts = urlsplit(http.url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
     if not valid or not http.url.isprintable() or " " in http.url:
