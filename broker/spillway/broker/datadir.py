@@ -21,7 +21,7 @@ def claim(config: NodeConfig) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            if any(path.iterdir()):
+            if any(p != _temporary(file) for p in path.iterdir()):  # that one: a first start that was cut short
                 raise DataDirError(f"data_dir {path} is not empty and not a Spillway directory; name an empty one")
             _write(file, json.dumps(mine, indent=1))
             return path
