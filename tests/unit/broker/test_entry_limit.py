@@ -7,7 +7,7 @@ from spillway.broker.runtime import shard
 from spillway.broker.runtime.node import TURN_BYTES
 from spillway.broker.services.queue import BATCH_BYTES_MAX
 from spillway.cluster.machine import ENTRY_BYTES_MAX
-from spillway.contract.limits import FRAME_BYTES_MAX, NAME_BYTES_MAX, RECORDS_PER_REQUEST_MAX
+from spillway.contract.limits import FRAME_BYTES_MAX, NAME_BYTES_MAX
 
 
 def test_the_largest_entry_fits_the_log() -> None:
@@ -15,8 +15,8 @@ def test_the_largest_entry_fits_the_log() -> None:
     grants at their limits: together below ENTRY_BYTES_MAX."""
     name = b"\0".join([b"n" * NAME_BYTES_MAX] * 3)
     payload_max = FRAME_BYTES_MAX // 2
-    count = RECORDS_PER_REQUEST_MAX - 1
-    body = b"b" * ((BATCH_BYTES_MAX - 64 * count) // count)
+    count = BATCH_BYTES_MAX // 65
+    body = b"b"
     last = Enqueue("p" * 64, 1 << 60, [b"\0d\0"] * count + [name], [body] * count + [b"x" * payload_max],
                    dict.fromkeys(range(count), 1 << 44))
     first = Enqueue("p" * 64, 1 << 60, [name], [b"x" * TURN_BYTES])

@@ -57,7 +57,7 @@ from spillway.v1.queue_service_pb2 import (
 )
 
 STREAM_BYTES_MAX = 1 << 20  # of a Produce stream, accepted and not yet committed
-BATCH_BYTES_MAX = 1 << 20  # of messages for one shard in one piece: keeps a log entry well below its limit
+BATCH_BYTES_MAX = 16 << 10  # of messages for one shard in one piece: entries are filled piece by piece, streams in turn
 STREAM_CALLS_MAX = 64  # requests of a stream under way
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
 CREDIT_BYTES_MAX = 256 << 20
