@@ -28,11 +28,11 @@ class ExchangeRequest(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
-        """Who calls; in the first message only."""
+        """First."""
 
     @_builtins.property
     def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Whatever waited to be sent, in the order of sending. Opaque to the transport."""
+        """Serialized Frames, in order."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class ExchangeResponse(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
-        """Who was called; in the first message only."""
+        """First."""
 
     @_builtins.property
     def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """As in ExchangeRequest."""
+        """Serialized Frames, in order."""
 
     def __init__(
         self,
@@ -111,20 +111,18 @@ class Hello(_message.Message):
     FORMED_FIELD_NUMBER: _builtins.int
     FOUNDERS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
-    """Version of this protocol; another one is refused."""
+    """Version of this protocol; others are refused."""
     cluster: _builtins.str
     """The cluster's name; another one is refused."""
     node_id: _builtins.str
-    """The node's id; one that is no member is refused."""
+    """The node's id."""
     incarnation: _builtins.str
-    """Identity of the node's store: a node that lost its disk has a new one. Refused
-    while the node is connected with another one.
-    """
+    """Identity of the node's store: a node that lost its disk has a new one."""
     formed: _builtins.bool
     """The node has taken part in the cluster with this store."""
     @_builtins.property
     def founders(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The members' incarnations when it first did: node id to incarnation."""
+        """The members' incarnations when it first did."""
 
     def __init__(
         self,
@@ -146,33 +144,25 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class FetchSnapshotRequest(_message.Message):
-    """Which state is wanted, and by whom."""
+    """Request of FetchSnapshot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
-    PROTOCOL_FIELD_NUMBER: _builtins.int
-    NODE_ID_FIELD_NUMBER: _builtins.int
     group: _builtins.int
-    """Number of the group."""
+    """Group number."""
     cluster: _builtins.str
     """The cluster's name; another one is refused."""
-    protocol: _builtins.int
-    """Version of this protocol; another one is refused."""
-    node_id: _builtins.str
-    """The id of the node that asks; one that is no member is refused."""
     def __init__(
         self,
         *,
         group: _builtins.int = ...,
         cluster: _builtins.str = ...,
-        protocol: _builtins.int = ...,
-        node_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "group", b"group", "node_id", b"node_id", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "group", b"group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,7 +176,7 @@ class FetchSnapshotResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """At most 256 KiB; see spillway.cluster.snapshots. The pieces come in order."""
+    """At most about 256 KiB, with a checksum inside."""
     def __init__(
         self,
         *,

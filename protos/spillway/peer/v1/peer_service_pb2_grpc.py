@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PeerServiceStub:
-    """Between nodes, on the peers' port. See spillway.cluster.transport.
+    """Between nodes, on the peers' port.
     """
 
     def __init__(self, channel):
@@ -48,13 +48,12 @@ class PeerServiceStub:
 
 
 class PeerServiceServicer:
-    """Between nodes, on the peers' port. See spillway.cluster.transport.
+    """Between nodes, on the peers' port.
     """
 
     def Exchange(self, request_iterator, context):
-        """One stream for each pair of nodes; the node with the lower id calls. The first
-        message of each direction is a hello, all others are frames. A node that has
-        nothing to say sends an empty message now and then: silence means that it is gone.
+        """One stream for each pair of nodes; the one with the lower id calls. The first
+        message of each direction is a hello.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +88,7 @@ def add_PeerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PeerService:
-    """Between nodes, on the peers' port. See spillway.cluster.transport.
+    """Between nodes, on the peers' port.
     """
 
     @staticmethod

@@ -27,35 +27,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PeerServiceStub:
-    """Between nodes, on the peers' port. See spillway.cluster.transport."""
+    """Between nodes, on the peers' port."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PeerServiceAsyncStub: ...
     Exchange: _grpc.StreamStreamMultiCallable[_peer_service_pb2.ExchangeRequest, _peer_service_pb2.ExchangeResponse]
-    """One stream for each pair of nodes; the node with the lower id calls. The first
-    message of each direction is a hello, all others are frames. A node that has
-    nothing to say sends an empty message now and then: silence means that it is gone.
+    """One stream for each pair of nodes; the one with the lower id calls. The first
+    message of each direction is a hello.
     """
     FetchSnapshot: _grpc.UnaryStreamMultiCallable[_peer_service_pb2.FetchSnapshotRequest, _peer_service_pb2.FetchSnapshotResponse]
     """The state of one group, as of one moment."""
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
-    """Between nodes, on the peers' port. See spillway.cluster.transport."""
+    """Between nodes, on the peers' port."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Exchange: _aio.StreamStreamMultiCallable[_peer_service_pb2.ExchangeRequest, _peer_service_pb2.ExchangeResponse]  # type: ignore[assignment]
-    """One stream for each pair of nodes; the node with the lower id calls. The first
-    message of each direction is a hello, all others are frames. A node that has
-    nothing to say sends an empty message now and then: silence means that it is gone.
+    """One stream for each pair of nodes; the one with the lower id calls. The first
+    message of each direction is a hello.
     """
     FetchSnapshot: _aio.UnaryStreamMultiCallable[_peer_service_pb2.FetchSnapshotRequest, _peer_service_pb2.FetchSnapshotResponse]  # type: ignore[assignment]
     """The state of one group, as of one moment."""
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Between nodes, on the peers' port. See spillway.cluster.transport."""
+    """Between nodes, on the peers' port."""
 
     @_abc_1.abstractmethod
     def Exchange(
@@ -63,9 +61,8 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_peer_service_pb2.ExchangeRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_peer_service_pb2.ExchangeResponse], _abc.AsyncIterator[_peer_service_pb2.ExchangeResponse]]:
-        """One stream for each pair of nodes; the node with the lower id calls. The first
-        message of each direction is a hello, all others are frames. A node that has
-        nothing to say sends an empty message now and then: silence means that it is gone.
+        """One stream for each pair of nodes; the one with the lower id calls. The first
+        message of each direction is a hello.
         """
 
     @_abc_1.abstractmethod
