@@ -33,18 +33,18 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-_VARINTS = [varint(i) for i in range(0x4000)]
+LENGTHS = [varint(i) for i in range(0x4000)]  # of one or two bytes
 
 
 def _varint(value: int) -> bytes:
-    return _VARINTS[value] if value < 0x4000 else varint(value)
+    return LENGTHS[value] if value < 0x4000 else varint(value)
 
 
 def name_fields(queue: bytes) -> bytes:
     """destination = 4, tenant = 5, key = 6 of a LeasedRun."""
     destination, tenant, key = queue.split(b"\0")
-    return (b"\x22" + _VARINTS[len(destination)] + destination + b"\x2a" + _VARINTS[len(tenant)] + tenant
-            + b"\x32" + _VARINTS[len(key)] + key)
+    return (b"\x22" + LENGTHS[len(destination)] + destination + b"\x2a" + LENGTHS[len(tenant)] + tenant
+            + b"\x32" + LENGTHS[len(key)] + key)
 
 
 def gap_field(gap: tuple[int, int, int]) -> bytes:

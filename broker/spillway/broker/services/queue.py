@@ -21,6 +21,7 @@ from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.forward import NOT_LEADER, Forwarder, LeaseProxy
 from spillway.broker.runtime.node import Node
+from spillway.broker.runtime.wire import LENGTHS
 from spillway.broker.services.names import check_destination, check_name, duration_ms
 from spillway.broker.services.status import abort
 from spillway.contract.hashing import queue_key, shard_of
@@ -58,6 +59,8 @@ from spillway.v1.queue_service_pb2 import (
 
 STREAM_BYTES_MAX = 1 << 20  # of a Produce stream, accepted and not yet committed
 BATCH_BYTES_MAX = 16 << 10  # of messages for one shard in one piece: entries are filled piece by piece, streams in turn
+RECORD_BYTES = 48  # what a message takes in memory and log beside body and name, roughly
+MESSAGE_EXTRA_BYTES_MAX = 4 * HEADERS_BYTES_MAX  # of a message beside its payload: id and headers with their framing
 STREAM_CALLS_MAX = 64  # requests of a stream under way
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
 CREDIT_BYTES_MAX = 256 << 20
@@ -195,6 +198,7 @@ class QueueService:
         closed: list[tuple[int, Batch]] = []
         unknown: set[str] = set()
         payload_max = node.config.payload_bytes_max
+        plain_max = min(payload_max, len(LENGTHS) + 2)
         now = 0
         for i, record in enumerate(records):
             destination, tenant, key = record.destination, record.tenant, record.key
@@ -211,19 +215,25 @@ class QueueService:
                 else:
                     known.add(destination)
             size = len(body)
-            if size > payload_max or (size and body[0] != 0x1A):  # big, or with an id or headers: look inside
-                problem = _check_message(request.records[i].message, i, payload_max)
+            # A payload and nothing else is known by its length. Anything else, or big: look inside.
+            if size and (size > plain_max or body[0] != 0x1A or not body.startswith(LENGTHS[size - 2 if size < 130 else size - 3], 1)):
+                problem = _check_message(request.records[i].message, i, payload_max, size)
                 if problem is not None:
                     call.fail(*problem)
                     continue
             name = queue_key(destination, tenant, key)
             shard = shard_of(name, shard_count)
             batch = batches.get(shard)
-            if batch is None:
-                batch = batches[shard] = Batch(call, producer, record.producer_sequence if producer else 0)
-            elif batch.size > BATCH_BYTES_MAX or (producer and record.producer_sequence != batch.first + len(batch.names)):
-                closed.append((shard, batch))
-                batch = batches[shard] = Batch(call, producer, record.producer_sequence if producer else 0)
+            if batch is None or batch.size > BATCH_BYTES_MAX or (
+                    producer and record.producer_sequence != batch.first + len(batch.names)):
+                first = record.producer_sequence if producer else 0
+                if producer and not first:  # the shard would take it for a duplicate
+                    call.fail(i, ERROR_CODE_INVALID_ARGUMENT, f"records[{i}].producer_sequence",
+                              "is 0; with a producer id it counts from 1, per shard")
+                    continue
+                if batch is not None:
+                    closed.append((shard, batch))
+                batch = batches[shard] = Batch(call, producer, first)
             if record.HasField("delay"):
                 try:
                     delay = duration_ms(f"records[{i}].delay", record.delay, 0, DELAY_MS_MAX)
@@ -237,7 +247,7 @@ class QueueService:
             batch.names.append(name)
             batch.bodies.append(body)
             batch.positions.append(i)
-            batch.size += size + 64
+            batch.size += size + len(name) + RECORD_BYTES
         closed += batches.items()
         if unknown:
             return self._create_then_submit(stream, call, closed, unknown)
@@ -277,7 +287,7 @@ class QueueService:
                     left.names.append(name)
                     left.bodies.append(body)
                     left.positions.append(position)
-                    left.size += len(body) + 64
+                    left.size += len(body) + len(name) + RECORD_BYTES
                 if left.names:
                     kept.append((shard, left))
             batches = kept
@@ -462,7 +472,8 @@ def _check_names(destination: str, tenant: str, key: str, i: int) -> None:
     check_name(f"records[{i}].key", key, empty=True)
 
 
-def _check_message(message: Message, i: int, payload_max: int) -> _Error | None:
+def _check_message(message: Message, i: int, payload_max: int, stored: int) -> _Error | None:
+    """What is wrong with a message that takes `stored` bytes, fields included that this version does not know."""
     field = f"records[{i}].message"
     if len(message.payload) > payload_max:
         return (i, ERROR_CODE_INVALID_ARGUMENT, field + ".payload",
@@ -479,6 +490,9 @@ def _check_message(message: Message, i: int, payload_max: int) -> _Error | None:
         size = sum(len(k.encode()) + len(v.encode()) for k, v in message.headers.items())
         if size > HEADERS_BYTES_MAX:
             return (i, ERROR_CODE_INVALID_ARGUMENT, field + ".headers", f"have {size} bytes; at most {HEADERS_BYTES_MAX}")
+    if stored > len(message.payload) + MESSAGE_EXTRA_BYTES_MAX:
+        return (i, ERROR_CODE_INVALID_ARGUMENT, field,
+                f"has {stored} bytes beside {len(message.payload)} of payload: repeated or unknown fields")
     return None
 
 

@@ -1,0 +1,185 @@
+"""One node without consensus: what clients may send never harms it, and what it holds for them stays bounded."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spillway.broker.config import NodeConfig
+from spillway.broker.core.directory import destination
+from spillway.broker.core.policy import Policy
+from spillway.broker.runtime.calls import Call
+from spillway.broker.runtime.forward import Forwarder
+from spillway.broker.runtime.node import Node
+from spillway.broker.services.queue import QueueService
+from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
+from spillway.cluster.state_store import StateStore
+from spillway.v1.message_pb2 import ERROR_CODE_INVALID_ARGUMENT, Message
+from spillway.v1.queue_service_pb2 import ProduceRecord, ProduceRequest
+
+
+class Host:
+    """Commits at once whatever the machines propose."""
+
+    def __init__(self) -> None:
+        self.machines: dict[int, GroupMachine] = {}
+        self.indexes: dict[int, int] = {}
+        self.before_collect: Callable[[], None] = lambda: None
+        self.largest = 0  # entry
+        self.leader: str | None = None  # of the groups that this node does not lead
+
+    def add_group(self, number: int, nodes: list[str], machine: GroupMachine) -> None:
+        """As RaftHost."""
+        self.machines[number] = machine
+        self.indexes[number] = 0
+
+    def wake(self, number: int) -> None:
+        """As RaftHost."""
+
+    def leader_of(self, number: int) -> tuple[str | None, int]:
+        """As RaftHost."""
+        return self.leader, 1
+
+    def lead(self, *numbers: int) -> None:
+        """Makes this node the leader of groups; of all if none is named."""
+        for number in numbers or self.machines:
+            self.machines[number].role_changed(Role.LEADER, 1, "n1")
+
+    def turn(self) -> None:
+        """Picks, proposes, commits and applies."""
+        self.before_collect()
+        for number, machine in self.machines.items():
+            while (command := machine.collect()) is not None:
+                self.largest = max(self.largest, len(command))
+                self.indexes[number] += 1
+                machine.apply(self.indexes[number], 1, command)
+
+
+class World:
+    """A node, its service and its host."""
+
+    def __init__(self, path: Path, **settings: Any) -> None:
+        config = NodeConfig(data_dir=str(path), shards=2, replicas=1, **settings)
+        self.store = StateStore(path / "state")
+        self.host = Host()
+        self.node = Node(config, self.store, self.host, {1: ["n1"], 2: ["n1"]})  # type: ignore[arg-type]
+        self.forwarder = Forwarder(self.node)
+        self.service = QueueService(self.node, self.forwarder)
+
+    def know(self, *names: str) -> None:
+        """Destinations that exist."""
+        for name in names:
+            self.node.meta.directory.destinations[name] = destination(name, Policy())
+        self.node.meta.revision += 1
+
+    def ingest(self, *records: ProduceRecord | bytes, producer_id: str = "") -> Call:
+        """One ProduceRequest to destinations that exist."""
+        request = ProduceRequest(producer_id=producer_id).SerializeToString()
+        for record in records:
+            data = record if isinstance(record, bytes) else record.SerializeToString()
+            request += b"\x12" + varint(len(data)) + data
+        call = self.service._ingest(1, request)
+        assert isinstance(call, Call)
+        return call
+
+
+def varint(value: int) -> bytes:
+    """A protobuf length."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*out, value))
+
+
+def field(number: int, data: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A node that leads everything."""
+    made = World(tmp_path)
+    made.know("d")
+    made.host.lead()
+    yield made
+    await made.forwarder.close()
+    made.store.close()
+
+
+@contextlib.contextmanager
+def patched(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for a while."""
+    old = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, old)
+
+
+# -- what may be stored ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [
+    field(3, b"x") + field(15, bytes(3 << 20)),
+    field(15, bytes(3 << 20)) + field(3, b"x"),
+    b"".join(field(2, field(1, b"k") + field(2, b"v" * 1000)) for _ in range(3 << 10)),
+], ids=["unknown field behind", "unknown field before", "one header over and over"])
+async def test_a_message_is_as_long_as_its_bytes(world: World, body: bytes) -> None:
+    """What a message carries beside payload, id and headers would be stored and delivered, too; an entry that it made too
+    long for the log would end the node."""
+    call = world.ingest(ProduceRecord(destination="d", message=Message(payload=b"first")),
+                        ProduceRecord(destination="d").SerializeToString() + field(6, body))
+    world.host.turn()
+    assert [(e[0], e[1], e[2]) for e in call.errors] == [(1, ERROR_CODE_INVALID_ARGUMENT, "records[1].message")]
+    assert call.done.done() and call.results[0] and not call.results[1]
+
+
+@pytest.mark.parametrize(("body", "name"), [
+    (field(3, b"x" * 9) + field(1, b"a\r\nb"), "id"),
+    (field(3, b"x" * 900) + field(1, b"i" * 256), "id"),
+    (field(3, b"x" * 20_000) + field(1, b"i" * 256), "id"),
+    (field(3, b"") + field(2, field(1, b"k") + field(2, b"v" * (65 << 10))), "headers"),
+    (field(3, b"x") + field(3, b"x" * 127) + field(1, b"a\0"), "id"),
+])
+async def test_limits_hold_in_whatever_order_fields_come(world: World, body: bytes, name: str) -> None:
+    """Protobuf lets a writer put the payload first: id and headers behind it have their limits all the same."""
+    call = world.ingest(ProduceRecord(destination="d").SerializeToString() + field(6, body))
+    assert [(e[1], e[2]) for e in call.errors] == [(ERROR_CODE_INVALID_ARGUMENT, f"records[0].message.{name}")]
+
+
+@pytest.mark.parametrize("size", [0, 1, 126, 127, 128, 16_382, 16_383, 16_384, 20_000])
+async def test_plain_payloads_are_taken_at_every_length(world: World, size: int) -> None:
+    """The shortcut for messages that are a payload and nothing else agrees with the slow look at every varint's length."""
+    call = world.ingest(ProduceRecord(destination="d", message=Message(payload=bytes(size))))
+    world.host.turn()
+    assert not call.errors and call.results[0]
+
+
+async def test_long_names_count_when_an_entry_is_filled(world: World) -> None:
+    """Thousands of records of long names and hardly a payload, before the largest message: the entry fits the log."""
+    names = {"destination": "d", "tenant": "t" * 255, "key": "k" * 255}
+    for _ in range(4):
+        world.ingest(*[ProduceRecord(**names, message=Message(payload=b"x"))] * 4096)
+    world.ingest(ProduceRecord(**names, message=Message(payload=bytes(1 << 20))))
+    world.host.turn()
+    assert world.host.largest < ENTRY_BYTES_MAX * 3 // 8
+
+
+# -- producers ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_producers_record_without_a_number_is_refused(world: World) -> None:
+    """Numbers start at 1. A record without one was taken for a duplicate: acknowledged and not stored."""
+    call = world.ingest(ProduceRecord(destination="d", message=Message(payload=b"x")),
+                        ProduceRecord(destination="d", producer_sequence=1, message=Message(payload=b"y")), producer_id="p")
+    world.host.turn()
+    assert [(e[0], e[1], e[2]) for e in call.errors] == [
+        (0, ERROR_CODE_INVALID_ARGUMENT, "records[0].producer_sequence")]
+    assert call.results[0] == 0 and call.results[1] > 1
+    await asyncio.wait_for(call.done, 1)
