@@ -20,7 +20,6 @@ destination that comes and goes was served within a second. Alone, or among othe
 """
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
@@ -108,12 +107,13 @@ class Subscription:
     of its own, and so each destination a start tag in each subscription: were the tag shared, a destination that one
     subscription has served for long would wait in another, younger one until that has caught up."""
 
-    __slots__ = ("consumers", "free", "heap", "matcher", "patterns", "queued", "round", "starts", "taken", "virtual")
+    __slots__ = ("consumers", "free", "globs", "heap", "names", "patterns", "queued", "round", "starts", "taken", "virtual")
 
     def __init__(self, patterns: frozenset[str]) -> None:
         self.patterns = patterns
-        self.matcher = re.compile(
-            "|".join("(?:" + ".*".join(re.escape(part) for part in p.split("*")) + ")" for p in sorted(patterns)), re.DOTALL)
+        # Not a regular expression: with many stars, one that backtracks would never come to an end.
+        self.globs = [tuple(part.encode() for part in p.split("*")) for p in sorted(patterns) if "*" in p]
+        self.names = frozenset(p.encode() for p in patterns if "*" not in p)
         self.consumers: set[Consumer] = set()
         self.round: deque[Consumer] = deque()  # those with credit
         self.free = 0  # messages of credit that its consumers have left
@@ -125,7 +125,23 @@ class Subscription:
 
     def matches(self, destination: bytes) -> bool:
         """Whether a destination's name fits one of the patterns."""
-        return self.matcher.fullmatch(destination.decode()) is not None
+        return destination in self.names or any(_fits(parts, destination) for parts in self.globs)
+
+
+def _fits(parts: tuple[bytes, ...], name: bytes) -> bool:
+    """Whether a name is these parts in order with anything between them. Taking each part where it first occurs leaves the
+    most to those behind it, so one pass decides."""
+    first, *middle, last = parts
+    end = len(name) - len(last)
+    at = len(first)
+    if end < at or not name.startswith(first) or not name.endswith(last):
+        return False
+    for part in middle:
+        at = name.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
 
 
 class Pick:
