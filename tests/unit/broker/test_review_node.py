@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import pytest
 from spillway.broker.config import NodeConfig
 from spillway.broker.core.directory import destination
 from spillway.broker.core.policy import Policy
+from spillway.broker.core.scheduler import Consumer
+from spillway.broker.runtime import forward
 from spillway.broker.runtime.calls import Call
+from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.queue import QueueService
 from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
 from spillway.cluster.state_store import StateStore
-from spillway.v1.message_pb2 import ERROR_CODE_INVALID_ARGUMENT, Message
-from spillway.v1.queue_service_pb2 import ProduceRecord, ProduceRequest
+from spillway.v1.message_pb2 import ERROR_CODE_INVALID_ARGUMENT, ERROR_CODE_UNAVAILABLE, Message
+from spillway.v1.queue_service_pb2 import OUTCOME_EXTEND, AckRequest, ProduceRecord, ProduceRequest, Settlement
 
 
 class Host:
@@ -84,6 +88,14 @@ class World:
         call = self.service._ingest(1, request)
         assert isinstance(call, Call)
         return call
+
+    def consumer(self, messages: int, size: int = 1 << 20, *patterns: str) -> Consumer:
+        """A consumer with credit."""
+        consumer = Consumer("c")
+        consumer.sink = Sink(consumer)
+        self.node.scheduler.subscribe(consumer, patterns or ["d"])
+        self.node.scheduler.credit(consumer, messages, size)
+        return consumer
 
 
 def varint(value: int) -> bytes:
@@ -183,3 +195,95 @@ async def test_a_producers_record_without_a_number_is_refused(world: World) -> N
         (0, ERROR_CODE_INVALID_ARGUMENT, "records[0].producer_sequence")]
     assert call.results[0] == 0 and call.results[1] > 1
     await asyncio.wait_for(call.done, 1)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """The server's side of a call whose client sends `requests` and reads answers while `reading` is set."""
+
+    def __init__(self, requests: list[bytes]) -> None:
+        self.requests = requests
+        self.read = 0
+        self.reading = asyncio.Event()
+        self.answers: list[bytes] = []
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for request in self.requests:
+            self.read += 1
+            yield request
+        await asyncio.Event().wait()
+
+    async def write(self, data: bytes) -> None:
+        """As grpc.aio's context."""
+        await self.reading.wait()
+        self.answers.append(data)
+
+
+async def test_a_client_that_does_not_read_its_answers_costs_nothing(world: World) -> None:
+    """Its stream waits; the loop was kept busy by asking again and again."""
+    request = ProduceRequest(records=[ProduceRecord(destination="d", message=Message(payload=b"x"))]).SerializeToString()
+    stream = Stream([request] * 200)
+    task = asyncio.create_task(world.service.produce(aiter(stream), stream))
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+        world.host.turn()
+    assert stream.read < 100
+    used = time.process_time()
+    await asyncio.sleep(0.3)
+    assert time.process_time() - used < 0.1
+    stream.reading.set()
+    while len(stream.answers) < 200:
+        await asyncio.sleep(0.001)
+        world.host.turn()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_settlements_under_way_are_bounded_by_their_bytes(world: World) -> None:
+    """A stream of large AckRequests is read no further than 1 MiB ahead of its answers, and at its own pace: what producers
+    have under way does not hold back settlements."""
+    world.ingest(ProduceRecord(destination="d", message=Message(payload=b"x")))
+    world.host.turn()
+    world.consumer(1)
+    world.host.turn()
+    (shard, token), = ((n, t) for n, r in world.node.shards.items() for t in r.state.leases)
+    small = AckRequest(settlements=[Settlement(shard=shard, fencing_token=token, outcome=OUTCOME_EXTEND)])
+    large = AckRequest(settlements=[*small.settlements] * 8000)
+    for request, least, most in ((large, 1, 8), (small, 64, 66)):
+        world.node.ingress_bytes = 1 << 30
+        stream = Stream([request.SerializeToString()] * 200)
+        task = asyncio.create_task(world.service.ack(aiter(stream), stream))
+        await asyncio.sleep(0.2)
+        assert least <= stream.read <= most
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_producer_that_hangs_up_while_a_destination_is_created_leaves_nothing(world: World) -> None:
+    """Its bytes are given back to the node's budget, which would shrink with each such call."""
+    world.host.leader = None
+    request = ProduceRequest(records=[ProduceRecord(destination="new", message=Message(payload=b"x"))])
+    stream = Stream([request.SerializeToString()])
+    for role in (Role.LEADER, Role.FOLLOWER):
+        world.node.meta.role_changed(role, 1, None)
+        task = asyncio.create_task(world.service.produce(aiter(stream), stream))
+        await asyncio.sleep(0.05)
+        assert world.node.ingress_bytes > 0
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0.01)
+        assert world.node.ingress_bytes == 0
+
+
+async def test_destinations_are_created_together(world: World) -> None:
+    """A request to many new destinations waits for one round, not for one after the other: without a quorum of the meta
+    group that would take hours."""
+    world.node.meta.leading = False
+    with patched(forward, "LEADER_WAIT_SECONDS", 0.1):
+        began = time.monotonic()
+        call = await world.service._ingest(1, ProduceRequest(records=[
+            ProduceRecord(destination=f"new{i}", message=Message(payload=b"x")) for i in range(50)]).SerializeToString())
+        assert time.monotonic() - began < 2
+    assert [e[1] for e in call.errors] == [ERROR_CODE_UNAVAILABLE] * 50 and call.done.done()

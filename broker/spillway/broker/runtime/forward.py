@@ -19,7 +19,7 @@ import grpc
 from spillway.broker.core.directory import Destination, destination
 from spillway.broker.core.policy import Policy
 from spillway.broker.core.scheduler import Consumer
-from spillway.broker.errors import AlreadyExists, Unavailable
+from spillway.broker.errors import AlreadyExists, RequestError, Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.contract.credits import CreditSplitter
@@ -282,6 +282,8 @@ class Forwarder:
             except AlreadyExists:
                 pass
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                    raise RequestError("destination.name", error.details() or "refused") from None
                 if error.code() is not grpc.StatusCode.ALREADY_EXISTS and asyncio.get_running_loop().time() > deadline:
                     raise Unavailable(f"the meta group's leader does not answer: {error.details()}") from None
             except Unavailable:

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -61,6 +61,7 @@ STREAM_BYTES_MAX = 1 << 20  # of a Produce stream, accepted and not yet committe
 BATCH_BYTES_MAX = 16 << 10  # of messages for one shard in one piece: entries are filled piece by piece, streams in turn
 RECORD_BYTES = 48  # what a message takes in memory and log beside body and name, roughly
 MESSAGE_EXTRA_BYTES_MAX = 4 * HEADERS_BYTES_MAX  # of a message beside its payload: id and headers with their framing
+CREATIONS_MAX = 64  # of destinations at a time, for one request
 STREAM_CALLS_MAX = 64  # requests of a stream under way
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
 CREDIT_BYTES_MAX = 256 << 20
@@ -111,25 +112,26 @@ class QueueService:
         """Reads requests ahead of their answers; answers in order."""
         await self._admit(context)
         stream = next(self._streams)
-        await self._pump(requests, context, lambda data: self._ingest(stream, data), _produce_response)
+        config = self.node.config
+        await self._pump(requests, context, lambda data: self._ingest(stream, data), _produce_response,
+                         lambda: self.node.ingress_bytes > config.ingress_bytes_max)
 
     async def ack(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """Reads requests ahead of their answers; answers in order."""
         await self._admit(context)
-        await self._pump(requests, context, self._settle, _ack_response)
+        await self._pump(requests, context, self._settle, _ack_response, lambda: False)
 
-    async def _pump(self, requests: AsyncIterator[bytes], context: Any, start: Any, respond: Any) -> None:
+    async def _pump(self, requests: AsyncIterator[bytes], context: Any, start: Any, respond: Any,
+                    full: Callable[[], bool]) -> None:
         calls: deque[Call] = deque()
         state = _Pump()
 
         async def read() -> None:
             try:
                 async for data in requests:
-                    while len(calls) >= STREAM_CALLS_MAX or (calls and (
-                            state.size + len(data) > STREAM_BYTES_MAX
-                            or self.node.ingress_bytes > self.node.config.ingress_bytes_max)):
-                        await calls[0].done
-                        await asyncio.sleep(0)  # the writer takes it away
+                    while len(calls) >= STREAM_CALLS_MAX or (calls and (state.size + len(data) > STREAM_BYTES_MAX or full())):
+                        state.taken.clear()
+                        await state.taken.wait()
                     call = start(data)
                     if not isinstance(call, Call):
                         call = await call
@@ -151,6 +153,7 @@ class QueueService:
                         await call.done
                     calls.popleft()
                     state.size -= call.size
+                    state.taken.set()
                     await context.write(respond(call))
                 if state.ended:
                     break
@@ -216,7 +219,8 @@ class QueueService:
                     known.add(destination)
             size = len(body)
             # A payload and nothing else is known by its length. Anything else, or big: look inside.
-            if size and (size > plain_max or body[0] != 0x1A or not body.startswith(LENGTHS[size - 2 if size < 130 else size - 3], 1)):
+            if size and (size > plain_max or body[0] != 0x1A
+                         or not body.startswith(LENGTHS[size - 2 if size < 130 else size - 3], 1)):
                 problem = _check_message(request.records[i].message, i, payload_max, size)
                 if problem is not None:
                     call.fail(*problem)
@@ -255,17 +259,11 @@ class QueueService:
         return call
 
     async def _create_then_submit(self, stream: int, call: Call, batches: list[tuple[int, Batch]], unknown: set[str]) -> Call:
-        refused: dict[bytes, tuple[int, str]] = {}
-        for destination in sorted(unknown):
-            if not self.node.config.auto_create:
-                refused[destination.encode()] = (
-                    ERROR_CODE_DESTINATION_NOT_FOUND,
-                    f"destination {destination!r} does not exist; create it first, or switch auto_create on")
-                continue
-            try:
-                await self.forwarder.ensure_destination(destination)
-            except (Unavailable, RequestError) as error:
-                refused[destination.encode()] = (ERROR_CODE_UNAVAILABLE, f"cannot create destination {destination!r}: {error}")
+        try:
+            refused = await self._create(unknown)
+        except BaseException:  # the client hung up: the call counts as done, or its bytes would never be free again
+            call.release()
+            raise
         if refused:
             kept = []
             for shard, batch in batches:
@@ -293,6 +291,34 @@ class QueueService:
             batches = kept
         self._submit(stream, call, batches)
         return call
+
+    async def _create(self, unknown: set[str]) -> dict[bytes, tuple[int, str]]:
+        """Creates destinations, some at a time; what became of those that could not be: (error code, description)."""
+        refused: dict[bytes, tuple[int, str]] = {}
+        names = iter(sorted(unknown))
+        down = ""  # the meta group does not answer: said once, the other names do not wait for it again
+
+        async def some() -> None:
+            nonlocal down
+            for name in names:
+                if not self.node.config.auto_create:
+                    refused[name.encode()] = (
+                        ERROR_CODE_DESTINATION_NOT_FOUND,
+                        f"destination {name!r} does not exist; create it first, or switch auto_create on")
+                    continue
+                code, why = ERROR_CODE_UNAVAILABLE, down
+                if not down:
+                    try:
+                        await self.forwarder.ensure_destination(name)
+                        continue
+                    except RequestError as error:  # there are too many
+                        code, why = ERROR_CODE_RESOURCE_EXHAUSTED, str(error)
+                    except Unavailable as error:
+                        why = down = str(error)
+                refused[name.encode()] = (code, f"cannot create destination {name!r}: {why}")
+
+        await asyncio.gather(*(some() for _ in range(min(len(unknown), CREATIONS_MAX))))
+        return refused
 
     def _submit(self, stream: int, call: Call, batches: list[tuple[int, Batch]]) -> None:
         node = self.node
@@ -323,7 +349,7 @@ class QueueService:
         count = len(settlements)
         if not 0 < count <= SETTLEMENTS_PER_REQUEST_MAX:
             raise RequestError("settlements", f"has {count} settlements; it must have 1 to {SETTLEMENTS_PER_REQUEST_MAX}")
-        call = Call(count, 0, self._loop, self._ack_done)
+        call = Call(count, len(data), self._loop, self._ack_done)
         node = self.node
         shards = node.shards
         woken: set[int] = set()
@@ -457,13 +483,14 @@ class QueueService:
 class _Pump:
     """What the two tasks of a stream share."""
 
-    __slots__ = ("ended", "error", "size", "some")
+    __slots__ = ("ended", "error", "size", "some", "taken")
 
     def __init__(self) -> None:
         self.size = 0
         self.ended = False
         self.error: RequestError | None = None
-        self.some = asyncio.Event()
+        self.some = asyncio.Event()  # the reader has added a call, or has ended
+        self.taken = asyncio.Event()  # the writer has taken one away
 
 
 def _check_names(destination: str, tenant: str, key: str, i: int) -> None:
