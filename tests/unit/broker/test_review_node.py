@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from spillway.broker.config import NodeConfig
 from spillway.broker.core.directory import destination
 from spillway.broker.core.policy import Policy
@@ -287,3 +288,81 @@ async def test_destinations_are_created_together(world: World) -> None:
             ProduceRecord(destination=f"new{i}", message=Message(payload=b"x")) for i in range(50)]).SerializeToString())
         assert time.monotonic() - began < 2
     assert [e[1] for e in call.errors] == [ERROR_CODE_UNAVAILABLE] * 50 and call.done.done()
+
+
+# -- picking -----------------------------------------------------------------------------------------------------
+
+
+def fill(world: World, name: str, count: int, **fields: Any) -> None:
+    """Many queues of one message each."""
+    for first in range(0, count, 1000):
+        call = world.ingest(*(ProduceRecord(destination=name, tenant="t", key=str(i), message=Message(payload=b"x"), **fields)
+                              for i in range(first, min(first + 1000, count))))
+        while not call.done.done():
+            world.host.turn()
+        assert not call.errors
+
+
+def leased(world: World, name: str) -> int:
+    """Messages of a destination under a lease."""
+    counters = (r.state.counters.get(name.encode()) for r in world.node.shards.values())
+    return sum(c.leased for c in counters if c is not None)
+
+
+async def test_no_subscription_waits_for_another_ones_backlog(world: World) -> None:
+    """A turn's picks are dealt out: whoever subscribed first does not take them all, turn after turn."""
+    names = [f"d{i}" for i in range(8)]
+    world.know(*names)
+    for name in names:
+        fill(world, name, 1000)
+    for name in names:
+        world.consumer(1 << 16, 1 << 20, name)
+    world.host.turn()
+    counts = [leased(world, name) for name in names]
+    assert max(counts) < 2 * min(counts) and 500 < sum(counts) < 600
+    for _ in range(20):
+        world.host.turn()
+    assert [leased(world, name) for name in names] == [1000] * 8
+
+
+async def test_a_turn_looks_at_so_many_queues_and_no_more(world: World) -> None:
+    """Queues that turn out not to be due count as well, or the first consumer after a burst of delayed messages would stop
+    the loop until it has seen them all."""
+    fill(world, "d", 3000, delay=Duration(seconds=3600))
+    looked: list[int] = []
+    lease = world.node._lease
+    with patched(world.node, "_lease", lambda pick, now: (looked.append(1), lease(pick, now))):
+        world.consumer(10)
+        world.host.turn()
+        assert 0 < len(looked) < 600
+        for _ in range(10):
+            world.host.turn()
+    assert len(looked) == 3000 and not leased(world, "d")
+
+
+async def test_a_node_that_stops_grants_no_new_lease(world: World) -> None:
+    """It has told its consumers so; what it would send them now they may never read."""
+    fill(world, "d", 10)
+    world.consumer(5)
+    world.node.stopping = True
+    world.host.turn()
+    assert leased(world, "d") == 0
+
+
+async def test_timers_of_one_moment_fire_in_slices(world: World) -> None:
+    """A million messages may be due at midnight: the loop takes them as it can."""
+    timers = world.node.timers
+    for i in range(100):
+        timers.add(7, 1, b"%d" % i)
+    assert len(timers.pop_due(7, 60)) == 60 and len(timers.pop_due(7, 60)) == 40
+
+
+async def test_a_shard_that_is_led_elsewhere_leaves_no_timers(world: World) -> None:
+    """They would be added again with every change of leader, and stay until they are due."""
+    fill(world, "d", 100, delay=Duration(seconds=3600))
+    assert len(world.node.timers) >= 100
+    for number, machine in world.host.machines.items():
+        machine.role_changed(Role.FOLLOWER, 2, "n2")
+        if number:
+            assert all(timer[1] != number for timer in world.node.timers._heap)
+    assert len(world.node.timers) == 0

@@ -10,8 +10,8 @@ def test_nothing_is_due_before_its_time() -> None:
     """At its own millisecond a timer is due, one before it is not."""
     timers = Timers()
     timers.add(100, 1, b"q")
-    assert timers.pop_due(99) == [] and len(timers) == 1
-    assert timers.pop_due(100) == [(1, b"q")] and len(timers) == 0
+    assert timers.pop_due(99, 100) == [] and len(timers) == 1
+    assert timers.pop_due(100, 100) == [(1, b"q")] and len(timers) == 0
 
 
 def test_what_came_out_does_not_come_again() -> None:
@@ -19,8 +19,8 @@ def test_what_came_out_does_not_come_again() -> None:
     timers = Timers()
     timers.add(1, 1, b"q")
     timers.add(2, 1, b"q")
-    assert timers.pop_due(5) == [(1, b"q"), (1, b"q")]
-    assert timers.pop_due(1 << 60) == []
+    assert timers.pop_due(5, 100) == [(1, b"q"), (1, b"q")]
+    assert timers.pop_due(1 << 60, 100) == []
 
 
 @settings(derandomize=True, deadline=None, database=None)
@@ -37,5 +37,5 @@ def test_timers_behave_as_a_sorted_list(steps: list[tuple[int, int, bytes] | int
         else:
             due = sorted(t for t in model if t[0] <= step)
             model = [t for t in model if t[0] > step]
-            assert timers.pop_due(step) == [t[1:] for t in due]
+            assert timers.pop_due(step, 100) == [t[1:] for t in due]
         assert len(timers) == len(model)

@@ -34,9 +34,11 @@ from spillway.v1.queue_service_pb2 import Settlement
 log = logging.getLogger(__name__)
 
 PICKS_PER_TURN_MAX = 512  # leases granted in one turn: a turn stays a few milliseconds
+PICKS_IN_A_ROW = 16  # of them for one subscription before the next one gets some
 TURN_BYTES = 128 << 10  # of messages that a turn takes in, over all shards: bounds what a flood adds to others' latency
 REBUILD_PER_TURN = 2048  # queues that a new leader schedules per turn
 TICK_SECONDS = 0.005  # how late a timer may be
+TIMERS_PER_TICK_MAX = 2048  # many may be due at one moment, midnight for one; the rest follows a tick later
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
 SYNC_SECONDS = 1.0
 META_GROUP = 0
@@ -124,31 +126,47 @@ class Node:
         """Between the applies and the proposals of a turn: schedules, then picks as long as there are credit and work."""
         if self.rebuilds:
             self._rebuild_some()
-        scheduler = self.scheduler
-        picked = 0
-        now = self.now_ms()
         filling = sum(runtime.leading and runtime.filling for runtime in self.shards.values())
         self.entry_bytes = TURN_BYTES // max(1, filling)
-        for subscription in list(scheduler.subscriptions.values()):
-            while picked < PICKS_PER_TURN_MAX:
-                pick = scheduler.pick(subscription)
-                if pick is None:
-                    break
-                picked += self._lease(pick, now)
-        if picked >= PICKS_PER_TURN_MAX:  # more next turn; every group that got something is awake already
-            self.host.wake(next(iter(self.shards)))
+        if not self.stopping:  # consumers were told that no new lease will come
+            self._pick_some()
 
-    def _lease(self, pick: Pick, now: int) -> int:
+    def _pick_some(self) -> None:
+        """Some picks for each subscription in turn, up to what a turn may take. Picks that come to nothing count, too: after
+        a burst of delayed messages there may be a million of them."""
+        scheduler = self.scheduler
+        subscriptions = scheduler.subscriptions
+        now = self.now_ms()
+        left = PICKS_PER_TURN_MAX
+        waiting = [s for s in subscriptions.values() if s.round and s.heap]
+        while waiting:
+            hungry = []
+            for subscription in waiting:
+                if left <= 0:  # more next turn, then from here on
+                    self.host.wake(next(iter(self.shards)))
+                    return
+                for _ in range(PICKS_IN_A_ROW):
+                    pick = scheduler.pick(subscription)
+                    if pick is None:
+                        break
+                    left -= 1
+                    self._lease(pick, now)
+                else:
+                    hungry.append(subscription)
+                    subscriptions[subscription.patterns] = subscriptions.pop(subscription.patterns)
+            waiting = hungry
+
+    def _lease(self, pick: Pick, now: int) -> None:
         """Turns a pick into a grant, if the queue is still there for it."""
         name = pick.queue
         number = shard_of(name, self.config.shards)
         runtime = self.shards.get(number)
         if runtime is None or not runtime.leading:
-            return 0
+            return
         state = runtime.state
         queue = state.open(name)
         if queue is None or queue.token or queue.granting:
-            return 0
+            return
         consumer = pick.consumer
         policy = self.meta.policy(pick.tenant.destination.name)
         want = 1 if pick.probe else min(consumer.run_messages_max or policy.run_messages_max,
@@ -160,7 +178,7 @@ class Node:
         due = max(queue.not_before, front[0][2])
         if due > now:
             self.timers.add(due, number, name)
-            return 0
+            return
         size = len(front[0][3])
         messages = 1
         if want > 1 and len(front) > 1:
@@ -175,7 +193,6 @@ class Node:
         self.scheduler.charge(pick, messages, size, now)
         runtime.grant(pick, messages, now + (consumer.lease_ms or policy.lease_ms))
         self.host.wake(number)
-        return 1
 
     def deliver(self, runtime: ShardRuntime, pick: Pick, queue: Queue) -> bool:
         """Hands a granted run to its consumer; false if that is gone."""
@@ -287,7 +304,7 @@ class Node:
         while True:
             await asyncio.sleep(TICK_SECONDS if self.timers or self._due_checkpoints else TICK_SECONDS * 4)
             now = self.now_ms()
-            for number, name in self.timers.pop_due(now):
+            for number, name in self.timers.pop_due(now, TIMERS_PER_TICK_MAX):
                 if number == 0:
                     self._gate_due(name, now)
                     continue

@@ -315,6 +315,7 @@ class ShardRuntime:
         for queue in self.state.queues.values():
             queue.granting = False
         node.scheduler.remove_shard({self.number}, node.shard_of)
+        node.timers.remove_shard(self.number)
 
     def _fail_batch(self, batch: Batch, why: str) -> None:
         call = batch.call
