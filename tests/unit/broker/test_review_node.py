@@ -14,7 +14,7 @@ from spillway.broker.config import NodeConfig
 from spillway.broker.core.directory import destination
 from spillway.broker.core.policy import Policy
 from spillway.broker.core.scheduler import Consumer
-from spillway.broker.runtime import forward
+from spillway.broker.runtime import forward, shard
 from spillway.broker.runtime.calls import Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.forward import Forwarder
@@ -22,8 +22,9 @@ from spillway.broker.runtime.node import Node
 from spillway.broker.services.queue import QueueService
 from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
 from spillway.cluster.state_store import StateStore
+from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1.message_pb2 import ERROR_CODE_INVALID_ARGUMENT, ERROR_CODE_UNAVAILABLE, Message
-from spillway.v1.queue_service_pb2 import OUTCOME_EXTEND, AckRequest, ProduceRecord, ProduceRequest, Settlement
+from spillway.v1.queue_service_pb2 import OUTCOME_ACK, OUTCOME_EXTEND, AckRequest, ProduceRecord, ProduceRequest, Settlement
 
 
 class Host:
@@ -366,3 +367,43 @@ async def test_a_shard_that_is_led_elsewhere_leaves_no_timers(world: World) -> N
         if number:
             assert all(timer[1] != number for timer in world.node.timers._heap)
     assert len(world.node.timers) == 0
+
+
+# -- leases ------------------------------------------------------------------------------------------------------
+
+
+async def test_leases_that_are_over_are_forgotten_before_their_deadline(world: World) -> None:
+    """A lease may last twelve hours and be settled at once: it leaves nothing behind until then."""
+    runtime = world.node.shards[1]
+    with patched(shard, "LEASES_OVER_MAX", 100):
+        consumer = world.consumer(1 << 30, 1 << 40)
+        consumer.lease_ms = 12 * 3600 * 1000
+        for n in range(1000):
+            name = next(key for i in range(100) if shard_of(queue_key("d", "t", key := f"{n}.{i}"), 2) == 1)
+            world.ingest(ProduceRecord(destination="d", tenant="t", key=name, message=Message(payload=b"x")))
+            world.host.turn()
+            world.host.turn()
+            for token in runtime.state.leases:
+                world.service._settle(AckRequest(settlements=[Settlement(
+                    shard=1, fencing_token=token, sequence=runtime.state.leases[token].front[0][0],
+                    outcome=OUTCOME_ACK)]).SerializeToString())
+            assert sum(map(len, runtime.leases_by_second.values())) <= 103
+    assert runtime.state.counters[b"d"].acked >= 999
+
+
+async def test_every_position_of_a_run_is_found_and_nothing_else(world: World) -> None:
+    """A settlement names its message by sequence, anywhere in the run; sequences between and behind are refused."""
+    world.ingest(*(ProduceRecord(destination="d", key=str(i % 2), message=Message(payload=b"x")) for i in range(40)))
+    world.host.turn()
+    world.consumer(20)
+    world.host.turn()
+    (number, token, queue), = ((n, t, q) for n, r in world.node.shards.items() for t, q in r.state.leases.items())
+    sequences = [m[0] for m in queue.front]
+    assert len(sequences) == 20
+    for sequence in sorted({*sequences, sequences[0] + 1, sequences[5] + 1, sequences[-1] + 1, 1}):
+        call = world.service._settle(AckRequest(settlements=[Settlement(
+            shard=number, fencing_token=token, sequence=sequence, outcome=OUTCOME_ACK)]).SerializeToString())
+        world.host.turn()
+        known = sequence in sequences or sequence == 1
+        assert call.done.done() and (not call.errors) == known, sequence
+    assert not world.node.shards[number].state.leases

@@ -6,6 +6,7 @@ While one entry is in flight the next fills (group commit): latency when idle, b
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ EXPIRES_PER_ENTRY_MAX = 4096
 UNSAVED_BYTES_MAX = 512 << 10  # a checkpoint is due: keeps memory bounded and one checkpoint a few milliseconds
 UNSAVED_QUEUES_MAX = 1024
 LOG_BYTES_MAX = 3 << 20  # log applied since the last checkpoint; bounds the replay at start
+LEASES_OVER_MAX = 16_384  # kept by their deadline until it has passed, beyond as many as there are live ones
 STALE = "the lease is over: its fencing token is not current"
 
 
@@ -61,7 +63,8 @@ class ShardRuntime:
         self.log_bytes = 0  # applied since the last checkpoint
         self.leading = False
         self.term = 0
-        self.leases_by_second: dict[int, list[int]] = {}  # deadline -> tokens
+        self.leases_by_second: dict[int, list[int]] = {}  # deadline -> tokens, also of leases that are over
+        self._leases_listed = 0  # tokens in there, at most
         self.picks: dict[int, Pick] = {}  # token -> what the scheduler charged for it
         self.rebuild: Iterator[tuple[bytes, int]] | None = None
         self._oldest: dict[bytes, tuple[bytes, int, int]] = {}  # destination -> (queue, enqueue ms, looked up ms)
@@ -105,10 +108,9 @@ class ShardRuntime:
             if front[0][0] == sequence:
                 position = queue.lease_acked + 1
             else:
-                for i in range(remaining):
-                    if front[i][0] == sequence:
-                        position = queue.lease_acked + i + 1
-                        break
+                i = bisect_left(front, (sequence,), 0, remaining)
+                if i < remaining and front[i][0] == sequence:
+                    position = queue.lease_acked + i + 1
                 else:
                     if sequence < front[0][0] and outcome == e.ACK:
                         call.results[index] = SETTLEMENT_RESULT_ALREADY_SETTLED
@@ -278,15 +280,20 @@ class ShardRuntime:
         """Starts scheduling: gates and leases now, ready queues in slices (see Node.rebuild_some)."""
         node = self.node
         self.picks.clear()
-        self.leases_by_second.clear()
-        for token, queue in self.state.leases.items():
-            self.leases_by_second.setdefault(queue.deadline // 1000, []).append(token)
+        self._list_leases()
         for queue in self.state.queues.values():
             queue.granting = False
         for scope, (until, step) in self.state.gates.items():
             node.gate_closed(scope, until, step)
         self.rebuild = self.state.ready_queues()
         node.rebuilds.append(self)
+
+    def _list_leases(self) -> None:
+        """Live leases by their deadline."""
+        self.leases_by_second.clear()
+        self._leases_listed = len(self.state.leases)
+        for token, queue in self.state.leases.items():
+            self.leases_by_second.setdefault(queue.deadline // 1000, []).append(token)
 
     def _resign(self) -> None:
         """Stops leading: what was proposed may still commit, what was not never will; the callers retry."""
@@ -386,8 +393,11 @@ class ShardRuntime:
                 self.leases_by_second[second] = [token]
             else:
                 bucket.append(token)
+            self._leases_listed += 1
             if not node.deliver(self, pick, queue):
                 self.release_lease(token)
+        if self._leases_listed > 2 * len(self.state.leases) + LEASES_OVER_MAX:
+            self._list_leases()  # a lease may run for hours, and be over in a millisecond
         for token, _, outcome in effects.released:
             pick_or_none = self.picks.pop(token, None)
             if pick_or_none is not None:
