@@ -407,3 +407,26 @@ async def test_every_position_of_a_run_is_found_and_nothing_else(world: World) -
         known = sequence in sequences or sequence == 1
         assert call.done.done() and (not call.errors) == known, sequence
     assert not world.node.shards[number].state.leases
+
+
+async def test_a_backlog_of_large_messages_comes_into_memory_as_it_is_sent(world: World) -> None:
+    """A run is at most about 1 MiB, whatever number of messages it may have: no more is read from the store for it, nor
+    kept behind it."""
+    for _ in range(40):
+        world.ingest(ProduceRecord(destination="d", message=Message(payload=bytes(1 << 19))))
+        world.host.turn()
+    for runtime in world.node.shards.values():
+        runtime.checkpoint()
+
+    def held() -> int:
+        return sum(len(m[3]) for r in world.node.shards.values() for q in r.state.queues.values() for m in (*q.front, *q.tail))
+
+    world.consumer(64, 256 << 20)
+    world.host.turn()
+    assert leased(world, "d") in (1, 2) and held() < 3 << 20
+    for _ in range(40):
+        world.ingest(ProduceRecord(destination="d", message=Message(payload=bytes(1 << 19))))
+        world.host.turn()
+    for runtime in world.node.shards.values():
+        runtime.checkpoint()
+    assert held() < 3 << 20

@@ -23,6 +23,7 @@ SEQUENCE_SHIFT = 20  # sequence = log index << 20 | position: an entry holds few
 PRODUCERS_MAX = 65_536  # idempotent producers remembered per shard; the longest idle is forgotten first
 SETTLED_MAX = 4_096  # recent settled leases remembered, to tell "already settled" from "stale"
 CACHE_BYTES_MAX = 1 << 20  # message bytes a shard keeps in memory across a checkpoint
+SURPLUS_BYTES_MAX = 64 << 10  # of a leased queue behind its lease, likewise; and 64 messages
 _ALL = (1 << 64) - 1  # Queue.persisted: every message has a row; the next enqueue lowers it
 
 
@@ -169,17 +170,22 @@ class Shard:
             self._dirty_counters.append(counters)
         return counters
 
-    def ensure(self, queue: Queue, messages: int) -> None:
-        """Brings at least `messages` of the queue's head into memory, or all there are: a bounded seek to an exact
-        key, never a scan over what was deleted."""
+    def ensure(self, queue: Queue, messages: int, size_max: int = 1 << 62) -> None:
+        """Brings at least `messages` of the queue's head into memory, or all there are, or, if that is less, what passes
+        `size_max` bytes: a bounded seek to an exact key, never a scan over what was deleted."""
         front = queue.front
-        while queue.cold and len(front) < messages:
+        if queue.cold and len(front) < messages:
             start = rows.message_key(queue.key, front[-1][0] + 1 if front else queue.floor)
             want = min(queue.cold, max(messages - len(front), 16))
-            found = [rows.decode_message(k, v) for k, v in self.view.scan(start, rows.message_end(queue.key), want)]
-            assert len(found) == want, f"{queue!r} lacks rows: {len(found)} of {want}"
-            front += found
-            queue.cold -= want
+            found = size = 0
+            for key, value in self.view.scan(start, rows.message_end(queue.key), want):
+                front.append(rows.decode_message(key, value))
+                found += 1
+                size += len(value)
+                if size > size_max:
+                    break
+            assert found == want or size > size_max, f"{queue!r} lacks rows: {found} of {want}"
+            queue.cold -= found
         if not queue.cold and queue.tail:
             front += queue.tail
             queue.tail = []
@@ -623,9 +629,10 @@ class Shard:
                 if kept > CACHE_BYTES_MAX:
                     del self.queues[queue.key]
             else:
-                surplus = len(queue.front) - (queue.lease_size - queue.lease_acked)
-                if surplus > 64:
-                    del queue.front[-surplus:]
+                held = queue.lease_size - queue.lease_acked
+                surplus = len(queue.front) - held
+                if surplus > 64 or (surplus > 0 and sum([len(m[3]) for m in queue.front[held:]]) > SURPLUS_BYTES_MAX):
+                    del queue.front[held:]
                     queue.cold += surplus + len(queue.tail)
                     queue.tail = []
                 elif queue.cold:

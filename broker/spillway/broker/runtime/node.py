@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spillway.broker.config import NodeConfig, Peer, members_of
@@ -173,7 +173,7 @@ class Node:
                                         policy.run_messages_max, consumer.messages)
         front = queue.front
         if len(front) < want and (queue.cold or not front):
-            state.ensure(queue, want)
+            state.ensure(queue, want, FRAME_BYTES_SOFT_MAX)  # no run is longer
             front = queue.front
         due = max(queue.not_before, front[0][2])
         if due > now:
@@ -260,6 +260,14 @@ class Node:
         self.gates[scope] = (max(until, known_until), max(step, known_step))
         self.scheduler.set_gate(scope, sched.CLOSED)
         self.timers.add(max(until, known_until), 0, scope)
+
+    def forget_gates(self, scopes: Iterable[bytes]) -> None:
+        """A shard with these gates is another node's now: opens those that no shard led here keeps closed, as nothing here
+        would ever probe them."""
+        for scope in scopes:
+            if scope in self.gates and not any(r.leading and scope in r.state.gates for r in self.shards.values()):
+                del self.gates[scope]
+                self.scheduler.set_gate(scope, sched.OPEN)
 
     def probe_succeeded(self, pick: Pick) -> None:
         """A half-open gate's probe was acknowledged: opens it."""
