@@ -322,6 +322,8 @@ class ShardRuntime:
         for queue in self.state.queues.values():
             queue.granting = False
         node.scheduler.remove_shard({self.number}, node.shard_of)
+        if not self.leading:
+            node.forget_gates(self.state.gates)
         node.timers.remove_shard(self.number)
 
     def _fail_batch(self, batch: Batch, why: str) -> None:
