@@ -1,14 +1,18 @@
 """Real clusters whose nodes are killed, wiped and stopped: what was acknowledged is there, in order."""
 from __future__ import annotations
 
+import asyncio
+import shutil
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 from cluster_process import ClusterProcesses, NodeProcess
 from google.protobuf.duration_pb2 import Duration
-from plain_client import CALL_SECONDS, lease, produce, record, settle
+from plain_client import CALL_SECONDS, Open, lease, produce, record, settle
+from spillway.client import Client
 from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -19,9 +23,14 @@ from spillway.v1.queue_service_pb2 import (
     OUTCOME_DOWN,
     OUTCOME_REJECT,
     OUTCOME_RETRY,
+    OUTCOME_THROTTLED,
+    Credit,
     LeasedRun,
+    LeaseRequest,
     Settlement,
+    Subscribe,
 )
+from spillway.v1.queue_service_pb2_grpc import QueueServiceStub
 
 Make = Callable[..., ClusterProcesses]
 
@@ -69,6 +78,19 @@ def drain(channel: grpc.Channel, destination: str, count: int) -> list[bytes]:
     return got
 
 
+def runs(channel: grpc.Channel, destination: str, count: int) -> list[LeasedRun]:
+    """Leases `count` runs of one message over one stream."""
+    requests = Open(LeaseRequest(subscribe=Subscribe(
+        destinations=[destination], credit=Credit(messages=count, bytes=1 << 20), run_messages_max=1)))
+    found: list[LeasedRun] = []
+    for response in QueueServiceStub(channel).Lease(iter(requests), timeout=CALL_SECONDS):
+        found += response.runs
+        if len(found) >= count:
+            requests.end.set()
+            return found
+    raise AssertionError("the stream ended without the runs")
+
+
 def numbers(first: int, count: int) -> list[bytes]:
     """Payloads of `put`."""
     return [str(n).encode() for n in range(first, first + count)]
@@ -109,22 +131,23 @@ def test_every_node_serves_every_call(cluster: Make) -> None:
             until("counted", lambda c=channel: stats(c, "any").messages == 0)  # type: ignore[misc]
 
 
-def test_a_wiped_node_comes_back_and_counts_again(cluster: Make) -> None:
-    """A node that lost its directory recovers from the others, and then carries the data when another node dies."""
+@pytest.mark.parametrize("wipe", [True, False], ids=["wiped", "restarted"])
+def test_a_node_comes_back_and_counts_again(cluster: Make, wipe: bool) -> None:
+    """A node that was killed catches up, and one that lost its directory, too, recovers from the others; either then
+    carries the data when another node dies."""
     processes = cluster(nodes=3)
     n1, n2, n3 = processes.nodes.values()
     with grpc.insecure_channel(n1.address) as channel:
-        put(channel, "wiped", 0, 30)
+        put(channel, "back", 0, 30)
         n2.kill()
-        for path in sorted(n2.data_dir.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        n2.data_dir.rmdir()
-        put(channel, "wiped", 30, 10)
+        if wipe:
+            shutil.rmtree(n2.data_dir)
+        put(channel, "back", 30, 10)
         n2.start()
         until("n2 is an ordinary member again", lambda: level(processes))
         n3.kill()
-        put(channel, "wiped", 40, 10)
-        assert drain(channel, "wiped", 50) == numbers(0, 50)
+        put(channel, "back", 40, 10)
+        assert drain(channel, "back", 50) == numbers(0, 50)
 
 
 def test_a_node_that_is_far_behind_catches_up_by_snapshot(cluster: Make) -> None:
@@ -173,6 +196,25 @@ def drain_queue(channel: grpc.Channel, destination: str, key: str, count: int) -
     return got
 
 
+def test_a_lease_outlives_the_leader_that_granted_it(cluster: Make) -> None:
+    """When the leader of a leased queue is killed, the next one knows the lease: it gives the queue to nobody else, and
+    takes the acknowledgement of who holds it."""
+    processes = cluster(nodes=3)
+    with grpc.insecure_channel(processes.addresses[0]) as channel:
+        put(channel, "held", 0, 2)
+        run = lease(channel, "held")
+    victim = processes.leader(run.shard)
+    victim.kill()
+    other = next(n for n in processes.nodes.values() if n.running)
+    with grpc.insecure_channel(other.address) as channel:
+        until("another leader", lambda: processes.topology(other).shards[run.shard - 1].leader not in ("", victim.node_id))
+        assert stats(channel, "held").leased == 1
+        ack(channel, run)
+        rest = lease(channel, "held")
+        assert [(m.message.payload, m.attempt) for m in rest.messages] == [(b"1", 1)]
+        assert rest.fencing_token > run.fencing_token
+
+
 def test_all_nodes_killed_at_once_lose_nothing(cluster: Make) -> None:
     """What was acknowledged is on disks: after kill -9 of all nodes it is there, in order, and the numbering goes on."""
     processes = cluster(nodes=3)
@@ -187,6 +229,37 @@ def test_all_nodes_killed_at_once_lose_nothing(cluster: Make) -> None:
     with grpc.insecure_channel(processes.addresses[1]) as channel:
         put(channel, "all", 40, 5)
         assert drain(channel, "all", 40) == numbers(5, 40)
+
+
+async def test_all_nodes_killed_under_load_lose_nothing_and_store_nothing_twice(cluster: Make) -> None:
+    """kill -9 of all nodes at once while a client produces: it goes on when they are back, and every message is stored
+    once, in its queue's order, though nobody knew which requests under way had been stored."""
+    processes = cluster(nodes=3)
+    keys, each = 20, 60
+    async with Client(processes.addresses) as client:
+        async with client.producer() as producer:
+            sends = []
+            for n in range(keys * each):
+                sends.append(asyncio.ensure_future(producer.send("load", b"%d" % n, tenant="t", key=f"k{n % keys}")))
+                if n % keys == 0:
+                    await asyncio.sleep(0.005)  # spreads the load; no outcome depends on it
+                if n == keys * each // 2:
+                    await sends[n // 2]
+                    for node in processes.nodes.values():
+                        node.kill()
+                    for node in processes.nodes.values():
+                        node.start()
+            await asyncio.wait_for(asyncio.gather(*sends), 40)
+        got: dict[str, list[int]] = {}
+        async with asyncio.timeout(30), client.consumer("load") as consumer:
+            async for run in consumer.runs():
+                got.setdefault(run.key, []).extend(int(p) for p in run.payloads)
+                await run.ack()
+                if sum(map(len, got.values())) >= keys * each:
+                    break
+        counts = await client.admin.destination_stats("load")
+    assert got == {f"k{k}": list(range(k, keys * each, keys)) for k in range(keys)}
+    assert (counts.enqueued_total, counts.messages) == (keys * each, 0)
 
 
 def test_a_planned_stop_hands_leaderships_over(cluster: Make) -> None:
@@ -229,13 +302,13 @@ def test_a_restart_keeps_queues_leases_gates_and_dead_letters(cluster: Make, kil
         assert drain(channel, "keep", 4) == numbers(1, 4)
 
 
-def all_dead_letters(channel: grpc.Channel, destination: str) -> list[admin.DeadLetter]:
+def all_dead_letters(channel: grpc.Channel, destination: str, **fields: Any) -> list[admin.DeadLetter]:
     """All pages."""
     found: list[admin.DeadLetter] = []
     token = ""
     while True:
         page = AdminServiceStub(channel).ListDeadLetters(
-            admin.ListDeadLettersRequest(destination=destination, page_token=token), timeout=CALL_SECONDS)
+            admin.ListDeadLettersRequest(destination=destination, page_token=token, **fields), timeout=CALL_SECONDS)
         found += page.dead_letters
         token = page.next_page_token
         if not token:
@@ -244,12 +317,14 @@ def all_dead_letters(channel: grpc.Channel, destination: str) -> list[admin.Dead
 
 def test_policies_decide_between_retry_and_dead_letter(cluster: Make) -> None:
     """BLOCK_UNTIL retries in order until the attempts are used up, SKIP dead-letters at once; the next message says that
-    one is missing before it."""
+    one is missing before it. BLOCK, the default, never gives up and never lets the next one pass."""
     channel = grpc.insecure_channel(cluster(nodes=3).addresses[2])
     service = AdminServiceStub(channel)
     until_two = admin.DeliveryPolicy(nack_policy=admin.NACK_POLICY_BLOCK_UNTIL, attempts_max=2,
                                      backoff=admin.Backoff(base=Duration(nanos=1_000_000)))
-    for name, policy in (("two", until_two), ("skip", admin.DeliveryPolicy(nack_policy=admin.NACK_POLICY_SKIP))):
+    block = admin.DeliveryPolicy(backoff=until_two.backoff)
+    skip = admin.DeliveryPolicy(nack_policy=admin.NACK_POLICY_SKIP)
+    for name, policy in (("two", until_two), ("block", block), ("skip", skip)):
         service.CreateDestination(admin.CreateDestinationRequest(
             destination=admin.Destination(name=name, policy=policy)), timeout=CALL_SECONDS)
 
@@ -257,6 +332,12 @@ def test_policies_decide_between_retry_and_dead_letter(cluster: Make) -> None:
         assert not settle(channel, Settlement(shard=run.shard, fencing_token=run.fencing_token, outcome=OUTCOME_RETRY,
                                               sequence=run.messages[0].sequence, reason="500")).errors
 
+    put(channel, "block", 0, 2)
+    for attempt in range(1, 5):
+        run = lease(channel, "block")
+        assert [(m.message.payload, m.attempt) for m in run.messages] == [(b"0", attempt)]
+        retry(run)
+    assert drain(channel, "block", 2) == numbers(0, 2) and not all_dead_letters(channel, "block")
     for name, attempts in (("two", 2), ("skip", 1)):
         put(channel, name, 0, 3)
         for attempt in range(1, attempts + 1):
@@ -269,6 +350,26 @@ def test_policies_decide_between_retry_and_dead_letter(cluster: Make) -> None:
         assert drain(channel, name, 1) == [b"2"]
         assert [d.message.payload for d in all_dead_letters(channel, name)] == [b"0"]
     channel.close()
+
+
+def test_dead_letters_of_all_nodes_are_listed_page_by_page(cluster: Make) -> None:
+    """Through any node: each dead letter once, however small the pages, with tenant, key, reason and message; of one
+    tenant only, if asked."""
+    processes = cluster(nodes=3)
+    wanted = {(f"t{i % 2}", f"k{i}", b"%d" % i) for i in range(12)}
+    with grpc.insecure_channel(processes.addresses[0]) as channel:
+        assert not produce(channel, *(record("dead", tenant=t, key=k, payload=p) for t, k, p in sorted(wanted))).errors
+        for run in runs(channel, "dead", len(wanted)):
+            assert not settle(channel, Settlement(shard=run.shard, fencing_token=run.fencing_token, outcome=OUTCOME_REJECT,
+                                                  sequence=run.messages[0].sequence, reason=f"no {run.key}")).errors
+    for address in processes.addresses:
+        with grpc.insecure_channel(address) as channel:
+            for size in (1, 5, 100):
+                letters = all_dead_letters(channel, "dead", page_size=size)
+                assert len(letters) == len(wanted)
+                assert {(d.tenant, d.key, d.message.payload) for d in letters} == wanted
+                assert {(d.reason, d.attempts) for d in letters} == {(f"no {k}", 1) for _, k, _ in wanted}
+            assert {d.tenant for d in all_dead_letters(channel, "dead", tenant="t1")} == {"t1"}
 
 
 def test_a_destination_that_is_down_is_parked_and_probed(cluster: Make) -> None:
@@ -293,3 +394,31 @@ def test_a_destination_that_is_down_is_parked_and_probed(cluster: Make) -> None:
     assert seen == {"a", "b", "c"}
     assert not stats(channel, "broken").HasField("parked_until_time")
     channel.close()
+
+
+def test_a_throttled_tenant_waits_and_others_do_not(cluster: Make) -> None:
+    """THROTTLED parks one tenant of a destination without counting an attempt: its other queues wait, too, another
+    tenant's do not, and after the delay everything goes on in order."""
+    with grpc.insecure_channel(cluster().addresses[0]) as channel:
+        for key in ("a", "b"):
+            for n in range(2):
+                assert not produce(channel, record("limited", tenant="busy", key=key, payload=b"%d" % n)).errors
+        run = lease(channel, "limited")
+        assert not settle(channel, Settlement(shard=run.shard, fencing_token=run.fencing_token, outcome=OUTCOME_THROTTLED,
+                                              sequence=run.messages[0].sequence, delay=Duration(seconds=3))).errors
+        began = time.monotonic()
+        until("parked", lambda: stats(channel, "limited").parked_tenants == 1, 1)
+        assert not produce(channel, record("limited", tenant="calm", key="a")).errors
+        calm = lease(channel, "limited")
+        assert calm.tenant == "calm"
+        ack(channel, calm)
+        assert stats(channel, "limited").parked_tenants == 1
+        got: dict[str, list[bytes]] = {}
+        while sum(map(len, got.values())) < 4:
+            run = lease(channel, "limited")
+            assert {m.attempt for m in run.messages} == {1}
+            got.setdefault(run.key, []).extend(m.message.payload for m in run.messages)
+            ack(channel, run)
+        assert time.monotonic() - began > 2
+        assert got == {"a": numbers(0, 2), "b": numbers(0, 2)}
+        until("open", lambda: not stats(channel, "limited").parked_tenants)

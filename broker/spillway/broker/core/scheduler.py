@@ -7,7 +7,7 @@ Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): each flow has a virt
 next and its tag advances by cost / weight; a flow that returns from idleness starts at the current virtual time,
 with neither credit nor debt. Cost is what is scarce: the time that a consumer is held and bytes. It is estimated at
 the pick and corrected at the settlement. Between the queues of one tenant plain round robin by bounded runs is
-enough (as in deficit round robin, Shreedhar and Varghese 1996): it takes 8 bytes for a waiting queue and O(1).
+enough (as in deficit round robin, Shreedhar and Varghese 1996): it takes two bytes beside the name of a waiting queue and O(1).
 
 Only queues that may be leased stand in the index. Closed gates (a parked destination or tenant) cost O(1) whatever
 stands behind them. The index may hold a queue that has changed since it was added; whoever picks checks it and
@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
+
+from spillway.broker.core.names import NameQueue
 
 COST_PER_MESSAGE_MS = 0.05  # what a message costs a consumer beside its bytes and time
 COST_PER_BYTE_MS = 1 / 65_536  # 64 KiB weigh as much as a millisecond of a consumer's time
@@ -44,7 +46,7 @@ class Tenant:
     def __init__(self, name: bytes, destination: Destination) -> None:
         self.name = name
         self.destination = destination
-        self.ready: deque[bytes] = deque()  # queues, round robin
+        self.ready = NameQueue()  # queues, round robin
         self.start = 0.0  # virtual start tag of its next lease
         self.weight = 1.0
         self.held = 0  # leases out
@@ -453,5 +455,5 @@ class Scheduler:
         """Drops the queues of shards that the node no longer leads. Linear; leadership changes are rare."""
         for destination in self.destinations.values():
             for tenant in destination.tenants.values():
-                tenant.ready = deque(q for q in tenant.ready if shard_of(q) not in belongs)
+                tenant.ready.retain(lambda queue: shard_of(queue) not in belongs)
 

@@ -256,6 +256,15 @@ class Forwarder:
                     raise
             await asyncio.sleep(LEADER_POLL_SECONDS)
 
+    async def await_leader(self, shard: int) -> str:
+        """Node id of a shard's leader, as soon as there is one. Raises Unavailable after a while."""
+        deadline = asyncio.get_running_loop().time() + LEADER_WAIT_SECONDS
+        while (leader := self.node.leader_of(shard)) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(f"shard {shard} has no leader")
+            await asyncio.sleep(LEADER_POLL_SECONDS)
+        return leader
+
     def meta_leader(self) -> str:
         """Node id of the meta group's leader. Raises Unavailable."""
         if self.node.meta.leading:

@@ -269,14 +269,6 @@ class Node:
                 del self.gates[scope]
                 self.scheduler.set_gate(scope, sched.OPEN)
 
-    def forget_gates(self, scopes: Iterable[bytes]) -> None:
-        """A shard with these gates is another node's now: opens those that no shard led here keeps closed, as nothing here
-        would ever probe them."""
-        for scope in scopes:
-            if scope in self.gates and not any(r.leading and scope in r.state.gates for r in self.shards.values()):
-                del self.gates[scope]
-                self.scheduler.set_gate(scope, sched.OPEN)
-
     def probe_succeeded(self, pick: Pick) -> None:
         """A half-open gate's probe was acknowledged: opens it."""
         destination = pick.tenant.destination.name

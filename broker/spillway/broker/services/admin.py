@@ -182,9 +182,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     async def _dead_page(self, request: pb.ListDeadLettersRequest, tenant: str | None, size: int, shard: int,
                          after: bytes) -> pb.ListDeadLettersResponse:
         """One page of one shard, from its leader; may be empty. Raises Unavailable."""
-        leader = self.node.leader_of(shard)
-        if leader is None:
-            raise Unavailable(f"shard {shard} has no leader")
+        leader = await self.forwarder.await_leader(shard)
         if leader != self.node.config.node_id:
             if self.peer:
                 raise Unavailable(f"this node does not lead shard {shard}", leader)
