@@ -93,7 +93,8 @@ def _memory(results: dict[str, Any]) -> str:
     rows = []
     for r in results["d"]:
         for turn in ("first", "second"):
-            rows.append((f"{r['queues']:,} queues, {turn} round", r["rss_fresh"] / 1e6, r["warm_rss_drained"] / 1e6, r[f"{turn}_rss_full"] / 1e6,
+            rows.append((f"{r['queues']:,} queues, {turn} round", r["rss_fresh"] / 1e6, r["warm_rss_drained"] / 1e6,
+            r[f"{turn}_rss_full"] / 1e6,
                          r[f"{turn}_rss_drained"] / 1e6, r[f"{turn}_bytes_per_full_queue"],
                          r[f"{turn}_bytes_per_emptied_queue"]))
     return "d  Memory of the broker, one message of 100 B per queue\n" + table(
