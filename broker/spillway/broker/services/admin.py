@@ -24,6 +24,7 @@ from spillway.v1.message_pb2 import Message
 PAGE_DEFAULT = 100
 PAGE_MAX = 1000
 CALL_SECONDS = 5.0
+POLL_SECONDS = 0.02
 HOUR_MS = 3_600_000
 URL_BYTES_MAX = 2048
 
@@ -73,15 +74,31 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     async def GetDestination(self, request: pb.GetDestinationRequest, context: Any) -> pb.GetDestinationResponse:
         """See admin_service.proto."""
         try:
-            return pb.GetDestinationResponse(destination=destination_proto(self._known("name", request.name)))
-        except BrokerError as error:
-            await abort(context, error)
+            return pb.GetDestinationResponse(destination=destination_proto(await self._known("name", request.name)))
+        except (BrokerError, grpc.aio.AioRpcError) as error:
+            await _fail(context, error)
 
-    def _known(self, field: str, name: str) -> d.Destination:
+    async def _known(self, field: str, name: str) -> d.Destination:
+        """A destination. Only the meta group's leader can tell that there is none: this node may be behind what another one
+        has already told the caller. Raises RequestError, NotFound, Unavailable, or what the leader answers."""
         check_destination(field, name)
-        known = self.node.meta.get(name)
-        if known is None:
-            raise NotFound(field, f"destination {name!r} does not exist")
+        deadline = asyncio.get_running_loop().time() + CALL_SECONDS
+        while (known := self.node.meta.get(name)) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable("the meta group is behind on this node")
+            stub = await self._meta_leader()
+            if stub is None:
+                if self.node.meta.get(name) is None:
+                    raise NotFound(field, f"destination {name!r} does not exist")
+                continue
+            try:
+                await stub.GetDestination(pb.GetDestinationRequest(name=name), timeout=CALL_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    raise NotFound(field, f"destination {name!r} does not exist") from None
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            await asyncio.sleep(POLL_SECONDS)
         return known
 
     async def ListDestinations(self, request: pb.ListDestinationsRequest, context: Any) -> pb.ListDestinationsResponse:
@@ -102,9 +119,10 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                                   context: Any) -> pb.GetDestinationStatsResponse:
         """See admin_service.proto."""
         try:
-            self._known("name", request.name)
-        except BrokerError as error:
-            await abort(context, error)
+            if not self.peer:
+                await self._known("name", request.name)
+        except (BrokerError, grpc.aio.AioRpcError) as error:
+            await _fail(context, error)
         node = self.node
         response = pb.GetDestinationStatsResponse(stats=await self._own_stats(request.name))
         if self.peer:
@@ -165,7 +183,8 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, context: Any) -> pb.ListDeadLettersResponse:
         """See admin_service.proto. Pages go shard by shard; a page may end early where a shard does."""
         try:
-            self._known("destination", request.destination)
+            if not self.peer:
+                await self._known("destination", request.destination)
             tenant = request.tenant if request.HasField("tenant") else None
             if tenant is not None:
                 check_name("tenant", tenant, empty=True)
