@@ -4,6 +4,7 @@ from __future__ import annotations
 from xxhash import xxh3_64_intdigest
 
 SEPARATOR = b"\0"
+PART = b"\1"  # in an unordered destination each message is a queue of its own: the queue's name, this, the message's number
 
 
 def queue_key(destination: str, tenant: str, key: str) -> bytes:
@@ -13,5 +14,5 @@ def queue_key(destination: str, tenant: str, key: str) -> bytes:
 
 
 def shard_of(queue: bytes, shard_count: int) -> int:
-    """The shard (1..shard_count) of a queue named by `queue_key`."""
-    return 1 + xxh3_64_intdigest(queue) % shard_count
+    """The shard (1..shard_count) of a queue named by `queue_key`, or of a part of it."""
+    return 1 + xxh3_64_intdigest(queue.partition(PART)[0]) % shard_count

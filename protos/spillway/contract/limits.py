@@ -10,6 +10,7 @@ SETTLEMENTS_PER_REQUEST_MAX = 8192
 FRAME_BYTES_SOFT_MAX = 1 << 20  # what well-behaved clients and the broker keep a frame below
 FRAME_BYTES_MAX = 4 << 20  # what gRPC refuses
 DELAY_MS_MAX = 7 * 24 * 3600 * 1000
+TTL_MS_MAX = 366 * 24 * 3600 * 1000
 LEASE_MS_MIN = 1_000
 LEASE_MS_MAX = 12 * 3600 * 1000
 RUN_MESSAGES_MAX = 1024

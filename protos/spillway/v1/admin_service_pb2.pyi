@@ -22,6 +22,62 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Ordering:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OrderingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ordering.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ORDERING_UNSPECIFIED: _Ordering.ValueType  # 0
+    """ORDERED."""
+    ORDERING_ORDERED: _Ordering.ValueType  # 1
+    """At most one lease at a time in a queue; what failed is tried again before
+    what is behind it.
+    """
+    ORDERING_UNORDERED: _Ordering.ValueType  # 2
+    """Every message is leased and settled on its own, many of a queue at a time;
+    a failing message holds up nothing.
+    """
+
+class Ordering(_Ordering, metaclass=_OrderingEnumTypeWrapper):
+    """Whether the messages of a queue keep their order."""
+
+ORDERING_UNSPECIFIED: Ordering.ValueType  # 0
+"""ORDERED."""
+ORDERING_ORDERED: Ordering.ValueType  # 1
+"""At most one lease at a time in a queue; what failed is tried again before
+what is behind it.
+"""
+ORDERING_UNORDERED: Ordering.ValueType  # 2
+"""Every message is leased and settled on its own, many of a queue at a time;
+a failing message holds up nothing.
+"""
+Global___Ordering: _TypeAlias = Ordering  # noqa: Y015
+
+class _DeadLetterPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeadLetterPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeadLetterPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEAD_LETTER_POLICY_UNSPECIFIED: _DeadLetterPolicy.ValueType  # 0
+    """KEEP."""
+    DEAD_LETTER_POLICY_KEEP: _DeadLetterPolicy.ValueType  # 1
+    """Kept until purged or redriven."""
+    DEAD_LETTER_POLICY_DISCARD: _DeadLetterPolicy.ValueType  # 2
+    """Removed and counted (`discarded_total`)."""
+
+class DeadLetterPolicy(_DeadLetterPolicy, metaclass=_DeadLetterPolicyEnumTypeWrapper):
+    """What becomes of messages that can't be delivered."""
+
+DEAD_LETTER_POLICY_UNSPECIFIED: DeadLetterPolicy.ValueType  # 0
+"""KEEP."""
+DEAD_LETTER_POLICY_KEEP: DeadLetterPolicy.ValueType  # 1
+"""Kept until purged or redriven."""
+DEAD_LETTER_POLICY_DISCARD: DeadLetterPolicy.ValueType  # 2
+"""Removed and counted (`discarded_total`)."""
+Global___DeadLetterPolicy: _TypeAlias = DeadLetterPolicy  # noqa: Y015
+
 class _NackPolicy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -49,6 +105,118 @@ NACK_POLICY_BLOCK_UNTIL: NackPolicy.ValueType  # 2
 NACK_POLICY_SKIP: NackPolicy.ValueType  # 3
 """Dead-lettered at the first nack; the queue goes on."""
 Global___NackPolicy: _TypeAlias = NackPolicy  # noqa: Y015
+
+class _GateCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GateCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GateCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GATE_CAUSE_UNSPECIFIED: _GateCause.ValueType  # 0
+    """Never sent."""
+    GATE_CAUSE_PAUSED: _GateCause.ValueType  # 1
+    """PauseDelivery."""
+    GATE_CAUSE_PARKED: _GateCause.ValueType  # 2
+    """ParkDelivery."""
+    GATE_CAUSE_FAILURES: _GateCause.ValueType  # 3
+    """THROTTLED or DOWN settlements; after `until_time` one probe goes out."""
+
+class GateCause(_GateCause, metaclass=_GateCauseEnumTypeWrapper):
+    """Why a gate is closed."""
+
+GATE_CAUSE_UNSPECIFIED: GateCause.ValueType  # 0
+"""Never sent."""
+GATE_CAUSE_PAUSED: GateCause.ValueType  # 1
+"""PauseDelivery."""
+GATE_CAUSE_PARKED: GateCause.ValueType  # 2
+"""ParkDelivery."""
+GATE_CAUSE_FAILURES: GateCause.ValueType  # 3
+"""THROTTLED or DOWN settlements; after `until_time` one probe goes out."""
+Global___GateCause: _TypeAlias = GateCause  # noqa: Y015
+
+class _StallCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StallCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StallCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STALL_CAUSE_UNSPECIFIED: _StallCause.ValueType  # 0
+    """Never sent."""
+    STALL_CAUSE_NONE: _StallCause.ValueType  # 1
+    """It is moving: deliveries are going on, or its turn is near."""
+    STALL_CAUSE_EMPTY: _StallCause.ValueType  # 2
+    """There are no messages."""
+    STALL_CAUSE_PAUSED: _StallCause.ValueType  # 3
+    """An operator paused it."""
+    STALL_CAUSE_PARKED: _StallCause.ValueType  # 4
+    """It is parked, by an operator or after THROTTLED or DOWN."""
+    STALL_CAUSE_LEASED: _StallCause.ValueType  # 5
+    """Its head is leased."""
+    STALL_CAUSE_BACKOFF: _StallCause.ValueType  # 6
+    """Its head failed and waits for its backoff."""
+    STALL_CAUSE_DELAYED: _StallCause.ValueType  # 7
+    """Its head is not to be delivered yet."""
+    STALL_CAUSE_LIMIT: _StallCause.ValueType  # 8
+    """A rate or concurrency limit is used up."""
+    STALL_CAUSE_NO_CONSUMER: _StallCause.ValueType  # 9
+    """Nobody subscribes to the destination."""
+    STALL_CAUSE_NO_CREDIT: _StallCause.ValueType  # 10
+    """Consumers are there, but gave no credit."""
+    STALL_CAUSE_NO_QUORUM: _StallCause.ValueType  # 11
+    """Its shard has no leader."""
+
+class StallCause(_StallCause, metaclass=_StallCauseEnumTypeWrapper):
+    """Why something is not moving."""
+
+STALL_CAUSE_UNSPECIFIED: StallCause.ValueType  # 0
+"""Never sent."""
+STALL_CAUSE_NONE: StallCause.ValueType  # 1
+"""It is moving: deliveries are going on, or its turn is near."""
+STALL_CAUSE_EMPTY: StallCause.ValueType  # 2
+"""There are no messages."""
+STALL_CAUSE_PAUSED: StallCause.ValueType  # 3
+"""An operator paused it."""
+STALL_CAUSE_PARKED: StallCause.ValueType  # 4
+"""It is parked, by an operator or after THROTTLED or DOWN."""
+STALL_CAUSE_LEASED: StallCause.ValueType  # 5
+"""Its head is leased."""
+STALL_CAUSE_BACKOFF: StallCause.ValueType  # 6
+"""Its head failed and waits for its backoff."""
+STALL_CAUSE_DELAYED: StallCause.ValueType  # 7
+"""Its head is not to be delivered yet."""
+STALL_CAUSE_LIMIT: StallCause.ValueType  # 8
+"""A rate or concurrency limit is used up."""
+STALL_CAUSE_NO_CONSUMER: StallCause.ValueType  # 9
+"""Nobody subscribes to the destination."""
+STALL_CAUSE_NO_CREDIT: StallCause.ValueType  # 10
+"""Consumers are there, but gave no credit."""
+STALL_CAUSE_NO_QUORUM: StallCause.ValueType  # 11
+"""Its shard has no leader."""
+Global___StallCause: _TypeAlias = StallCause  # noqa: Y015
+
+class _OverBudget:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OverBudgetEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OverBudget.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OVER_BUDGET_UNSPECIFIED: _OverBudget.ValueType  # 0
+    """REFUSE."""
+    OVER_BUDGET_REFUSE: _OverBudget.ValueType  # 1
+    """The record is refused with RESOURCE_EXHAUSTED; no target gets a copy."""
+    OVER_BUDGET_SKIP: _OverBudget.ValueType  # 2
+    """The other targets get their copies; this one counts `overflowed_total`."""
+
+class OverBudget(_OverBudget, metaclass=_OverBudgetEnumTypeWrapper):
+    """What a route does while a target is over its budget."""
+
+OVER_BUDGET_UNSPECIFIED: OverBudget.ValueType  # 0
+"""REFUSE."""
+OVER_BUDGET_REFUSE: OverBudget.ValueType  # 1
+"""The record is refused with RESOURCE_EXHAUSTED; no target gets a copy."""
+OVER_BUDGET_SKIP: OverBudget.ValueType  # 2
+"""The other targets get their copies; this one counts `overflowed_total`."""
+Global___OverBudget: _TypeAlias = OverBudget  # noqa: Y015
 
 @_typing.final
 class Destination(_message.Message):
@@ -96,18 +264,64 @@ class DeliveryPolicy(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TenantsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___TenantPolicy: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___TenantPolicy | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_MESSAGES_MAX_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     BACKOFF_FIELD_NUMBER: _builtins.int
     NACK_POLICY_FIELD_NUMBER: _builtins.int
     ATTEMPTS_MAX_FIELD_NUMBER: _builtins.int
     AGE_MAX_FIELD_NUMBER: _builtins.int
+    ORDERING_FIELD_NUMBER: _builtins.int
+    LEASE_DURATION_MAX_FIELD_NUMBER: _builtins.int
+    DEAD_LETTER_POLICY_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    MESSAGE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    TENANT_LIMIT_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    TENANT_RETENTION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    ADAPTIVE_LIMIT_FIELD_NUMBER: _builtins.int
+    DEDUP_WINDOW_FIELD_NUMBER: _builtins.int
     run_messages_max: _builtins.int
     """Longest run of one queue in one lease; 1 to 1024, default 64."""
     nack_policy: Global___NackPolicy.ValueType
     """What to do with a message that keeps failing; default BLOCK."""
     attempts_max: _builtins.int
     """BLOCK_UNTIL: attempts after which a message is dead-lettered; 1 to 1000."""
+    ordering: Global___Ordering.ValueType
+    """Whether queues keep their order; default ORDERED."""
+    dead_letter_policy: Global___DeadLetterPolicy.ValueType
+    """What becomes of messages that can't be delivered; default KEEP."""
+    message_bytes_max: _builtins.int
+    """Largest message (id, headers and payload, encoded); bytes, up to the node's
+    limit; 0: the node's limit.
+    """
+    weight: _builtins.float
+    """Share of consumers that lease from several destinations; 0.01 to 100,
+    default 1.
+    """
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:
         """How long a lease lasts unless extended; 1 s to 12 h, default 30 s."""
@@ -120,6 +334,46 @@ class DeliveryPolicy(_message.Message):
     def age_max(self) -> _duration_pb2.Duration:
         """BLOCK_UNTIL: age at which a failing message is dead-lettered; unset: never."""
 
+    @_builtins.property
+    def lease_duration_max(self) -> _duration_pb2.Duration:
+        """How far EXTEND may move a lease's end, counted from the grant;
+        `lease_duration` to 12 h, default 12 h.
+        """
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """Age at which a message is not delivered any more but goes where
+        `dead_letter_policy` says; 1 s to 366 days; unset: never.
+        """
+
+    @_builtins.property
+    def limit(self) -> Global___Limit:
+        """Of all tenants together. Unset fields: unlimited."""
+
+    @_builtins.property
+    def tenant_limit(self) -> Global___Limit:
+        """Of each tenant. Unset fields: unlimited."""
+
+    @_builtins.property
+    def retention(self) -> Global___Retention:
+        """What all tenants together may keep waiting here. Unset fields: unlimited."""
+
+    @_builtins.property
+    def tenant_retention(self) -> Global___Retention:
+        """What each tenant may keep waiting here. Unset fields: unlimited."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.MessageMap[_builtins.str, Global___TenantPolicy]:
+        """Tenants that differ from the above, by name; up to 1000."""
+
+    @_builtins.property
+    def adaptive_limit(self) -> Global___AdaptiveLimit:
+        """Fewer leases at a time while the destination throttles or fails."""
+
+    @_builtins.property
+    def dedup_window(self) -> _duration_pb2.Duration:
+        """For how long a `dedup_id` is remembered; 1 s to 7 days, default 10 min."""
+
     def __init__(
         self,
         *,
@@ -129,14 +383,157 @@ class DeliveryPolicy(_message.Message):
         nack_policy: Global___NackPolicy.ValueType = ...,
         attempts_max: _builtins.int = ...,
         age_max: _duration_pb2.Duration | None = ...,
+        ordering: Global___Ordering.ValueType = ...,
+        lease_duration_max: _duration_pb2.Duration | None = ...,
+        dead_letter_policy: Global___DeadLetterPolicy.ValueType = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        message_bytes_max: _builtins.int = ...,
+        limit: Global___Limit | None = ...,
+        tenant_limit: Global___Limit | None = ...,
+        retention: Global___Retention | None = ...,
+        tenant_retention: Global___Retention | None = ...,
+        weight: _builtins.float = ...,
+        tenants: _abc.Mapping[_builtins.str, Global___TenantPolicy] | None = ...,
+        adaptive_limit: Global___AdaptiveLimit | None = ...,
+        dedup_window: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["age_max", b"age_max", "backoff", b"backoff", "lease_duration", b"lease_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_limit", b"adaptive_limit", "age_max", b"age_max", "backoff", b"backoff", "dedup_window", b"dedup_window", "lease_duration", b"lease_duration", "lease_duration_max", b"lease_duration_max", "limit", b"limit", "retention", b"retention", "tenant_limit", b"tenant_limit", "tenant_retention", b"tenant_retention", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_max", b"age_max", "attempts_max", b"attempts_max", "backoff", b"backoff", "lease_duration", b"lease_duration", "nack_policy", b"nack_policy", "run_messages_max", b"run_messages_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_limit", b"adaptive_limit", "age_max", b"age_max", "attempts_max", b"attempts_max", "backoff", b"backoff", "dead_letter_policy", b"dead_letter_policy", "dedup_window", b"dedup_window", "lease_duration", b"lease_duration", "lease_duration_max", b"lease_duration_max", "limit", b"limit", "message_bytes_max", b"message_bytes_max", "nack_policy", b"nack_policy", "ordering", b"ordering", "retention", b"retention", "run_messages_max", b"run_messages_max", "tenant_limit", b"tenant_limit", "tenant_retention", b"tenant_retention", "tenants", b"tenants", "ttl", b"ttl", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeliveryPolicy: _TypeAlias = DeliveryPolicy  # noqa: Y015
+
+@_typing.final
+class Limit(_message.Message):
+    """How fast and how much at a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
+    LEASES_MAX_FIELD_NUMBER: _builtins.int
+    messages_per_second: _builtins.float
+    """Deliveries per second, on average; 0.01 to 1,000,000; 0: unlimited."""
+    burst: _builtins.int
+    """Deliveries at once after a rest; 0: what a second gives, at least 1."""
+    leases_max: _builtins.int
+    """Leases at a time; 0: unlimited. In an ordered destination a lease is worked
+    through one message after the other, so this is its concurrency.
+    """
+    def __init__(
+        self,
+        *,
+        messages_per_second: _builtins.float = ...,
+        burst: _builtins.int = ...,
+        leases_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "leases_max", b"leases_max", "messages_per_second", b"messages_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limit: _TypeAlias = Limit  # noqa: Y015
+
+@_typing.final
+class Retention(_message.Message):
+    """What may wait before producers are pushed back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    AGE_MAX_FIELD_NUMBER: _builtins.int
+    bytes_max: _builtins.int
+    """Bytes of messages waiting or leased (dead letters are not counted); beyond
+    it Produce is refused with RESOURCE_EXHAUSTED. 0: unlimited.
+    """
+    @_builtins.property
+    def age_max(self) -> _duration_pb2.Duration:
+        """Age of the oldest message waiting or leased; while it is older, Produce is
+        refused with RESOURCE_EXHAUSTED. 1 s to 366 days; unset: unlimited.
+        """
+
+    def __init__(
+        self,
+        *,
+        bytes_max: _builtins.int = ...,
+        age_max: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age_max", b"age_max"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_max", b"age_max", "bytes_max", b"bytes_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Retention: _TypeAlias = Retention  # noqa: Y015
+
+@_typing.final
+class TenantPolicy(_message.Message):
+    """A tenant that differs from the others of its destination."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    weight: _builtins.float
+    """Share of the destination; 0.01 to 100, default 1."""
+    @_builtins.property
+    def limit(self) -> Global___Limit:
+        """Instead of `tenant_limit`, if set."""
+
+    @_builtins.property
+    def retention(self) -> Global___Retention:
+        """Instead of `tenant_retention`, if set."""
+
+    def __init__(
+        self,
+        *,
+        weight: _builtins.float = ...,
+        limit: Global___Limit | None = ...,
+        retention: Global___Retention | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "retention", b"retention"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "retention", b"retention", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantPolicy: _TypeAlias = TenantPolicy  # noqa: Y015
+
+@_typing.final
+class AdaptiveLimit(_message.Message):
+    """Additive increase, multiplicative decrease (Chiu and Jain 1989) of the leases
+    that are out at a time, by the share of deliveries that throttle or fail.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISABLED_FIELD_NUMBER: _builtins.int
+    FLOOR_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    disabled: _builtins.bool
+    """Never adapts; `pinned` still holds."""
+    floor: _builtins.int
+    """Never fewer leases than this; 1 to 1024, default 1."""
+    pinned: _builtins.int
+    """Always this many; 0: adapts."""
+    def __init__(
+        self,
+        *,
+        disabled: _builtins.bool = ...,
+        floor: _builtins.int = ...,
+        pinned: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disabled", b"disabled", "floor", b"floor", "pinned", b"pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdaptiveLimit: _TypeAlias = AdaptiveLimit  # noqa: Y015
 
 @_typing.final
 class Backoff(_message.Message):
@@ -146,6 +543,14 @@ class Backoff(_message.Message):
 
     BASE_FIELD_NUMBER: _builtins.int
     CAP_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    JITTER_FIELD_NUMBER: _builtins.int
+    factor: _builtins.float
+    """Growth from one retry to the next; 1 to 10, default 2."""
+    jitter: _builtins.float
+    """Which part of the waiting time is drawn at random: 0 none, 1 all of it (full
+    jitter); default 1.
+    """
     @_builtins.property
     def base(self) -> _duration_pb2.Duration:
         """Before the first retry; 1 ms to 1 h, default 200 ms."""
@@ -159,12 +564,16 @@ class Backoff(_message.Message):
         *,
         base: _duration_pb2.Duration | None = ...,
         cap: _duration_pb2.Duration | None = ...,
+        factor: _builtins.float = ...,
+        jitter: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "cap", b"cap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_jitter", b"_jitter", "base", b"base", "cap", b"cap", "jitter", b"jitter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "cap", b"cap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_jitter", b"_jitter", "base", b"base", "cap", b"cap", "factor", b"factor", "jitter", b"jitter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__jitter: _TypeAlias = _typing.Literal["jitter"]  # noqa: Y015
+    _WhichOneofArgType__jitter: _TypeAlias = _typing.Literal["_jitter", b"_jitter"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__jitter) -> _WhichOneofReturnType__jitter | None: ...
 
 Global___Backoff: _TypeAlias = Backoff  # noqa: Y015
 
@@ -174,16 +583,59 @@ class HttpTarget(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class HeadersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     URL_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     CONCURRENCY_MAX_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    SIGNING_SECRETS_FIELD_NUMBER: _builtins.int
+    ALLOW_PRIVATE_ADDRESSES_FIELD_NUMBER: _builtins.int
+    REDIRECTS_MAX_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """http:// or https://; up to 2048 bytes."""
     concurrency_max: _builtins.int
     """Requests at a time per dispatcher; 1 to 1024, default 16."""
+    allow_private_addresses: _builtins.bool
+    """Loopback, private and link-local addresses may be called, too."""
+    redirects_max: _builtins.int
+    """Redirects (307 and 308 only) that are followed, each under the same checks;
+    0 to 5, default 0.
+    """
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """Per request; 100 ms to 10 min, default 10 s."""
+
+    @_builtins.property
+    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Sent with every request; up to 64, names and values as HTTP has them, 8 KiB
+        in all. Names that the dispatcher sets itself are refused.
+        """
+
+    @_builtins.property
+    def signing_secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Requests are signed as Standard Webhooks has it, once with each of these;
+        "whsec_" and base64 of 24 to 64 bytes; up to 4, so that a receiver can change
+        over. ListDestinations leaves them out.
+        """
 
     def __init__(
         self,
@@ -191,10 +643,14 @@ class HttpTarget(_message.Message):
         url: _builtins.str = ...,
         timeout: _duration_pb2.Duration | None = ...,
         concurrency_max: _builtins.int = ...,
+        headers: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        signing_secrets: _abc.Iterable[_builtins.str] | None = ...,
+        allow_private_addresses: _builtins.bool = ...,
+        redirects_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrency_max", b"concurrency_max", "timeout", b"timeout", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_private_addresses", b"allow_private_addresses", "concurrency_max", b"concurrency_max", "headers", b"headers", "redirects_max", b"redirects_max", "signing_secrets", b"signing_secrets", "timeout", b"timeout", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -472,6 +928,20 @@ class DestinationStats(_message.Message):
     OLDEST_ENQUEUE_TIME_FIELD_NUMBER: _builtins.int
     PARKED_UNTIL_TIME_FIELD_NUMBER: _builtins.int
     PARKED_TENANTS_FIELD_NUMBER: _builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    TTL_EXPIRED_TOTAL_FIELD_NUMBER: _builtins.int
+    PURGED_TOTAL_FIELD_NUMBER: _builtins.int
+    REDRIVEN_TOTAL_FIELD_NUMBER: _builtins.int
+    DISCARDED_TOTAL_FIELD_NUMBER: _builtins.int
+    DEDUPLICATED_TOTAL_FIELD_NUMBER: _builtins.int
+    QUEUES_READY_FIELD_NUMBER: _builtins.int
+    QUEUES_WAITING_FIELD_NUMBER: _builtins.int
+    QUEUES_LEASED_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    LEASES_LIMIT_FIELD_NUMBER: _builtins.int
+    CONSUMERS_FIELD_NUMBER: _builtins.int
+    ACKED_PER_SECOND_FIELD_NUMBER: _builtins.int
+    OVERFLOWED_TOTAL_FIELD_NUMBER: _builtins.int
     messages: _builtins.int
     """Messages stored and not yet acknowledged or dead-lettered."""
     leased: _builtins.int
@@ -492,6 +962,38 @@ class DestinationStats(_message.Message):
     """Leases that expired."""
     parked_tenants: _builtins.int
     """(destination, tenant) gates that are closed."""
+    message_bytes: _builtins.int
+    """Bytes of the messages in `messages`."""
+    ttl_expired_total: _builtins.int
+    """Messages whose TTL passed, ever; they are in `dead_lettered_total` or
+    `discarded_total`, too.
+    """
+    purged_total: _builtins.int
+    """Messages purged, ever."""
+    redriven_total: _builtins.int
+    """Dead letters put back, ever."""
+    discarded_total: _builtins.int
+    """Messages removed by DEAD_LETTER_POLICY_DISCARD, ever."""
+    deduplicated_total: _builtins.int
+    """Records recognised by their `dedup_id` and not stored again, ever."""
+    queues_ready: _builtins.int
+    """Queues that may be leased now, were the gates and limits open."""
+    queues_waiting: _builtins.int
+    """Queues that wait for the end of a backoff or delay."""
+    queues_leased: _builtins.int
+    """Queues under a lease."""
+    paused: _builtins.bool
+    """The whole destination is paused."""
+    leases_limit: _builtins.int
+    """Leases that may be out at a time, over all nodes; 0: unlimited."""
+    consumers: _builtins.int
+    """Consumers that lease from it."""
+    acked_per_second: _builtins.float
+    """Messages acknowledged per second, over the last half minute or so."""
+    overflowed_total: _builtins.int
+    """Copies that routes left out: this destination was over its budget, or the
+    route's filter failed on the message.
+    """
     @_builtins.property
     def oldest_enqueue_time(self) -> _timestamp_pb2.Timestamp:
         """Enqueue time of the oldest message of the ready and leased queues; unset if none."""
@@ -515,10 +1017,24 @@ class DestinationStats(_message.Message):
         oldest_enqueue_time: _timestamp_pb2.Timestamp | None = ...,
         parked_until_time: _timestamp_pb2.Timestamp | None = ...,
         parked_tenants: _builtins.int = ...,
+        message_bytes: _builtins.int = ...,
+        ttl_expired_total: _builtins.int = ...,
+        purged_total: _builtins.int = ...,
+        redriven_total: _builtins.int = ...,
+        discarded_total: _builtins.int = ...,
+        deduplicated_total: _builtins.int = ...,
+        queues_ready: _builtins.int = ...,
+        queues_waiting: _builtins.int = ...,
+        queues_leased: _builtins.int = ...,
+        paused: _builtins.bool = ...,
+        leases_limit: _builtins.int = ...,
+        consumers: _builtins.int = ...,
+        acked_per_second: _builtins.float = ...,
+        overflowed_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_enqueue_time", b"oldest_enqueue_time", "parked_until_time", b"parked_until_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_total", b"acked_total", "dead_lettered_total", b"dead_lettered_total", "dead_letters", b"dead_letters", "enqueued_total", b"enqueued_total", "expired_total", b"expired_total", "leased", b"leased", "messages", b"messages", "oldest_enqueue_time", b"oldest_enqueue_time", "parked_tenants", b"parked_tenants", "parked_until_time", b"parked_until_time", "queues", b"queues", "retried_total", b"retried_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_per_second", b"acked_per_second", "acked_total", b"acked_total", "consumers", b"consumers", "dead_lettered_total", b"dead_lettered_total", "dead_letters", b"dead_letters", "deduplicated_total", b"deduplicated_total", "discarded_total", b"discarded_total", "enqueued_total", b"enqueued_total", "expired_total", b"expired_total", "leased", b"leased", "leases_limit", b"leases_limit", "message_bytes", b"message_bytes", "messages", b"messages", "oldest_enqueue_time", b"oldest_enqueue_time", "overflowed_total", b"overflowed_total", "parked_tenants", b"parked_tenants", "parked_until_time", b"parked_until_time", "paused", b"paused", "purged_total", b"purged_total", "queues", b"queues", "queues_leased", b"queues_leased", "queues_ready", b"queues_ready", "queues_waiting", b"queues_waiting", "redriven_total", b"redriven_total", "retried_total", b"retried_total", "ttl_expired_total", b"ttl_expired_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -651,3 +1167,1082 @@ class DeadLetter(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class PurgeDeadLettersRequest(_message.Message):
+    """Request of PurgeDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant's, if set."""
+    validate_only: _builtins.bool
+    """Count only."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "destination", b"destination", "tenant", b"tenant", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___PurgeDeadLettersRequest: _TypeAlias = PurgeDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class PurgeDeadLettersResponse(_message.Message):
+    """Response of PurgeDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    dead_letters: _builtins.int
+    """Dead letters removed, or with `validate_only` those that would be."""
+    def __init__(
+        self,
+        *,
+        dead_letters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDeadLettersResponse: _TypeAlias = PurgeDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class RedriveDeadLettersRequest(_message.Message):
+    """Request of RedriveDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    MESSAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant's, if set."""
+    key: _builtins.str
+    """With a tenant: only this queue's, if set."""
+    messages_per_second: _builtins.float
+    """At most so many per second; 0.1 to 100,000, default 100."""
+    validate_only: _builtins.bool
+    """Count only."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+        key: _builtins.str | None = ...,
+        messages_per_second: _builtins.float = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_tenant", b"_tenant", "key", b"key", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_tenant", b"_tenant", "destination", b"destination", "key", b"key", "messages_per_second", b"messages_per_second", "tenant", b"tenant", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__key: _TypeAlias = _typing.Literal["key"]  # noqa: Y015
+    _WhichOneofArgType__key: _TypeAlias = _typing.Literal["_key", b"_key"]  # noqa: Y015
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key) -> _WhichOneofReturnType__key | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___RedriveDeadLettersRequest: _TypeAlias = RedriveDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class RedriveDeadLettersResponse(_message.Message):
+    """Response of RedriveDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REDRIVEN_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    redriven: _builtins.int
+    """Put back so far; with `validate_only` those that would be."""
+    done: _builtins.bool
+    """Everything that was there at the start is back."""
+    def __init__(
+        self,
+        *,
+        redriven: _builtins.int = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "redriven", b"redriven"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedriveDeadLettersResponse: _TypeAlias = RedriveDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class PeekMessagesRequest(_message.Message):
+    """Request of PeekMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """The queue's tenant."""
+    key: _builtins.str
+    """The queue's key."""
+    limit: _builtins.int
+    """At most this many; 0 takes 10, the limit is 100."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        key: _builtins.str = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "key", b"key", "limit", b"limit", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeekMessagesRequest: _TypeAlias = PeekMessagesRequest  # noqa: Y015
+
+@_typing.final
+class PeekMessagesResponse(_message.Message):
+    """Response of PeekMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Messages in the queue."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeekedMessage]:
+        """The first messages of the queue; together at most about 1 MiB."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___PeekedMessage] | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeekMessagesResponse: _TypeAlias = PeekMessagesResponse  # noqa: Y015
+
+@_typing.final
+class PeekedMessage(_message.Message):
+    """A message as it waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    ENQUEUE_TIME_FIELD_NUMBER: _builtins.int
+    DELIVER_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Its place in the shard."""
+    attempts: _builtins.int
+    """Failed attempts so far."""
+    leased: _builtins.bool
+    """It is under a lease."""
+    @_builtins.property
+    def enqueue_time(self) -> _timestamp_pb2.Timestamp:
+        """When the broker accepted it."""
+
+    @_builtins.property
+    def deliver_time(self) -> _timestamp_pb2.Timestamp:
+        """Not delivered before; unset: at once."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Not delivered after; unset: the policy's `ttl` alone decides."""
+
+    @_builtins.property
+    def message(self) -> _message_pb2.Message:
+        """The event."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        enqueue_time: _timestamp_pb2.Timestamp | None = ...,
+        deliver_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        attempts: _builtins.int = ...,
+        leased: _builtins.bool = ...,
+        message: _message_pb2.Message | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deliver_time", b"deliver_time", "enqueue_time", b"enqueue_time", "expire_time", b"expire_time", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "deliver_time", b"deliver_time", "enqueue_time", b"enqueue_time", "expire_time", b"expire_time", "leased", b"leased", "message", b"message", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeekedMessage: _TypeAlias = PeekedMessage  # noqa: Y015
+
+@_typing.final
+class PurgeMessagesRequest(_message.Message):
+    """Request of PurgeMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant's, if set."""
+    key: _builtins.str
+    """With a tenant: only this queue's, if set."""
+    validate_only: _builtins.bool
+    """Count only."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+        key: _builtins.str | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_tenant", b"_tenant", "key", b"key", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_tenant", b"_tenant", "destination", b"destination", "key", b"key", "tenant", b"tenant", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__key: _TypeAlias = _typing.Literal["key"]  # noqa: Y015
+    _WhichOneofArgType__key: _TypeAlias = _typing.Literal["_key", b"_key"]  # noqa: Y015
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key) -> _WhichOneofReturnType__key | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___PurgeMessagesRequest: _TypeAlias = PurgeMessagesRequest  # noqa: Y015
+
+@_typing.final
+class PurgeMessagesResponse(_message.Message):
+    """Response of PurgeMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
+    messages: _builtins.int
+    """Messages removed, or with `validate_only` those that would be."""
+    queues: _builtins.int
+    """Their queues."""
+    def __init__(
+        self,
+        *,
+        messages: _builtins.int = ...,
+        queues: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "queues", b"queues"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeMessagesResponse: _TypeAlias = PurgeMessagesResponse  # noqa: Y015
+
+@_typing.final
+class PauseDeliveryRequest(_message.Message):
+    """Request of PauseDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant, if set."""
+    reason: _builtins.str
+    """Why, for people; up to 1024 bytes."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "destination", b"destination", "reason", b"reason", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___PauseDeliveryRequest: _TypeAlias = PauseDeliveryRequest  # noqa: Y015
+
+@_typing.final
+class PauseDeliveryResponse(_message.Message):
+    """Response of PauseDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseDeliveryResponse: _TypeAlias = PauseDeliveryResponse  # noqa: Y015
+
+@_typing.final
+class ResumeDeliveryRequest(_message.Message):
+    """Request of ResumeDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant, if set."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "destination", b"destination", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ResumeDeliveryRequest: _TypeAlias = ResumeDeliveryRequest  # noqa: Y015
+
+@_typing.final
+class ResumeDeliveryResponse(_message.Message):
+    """Response of ResumeDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeDeliveryResponse: _TypeAlias = ResumeDeliveryResponse  # noqa: Y015
+
+@_typing.final
+class ParkDeliveryRequest(_message.Message):
+    """Request of ParkDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant, if set."""
+    reason: _builtins.str
+    """Why, for people; up to 1024 bytes."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """For how long; 1 ms to 7 days."""
+
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "duration", b"duration", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "destination", b"destination", "duration", b"duration", "reason", b"reason", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ParkDeliveryRequest: _TypeAlias = ParkDeliveryRequest  # noqa: Y015
+
+@_typing.final
+class ParkDeliveryResponse(_message.Message):
+    """Response of ParkDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkDeliveryResponse: _TypeAlias = ParkDeliveryResponse  # noqa: Y015
+
+@_typing.final
+class UnparkDeliveryRequest(_message.Message):
+    """Request of UnparkDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """Only this tenant, if set."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "destination", b"destination", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___UnparkDeliveryRequest: _TypeAlias = UnparkDeliveryRequest  # noqa: Y015
+
+@_typing.final
+class UnparkDeliveryResponse(_message.Message):
+    """Response of UnparkDelivery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnparkDeliveryResponse: _TypeAlias = UnparkDeliveryResponse  # noqa: Y015
+
+@_typing.final
+class ListGatesRequest(_message.Message):
+    """Request of ListGates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    page_size: _builtins.int
+    """At most this many; 0 takes 100, the limit is 1000."""
+    page_token: _builtins.str
+    """From the previous response; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGatesRequest: _TypeAlias = ListGatesRequest  # noqa: Y015
+
+@_typing.final
+class ListGatesResponse(_message.Message):
+    """Response of ListGates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def gates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gate]:
+        """One page: the destination's own first, then by tenant."""
+
+    def __init__(
+        self,
+        *,
+        gates: _abc.Iterable[Global___Gate] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gates", b"gates", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGatesResponse: _TypeAlias = ListGatesResponse  # noqa: Y015
+
+@_typing.final
+class Gate(_message.Message):
+    """Something that stops deliveries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    UNTIL_TIME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose: unset for the whole destination."""
+    cause: Global___GateCause.ValueType
+    """Why it is closed."""
+    step: _builtins.int
+    """Times in a row that it closed after THROTTLED or DOWN."""
+    reason: _builtins.str
+    """What the operator wrote."""
+    @_builtins.property
+    def until_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when; unset: until resumed."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str | None = ...,
+        cause: Global___GateCause.ValueType = ...,
+        until_time: _timestamp_pb2.Timestamp | None = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant", "until_time", b"until_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "cause", b"cause", "reason", b"reason", "step", b"step", "tenant", b"tenant", "until_time", b"until_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___Gate: _TypeAlias = Gate  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Request of Explain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    tenant: _builtins.str
+    """One tenant, if set."""
+    key: _builtins.str
+    """With a tenant: one queue, if set."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+        key: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_tenant", b"_tenant", "key", b"key", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_tenant", b"_tenant", "destination", b"destination", "key", b"key", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__key: _TypeAlias = _typing.Literal["key"]  # noqa: Y015
+    _WhichOneofArgType__key: _TypeAlias = _typing.Literal["_key", b"_key"]  # noqa: Y015
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key) -> _WhichOneofReturnType__key | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """Response of Explain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    UNTIL_TIME_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    DRAIN_TIME_FIELD_NUMBER: _builtins.int
+    sentence: _builtins.str
+    """One sentence for a person, with names and times."""
+    cause: Global___StallCause.ValueType
+    """The cause in that sentence."""
+    messages: _builtins.int
+    """Messages waiting or leased in what was asked for."""
+    @_builtins.property
+    def until_time(self) -> _timestamp_pb2.Timestamp:
+        """When that cause ends by itself; unset: unknown or never."""
+
+    @_builtins.property
+    def drain_time(self) -> _timestamp_pb2.Timestamp:
+        """When they will have been delivered if it goes on as in the last half minute;
+        unset: unknown.
+        """
+
+    def __init__(
+        self,
+        *,
+        sentence: _builtins.str = ...,
+        cause: Global___StallCause.ValueType = ...,
+        until_time: _timestamp_pb2.Timestamp | None = ...,
+        messages: _builtins.int = ...,
+        drain_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain_time", b"drain_time", "until_time", b"until_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "drain_time", b"drain_time", "messages", b"messages", "sentence", b"sentence", "until_time", b"until_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class ListTopTenantsRequest(_message.Message):
+    """Request of ListTopTenants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """The destination's name."""
+    limit: _builtins.int
+    """At most this many; 0 takes 10, the limit is 1000."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTopTenantsRequest: _TypeAlias = ListTopTenantsRequest  # noqa: Y015
+
+@_typing.final
+class ListTopTenantsResponse(_message.Message):
+    """Response of ListTopTenants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANTS_FIELD_NUMBER: _builtins.int
+    SHARDS_MISSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantStats]:
+        """Those with the most messages first."""
+
+    @_builtins.property
+    def shards_missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shards that did not answer; their counts are missing. Empty: complete."""
+
+    def __init__(
+        self,
+        *,
+        tenants: _abc.Iterable[Global___TenantStats] | None = ...,
+        shards_missing: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shards_missing", b"shards_missing", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTopTenantsResponse: _TypeAlias = ListTopTenantsResponse  # noqa: Y015
+
+@_typing.final
+class TenantStats(_message.Message):
+    """Counts of one tenant in a destination."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """The tenant's name."""
+    messages: _builtins.int
+    """Messages waiting or leased."""
+    message_bytes: _builtins.int
+    """Their bytes."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        messages: _builtins.int = ...,
+        message_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message_bytes", b"message_bytes", "messages", b"messages", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantStats: _TypeAlias = TenantStats  # noqa: Y015
+
+@_typing.final
+class Route(_message.Message):
+    """Copies what is produced to its source to every target."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Where it starts: a name that producers use as a destination, but which is
+    none: the messages themselves are not kept. As a destination's name.
+    """
+    etag: _builtins.str
+    """Output only: changes with every update."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteTarget]:
+        """Who gets a copy, of the same tenant and key; 1 to 64."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        targets: _abc.Iterable[Global___RouteTarget] | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "source", b"source", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class RouteTarget(_message.Message):
+    """One target of a route."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    OVER_BUDGET_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """A destination, or the source of another route."""
+    filter: _builtins.str
+    """Which messages: an expression in CEL (cel.dev) over `headers` (a map of
+    strings), `tenant`, `key` and `id` (strings) that gives a bool; up to 4096
+    bytes. Empty: all. A message on which it fails is not copied, and counted.
+    """
+    over_budget: Global___OverBudget.ValueType
+    """What to do while this target is over its retention budget; default REFUSE."""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        over_budget: Global___OverBudget.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "filter", b"filter", "over_budget", b"over_budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteTarget: _TypeAlias = RouteTarget  # noqa: Y015
+
+@_typing.final
+class CreateRouteRequest(_message.Message):
+    """Request of CreateRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """The route; `etag` is ignored."""
+
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateRouteRequest: _TypeAlias = CreateRouteRequest  # noqa: Y015
+
+@_typing.final
+class CreateRouteResponse(_message.Message):
+    """Response of CreateRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """As stored."""
+
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateRouteResponse: _TypeAlias = CreateRouteResponse  # noqa: Y015
+
+@_typing.final
+class UpdateRouteRequest(_message.Message):
+    """Request of UpdateRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    allow_missing: _builtins.bool
+    """Create it if it does not exist."""
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """The new targets. An `etag`, if set, must be the current one."""
+
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+        allow_missing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "route", b"route"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateRouteRequest: _TypeAlias = UpdateRouteRequest  # noqa: Y015
+
+@_typing.final
+class UpdateRouteResponse(_message.Message):
+    """Response of UpdateRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """As stored."""
+
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateRouteResponse: _TypeAlias = UpdateRouteResponse  # noqa: Y015
+
+@_typing.final
+class GetRouteRequest(_message.Message):
+    """Request of GetRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The route's source."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRouteRequest: _TypeAlias = GetRouteRequest  # noqa: Y015
+
+@_typing.final
+class GetRouteResponse(_message.Message):
+    """Response of GetRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """As stored."""
+
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRouteResponse: _TypeAlias = GetRouteResponse  # noqa: Y015
+
+@_typing.final
+class ListRoutesRequest(_message.Message):
+    """Request of ListRoutes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many; 0 takes 100, the limit is 1000."""
+    page_token: _builtins.str
+    """From the previous response; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRoutesRequest: _TypeAlias = ListRoutesRequest  # noqa: Y015
+
+@_typing.final
+class ListRoutesResponse(_message.Message):
+    """Response of ListRoutes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]:
+        """One page, by source."""
+
+    def __init__(
+        self,
+        *,
+        routes: _abc.Iterable[Global___Route] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "routes", b"routes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRoutesResponse: _TypeAlias = ListRoutesResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRouteRequest(_message.Message):
+    """Request of DeleteRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The route's source."""
+    etag: _builtins.str
+    """If set, must be the current one."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRouteRequest: _TypeAlias = DeleteRouteRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRouteResponse(_message.Message):
+    """Response of DeleteRoute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRouteResponse: _TypeAlias = DeleteRouteResponse  # noqa: Y015

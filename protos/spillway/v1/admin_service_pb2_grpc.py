@@ -65,6 +65,86 @@ class AdminServiceStub:
                 request_serializer=spillway_dot_v1_dot_admin__service__pb2.ListDeadLettersRequest.SerializeToString,
                 response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListDeadLettersResponse.FromString,
                 _registered_method=True)
+        self.PurgeDeadLetters = channel.unary_unary(
+                '/spillway.v1.AdminService/PurgeDeadLetters',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.PurgeDeadLettersRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.PurgeDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RedriveDeadLetters = channel.unary_stream(
+                '/spillway.v1.AdminService/RedriveDeadLetters',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.RedriveDeadLettersRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.RedriveDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.PeekMessages = channel.unary_unary(
+                '/spillway.v1.AdminService/PeekMessages',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.PeekMessagesRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.PeekMessagesResponse.FromString,
+                _registered_method=True)
+        self.PurgeMessages = channel.unary_unary(
+                '/spillway.v1.AdminService/PurgeMessages',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.PurgeMessagesRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.PurgeMessagesResponse.FromString,
+                _registered_method=True)
+        self.PauseDelivery = channel.unary_unary(
+                '/spillway.v1.AdminService/PauseDelivery',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.PauseDeliveryRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.PauseDeliveryResponse.FromString,
+                _registered_method=True)
+        self.ResumeDelivery = channel.unary_unary(
+                '/spillway.v1.AdminService/ResumeDelivery',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.ResumeDeliveryRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ResumeDeliveryResponse.FromString,
+                _registered_method=True)
+        self.ParkDelivery = channel.unary_unary(
+                '/spillway.v1.AdminService/ParkDelivery',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.ParkDeliveryRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ParkDeliveryResponse.FromString,
+                _registered_method=True)
+        self.UnparkDelivery = channel.unary_unary(
+                '/spillway.v1.AdminService/UnparkDelivery',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.UnparkDeliveryRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.UnparkDeliveryResponse.FromString,
+                _registered_method=True)
+        self.ListGates = channel.unary_unary(
+                '/spillway.v1.AdminService/ListGates',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.ListGatesRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListGatesResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/spillway.v1.AdminService/Explain',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.ListTopTenants = channel.unary_unary(
+                '/spillway.v1.AdminService/ListTopTenants',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.ListTopTenantsRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListTopTenantsResponse.FromString,
+                _registered_method=True)
+        self.CreateRoute = channel.unary_unary(
+                '/spillway.v1.AdminService/CreateRoute',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.CreateRouteRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.CreateRouteResponse.FromString,
+                _registered_method=True)
+        self.UpdateRoute = channel.unary_unary(
+                '/spillway.v1.AdminService/UpdateRoute',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.UpdateRouteRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.UpdateRouteResponse.FromString,
+                _registered_method=True)
+        self.GetRoute = channel.unary_unary(
+                '/spillway.v1.AdminService/GetRoute',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.GetRouteRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.GetRouteResponse.FromString,
+                _registered_method=True)
+        self.ListRoutes = channel.unary_unary(
+                '/spillway.v1.AdminService/ListRoutes',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.ListRoutesRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListRoutesResponse.FromString,
+                _registered_method=True)
+        self.DeleteRoute = channel.unary_unary(
+                '/spillway.v1.AdminService/DeleteRoute',
+                request_serializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -114,6 +194,129 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PurgeDeadLetters(self, request, context):
+        """Removes dead letters for good. NOT_FOUND if the destination does not exist.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedriveDeadLetters(self, request, context):
+        """Puts dead letters back at the head of their queues, in their original order,
+        ahead of later messages, at a bounded rate. Their age counts anew, and they
+        have no TTL of their own any more. Goes on as long as the caller
+        listens; what was put back stays so, and a later call goes on from there.
+        NOT_FOUND if the destination does not exist or has no such dead letter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PeekMessages(self, request, context):
+        """Messages of one queue, oldest first, without leasing them. An empty queue
+        gives none. NOT_FOUND if the destination does not exist.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeMessages(self, request, context):
+        """Removes the messages of a destination, a tenant or a queue for good. Their
+        leases end. NOT_FOUND if the destination does not exist.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseDelivery(self, request, context):
+        """Stops deliveries of a destination, or of one tenant there, until resumed.
+        Leases that are out run on. Producing goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeDelivery(self, request, context):
+        """Undoes PauseDelivery. Succeeds if nothing was paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ParkDelivery(self, request, context):
+        """As PauseDelivery, for a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnparkDelivery(self, request, context):
+        """Ends a parking, the operator's own or one after THROTTLED or DOWN, at once.
+        A pause stays. Succeeds if nothing was parked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGates(self, request, context):
+        """Everything that is paused or parked in a destination, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why a queue, tenant or destination is not moving, and when it will drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTopTenants(self, request, context):
+        """The tenants with the most messages waiting in a destination.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateRoute(self, request, context):
+        """Creates a route. ALREADY_EXISTS if its source has one; INVALID_ARGUMENT for
+        a filter that does not parse, an unknown target or a cycle of routes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateRoute(self, request, context):
+        """Replaces a route's targets. NOT_FOUND if there is none; ABORTED if `etag` is
+        given and differs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRoute(self, request, context):
+        """One route. NOT_FOUND if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRoutes(self, request, context):
+        """All routes, by source, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRoute(self, request, context):
+        """Removes a route. Copies that were promised are still made. NOT_FOUND if
+        there is none; ABORTED if `etag` is given and differs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +349,86 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListDeadLetters,
                     request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListDeadLettersRequest.FromString,
                     response_serializer=spillway_dot_v1_dot_admin__service__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'PurgeDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeDeadLetters,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.PurgeDeadLettersRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.PurgeDeadLettersResponse.SerializeToString,
+            ),
+            'RedriveDeadLetters': grpc.unary_stream_rpc_method_handler(
+                    servicer.RedriveDeadLetters,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.RedriveDeadLettersRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.RedriveDeadLettersResponse.SerializeToString,
+            ),
+            'PeekMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PeekMessages,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.PeekMessagesRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.PeekMessagesResponse.SerializeToString,
+            ),
+            'PurgeMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeMessages,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.PurgeMessagesRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.PurgeMessagesResponse.SerializeToString,
+            ),
+            'PauseDelivery': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseDelivery,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.PauseDeliveryRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.PauseDeliveryResponse.SerializeToString,
+            ),
+            'ResumeDelivery': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeDelivery,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ResumeDeliveryRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.ResumeDeliveryResponse.SerializeToString,
+            ),
+            'ParkDelivery': grpc.unary_unary_rpc_method_handler(
+                    servicer.ParkDelivery,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ParkDeliveryRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.ParkDeliveryResponse.SerializeToString,
+            ),
+            'UnparkDelivery': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnparkDelivery,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.UnparkDeliveryRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.UnparkDeliveryResponse.SerializeToString,
+            ),
+            'ListGates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGates,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListGatesRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.ListGatesResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ExplainRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'ListTopTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTopTenants,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListTopTenantsRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.ListTopTenantsResponse.SerializeToString,
+            ),
+            'CreateRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateRoute,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.CreateRouteRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.CreateRouteResponse.SerializeToString,
+            ),
+            'UpdateRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateRoute,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.UpdateRouteRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.UpdateRouteResponse.SerializeToString,
+            ),
+            'GetRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRoute,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.GetRouteRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.GetRouteResponse.SerializeToString,
+            ),
+            'ListRoutes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRoutes,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.ListRoutesRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.ListRoutesResponse.SerializeToString,
+            ),
+            'DeleteRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRoute,
+                    request_deserializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +594,438 @@ class AdminService:
             '/spillway.v1.AdminService/ListDeadLetters',
             spillway_dot_v1_dot_admin__service__pb2.ListDeadLettersRequest.SerializeToString,
             spillway_dot_v1_dot_admin__service__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/PurgeDeadLetters',
+            spillway_dot_v1_dot_admin__service__pb2.PurgeDeadLettersRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.PurgeDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedriveDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spillway.v1.AdminService/RedriveDeadLetters',
+            spillway_dot_v1_dot_admin__service__pb2.RedriveDeadLettersRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.RedriveDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PeekMessages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/PeekMessages',
+            spillway_dot_v1_dot_admin__service__pb2.PeekMessagesRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.PeekMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeMessages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/PurgeMessages',
+            spillway_dot_v1_dot_admin__service__pb2.PurgeMessagesRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.PurgeMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseDelivery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/PauseDelivery',
+            spillway_dot_v1_dot_admin__service__pb2.PauseDeliveryRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.PauseDeliveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeDelivery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/ResumeDelivery',
+            spillway_dot_v1_dot_admin__service__pb2.ResumeDeliveryRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.ResumeDeliveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ParkDelivery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/ParkDelivery',
+            spillway_dot_v1_dot_admin__service__pb2.ParkDeliveryRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.ParkDeliveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnparkDelivery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/UnparkDelivery',
+            spillway_dot_v1_dot_admin__service__pb2.UnparkDeliveryRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.UnparkDeliveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/ListGates',
+            spillway_dot_v1_dot_admin__service__pb2.ListGatesRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.ListGatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/Explain',
+            spillway_dot_v1_dot_admin__service__pb2.ExplainRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTopTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/ListTopTenants',
+            spillway_dot_v1_dot_admin__service__pb2.ListTopTenantsRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.ListTopTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/CreateRoute',
+            spillway_dot_v1_dot_admin__service__pb2.CreateRouteRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.CreateRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/UpdateRoute',
+            spillway_dot_v1_dot_admin__service__pb2.UpdateRouteRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.UpdateRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/GetRoute',
+            spillway_dot_v1_dot_admin__service__pb2.GetRouteRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.GetRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRoutes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/ListRoutes',
+            spillway_dot_v1_dot_admin__service__pb2.ListRoutesRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.ListRoutesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/DeleteRoute',
+            spillway_dot_v1_dot_admin__service__pb2.DeleteRouteRequest.SerializeToString,
+            spillway_dot_v1_dot_admin__service__pb2.DeleteRouteResponse.FromString,
             options,
             channel_credentials,
             insecure,

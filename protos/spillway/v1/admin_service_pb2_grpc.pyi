@@ -47,6 +47,57 @@ class AdminServiceStub:
     """Counts of one destination over all shards, without scanning messages."""
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListDeadLettersRequest, _admin_service_pb2.ListDeadLettersResponse]
     """Dead letters of one destination, oldest first per shard, in pages."""
+    PurgeDeadLetters: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PurgeDeadLettersRequest, _admin_service_pb2.PurgeDeadLettersResponse]
+    """Removes dead letters for good. NOT_FOUND if the destination does not exist."""
+    RedriveDeadLetters: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.RedriveDeadLettersRequest, _admin_service_pb2.RedriveDeadLettersResponse]
+    """Puts dead letters back at the head of their queues, in their original order,
+    ahead of later messages, at a bounded rate. Their age counts anew, and they
+    have no TTL of their own any more. Goes on as long as the caller
+    listens; what was put back stays so, and a later call goes on from there.
+    NOT_FOUND if the destination does not exist or has no such dead letter.
+    """
+    PeekMessages: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PeekMessagesRequest, _admin_service_pb2.PeekMessagesResponse]
+    """Messages of one queue, oldest first, without leasing them. An empty queue
+    gives none. NOT_FOUND if the destination does not exist.
+    """
+    PurgeMessages: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PurgeMessagesRequest, _admin_service_pb2.PurgeMessagesResponse]
+    """Removes the messages of a destination, a tenant or a queue for good. Their
+    leases end. NOT_FOUND if the destination does not exist.
+    """
+    PauseDelivery: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PauseDeliveryRequest, _admin_service_pb2.PauseDeliveryResponse]
+    """Stops deliveries of a destination, or of one tenant there, until resumed.
+    Leases that are out run on. Producing goes on.
+    """
+    ResumeDelivery: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeDeliveryRequest, _admin_service_pb2.ResumeDeliveryResponse]
+    """Undoes PauseDelivery. Succeeds if nothing was paused."""
+    ParkDelivery: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ParkDeliveryRequest, _admin_service_pb2.ParkDeliveryResponse]
+    """As PauseDelivery, for a time."""
+    UnparkDelivery: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnparkDeliveryRequest, _admin_service_pb2.UnparkDeliveryResponse]
+    """Ends a parking, the operator's own or one after THROTTLED or DOWN, at once.
+    A pause stays. Succeeds if nothing was parked.
+    """
+    ListGates: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListGatesRequest, _admin_service_pb2.ListGatesResponse]
+    """Everything that is paused or parked in a destination, in pages."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRequest, _admin_service_pb2.ExplainResponse]
+    """Why a queue, tenant or destination is not moving, and when it will drain."""
+    ListTopTenants: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListTopTenantsRequest, _admin_service_pb2.ListTopTenantsResponse]
+    """The tenants with the most messages waiting in a destination."""
+    CreateRoute: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreateRouteRequest, _admin_service_pb2.CreateRouteResponse]
+    """Creates a route. ALREADY_EXISTS if its source has one; INVALID_ARGUMENT for
+    a filter that does not parse, an unknown target or a cycle of routes.
+    """
+    UpdateRoute: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateRouteRequest, _admin_service_pb2.UpdateRouteResponse]
+    """Replaces a route's targets. NOT_FOUND if there is none; ABORTED if `etag` is
+    given and differs.
+    """
+    GetRoute: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetRouteRequest, _admin_service_pb2.GetRouteResponse]
+    """One route. NOT_FOUND if there is none."""
+    ListRoutes: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListRoutesRequest, _admin_service_pb2.ListRoutesResponse]
+    """All routes, by source, in pages."""
+    DeleteRoute: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRouteRequest, _admin_service_pb2.DeleteRouteResponse]
+    """Removes a route. Copies that were promised are still made. NOT_FOUND if
+    there is none; ABORTED if `etag` is given and differs.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -67,6 +118,57 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Counts of one destination over all shards, without scanning messages."""
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListDeadLettersRequest, _admin_service_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
     """Dead letters of one destination, oldest first per shard, in pages."""
+    PurgeDeadLetters: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PurgeDeadLettersRequest, _admin_service_pb2.PurgeDeadLettersResponse]  # type: ignore[assignment]
+    """Removes dead letters for good. NOT_FOUND if the destination does not exist."""
+    RedriveDeadLetters: _aio.UnaryStreamMultiCallable[_admin_service_pb2.RedriveDeadLettersRequest, _admin_service_pb2.RedriveDeadLettersResponse]  # type: ignore[assignment]
+    """Puts dead letters back at the head of their queues, in their original order,
+    ahead of later messages, at a bounded rate. Their age counts anew, and they
+    have no TTL of their own any more. Goes on as long as the caller
+    listens; what was put back stays so, and a later call goes on from there.
+    NOT_FOUND if the destination does not exist or has no such dead letter.
+    """
+    PeekMessages: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PeekMessagesRequest, _admin_service_pb2.PeekMessagesResponse]  # type: ignore[assignment]
+    """Messages of one queue, oldest first, without leasing them. An empty queue
+    gives none. NOT_FOUND if the destination does not exist.
+    """
+    PurgeMessages: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PurgeMessagesRequest, _admin_service_pb2.PurgeMessagesResponse]  # type: ignore[assignment]
+    """Removes the messages of a destination, a tenant or a queue for good. Their
+    leases end. NOT_FOUND if the destination does not exist.
+    """
+    PauseDelivery: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PauseDeliveryRequest, _admin_service_pb2.PauseDeliveryResponse]  # type: ignore[assignment]
+    """Stops deliveries of a destination, or of one tenant there, until resumed.
+    Leases that are out run on. Producing goes on.
+    """
+    ResumeDelivery: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeDeliveryRequest, _admin_service_pb2.ResumeDeliveryResponse]  # type: ignore[assignment]
+    """Undoes PauseDelivery. Succeeds if nothing was paused."""
+    ParkDelivery: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ParkDeliveryRequest, _admin_service_pb2.ParkDeliveryResponse]  # type: ignore[assignment]
+    """As PauseDelivery, for a time."""
+    UnparkDelivery: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnparkDeliveryRequest, _admin_service_pb2.UnparkDeliveryResponse]  # type: ignore[assignment]
+    """Ends a parking, the operator's own or one after THROTTLED or DOWN, at once.
+    A pause stays. Succeeds if nothing was parked.
+    """
+    ListGates: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListGatesRequest, _admin_service_pb2.ListGatesResponse]  # type: ignore[assignment]
+    """Everything that is paused or parked in a destination, in pages."""
+    Explain: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRequest, _admin_service_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Why a queue, tenant or destination is not moving, and when it will drain."""
+    ListTopTenants: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListTopTenantsRequest, _admin_service_pb2.ListTopTenantsResponse]  # type: ignore[assignment]
+    """The tenants with the most messages waiting in a destination."""
+    CreateRoute: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateRouteRequest, _admin_service_pb2.CreateRouteResponse]  # type: ignore[assignment]
+    """Creates a route. ALREADY_EXISTS if its source has one; INVALID_ARGUMENT for
+    a filter that does not parse, an unknown target or a cycle of routes.
+    """
+    UpdateRoute: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateRouteRequest, _admin_service_pb2.UpdateRouteResponse]  # type: ignore[assignment]
+    """Replaces a route's targets. NOT_FOUND if there is none; ABORTED if `etag` is
+    given and differs.
+    """
+    GetRoute: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetRouteRequest, _admin_service_pb2.GetRouteResponse]  # type: ignore[assignment]
+    """One route. NOT_FOUND if there is none."""
+    ListRoutes: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListRoutesRequest, _admin_service_pb2.ListRoutesResponse]  # type: ignore[assignment]
+    """All routes, by source, in pages."""
+    DeleteRoute: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRouteRequest, _admin_service_pb2.DeleteRouteResponse]  # type: ignore[assignment]
+    """Removes a route. Copies that were promised are still made. NOT_FOUND if
+    there is none; ABORTED if `etag` is given and differs.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Destinations and what became of their messages. Any node serves any call."""
@@ -120,5 +222,152 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ListDeadLettersResponse, _abc.Awaitable[_admin_service_pb2.ListDeadLettersResponse]]:
         """Dead letters of one destination, oldest first per shard, in pages."""
+
+    @_abc_1.abstractmethod
+    def PurgeDeadLetters(
+        self,
+        request: _admin_service_pb2.PurgeDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PurgeDeadLettersResponse, _abc.Awaitable[_admin_service_pb2.PurgeDeadLettersResponse]]:
+        """Removes dead letters for good. NOT_FOUND if the destination does not exist."""
+
+    @_abc_1.abstractmethod
+    def RedriveDeadLetters(
+        self,
+        request: _admin_service_pb2.RedriveDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.RedriveDeadLettersResponse], _abc.AsyncIterator[_admin_service_pb2.RedriveDeadLettersResponse]]:
+        """Puts dead letters back at the head of their queues, in their original order,
+        ahead of later messages, at a bounded rate. Their age counts anew, and they
+        have no TTL of their own any more. Goes on as long as the caller
+        listens; what was put back stays so, and a later call goes on from there.
+        NOT_FOUND if the destination does not exist or has no such dead letter.
+        """
+
+    @_abc_1.abstractmethod
+    def PeekMessages(
+        self,
+        request: _admin_service_pb2.PeekMessagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PeekMessagesResponse, _abc.Awaitable[_admin_service_pb2.PeekMessagesResponse]]:
+        """Messages of one queue, oldest first, without leasing them. An empty queue
+        gives none. NOT_FOUND if the destination does not exist.
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeMessages(
+        self,
+        request: _admin_service_pb2.PurgeMessagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PurgeMessagesResponse, _abc.Awaitable[_admin_service_pb2.PurgeMessagesResponse]]:
+        """Removes the messages of a destination, a tenant or a queue for good. Their
+        leases end. NOT_FOUND if the destination does not exist.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseDelivery(
+        self,
+        request: _admin_service_pb2.PauseDeliveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PauseDeliveryResponse, _abc.Awaitable[_admin_service_pb2.PauseDeliveryResponse]]:
+        """Stops deliveries of a destination, or of one tenant there, until resumed.
+        Leases that are out run on. Producing goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeDelivery(
+        self,
+        request: _admin_service_pb2.ResumeDeliveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ResumeDeliveryResponse, _abc.Awaitable[_admin_service_pb2.ResumeDeliveryResponse]]:
+        """Undoes PauseDelivery. Succeeds if nothing was paused."""
+
+    @_abc_1.abstractmethod
+    def ParkDelivery(
+        self,
+        request: _admin_service_pb2.ParkDeliveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ParkDeliveryResponse, _abc.Awaitable[_admin_service_pb2.ParkDeliveryResponse]]:
+        """As PauseDelivery, for a time."""
+
+    @_abc_1.abstractmethod
+    def UnparkDelivery(
+        self,
+        request: _admin_service_pb2.UnparkDeliveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UnparkDeliveryResponse, _abc.Awaitable[_admin_service_pb2.UnparkDeliveryResponse]]:
+        """Ends a parking, the operator's own or one after THROTTLED or DOWN, at once.
+        A pause stays. Succeeds if nothing was parked.
+        """
+
+    @_abc_1.abstractmethod
+    def ListGates(
+        self,
+        request: _admin_service_pb2.ListGatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListGatesResponse, _abc.Awaitable[_admin_service_pb2.ListGatesResponse]]:
+        """Everything that is paused or parked in a destination, in pages."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _admin_service_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ExplainResponse, _abc.Awaitable[_admin_service_pb2.ExplainResponse]]:
+        """Why a queue, tenant or destination is not moving, and when it will drain."""
+
+    @_abc_1.abstractmethod
+    def ListTopTenants(
+        self,
+        request: _admin_service_pb2.ListTopTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListTopTenantsResponse, _abc.Awaitable[_admin_service_pb2.ListTopTenantsResponse]]:
+        """The tenants with the most messages waiting in a destination."""
+
+    @_abc_1.abstractmethod
+    def CreateRoute(
+        self,
+        request: _admin_service_pb2.CreateRouteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.CreateRouteResponse, _abc.Awaitable[_admin_service_pb2.CreateRouteResponse]]:
+        """Creates a route. ALREADY_EXISTS if its source has one; INVALID_ARGUMENT for
+        a filter that does not parse, an unknown target or a cycle of routes.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateRoute(
+        self,
+        request: _admin_service_pb2.UpdateRouteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UpdateRouteResponse, _abc.Awaitable[_admin_service_pb2.UpdateRouteResponse]]:
+        """Replaces a route's targets. NOT_FOUND if there is none; ABORTED if `etag` is
+        given and differs.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRoute(
+        self,
+        request: _admin_service_pb2.GetRouteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.GetRouteResponse, _abc.Awaitable[_admin_service_pb2.GetRouteResponse]]:
+        """One route. NOT_FOUND if there is none."""
+
+    @_abc_1.abstractmethod
+    def ListRoutes(
+        self,
+        request: _admin_service_pb2.ListRoutesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListRoutesResponse, _abc.Awaitable[_admin_service_pb2.ListRoutesResponse]]:
+        """All routes, by source, in pages."""
+
+    @_abc_1.abstractmethod
+    def DeleteRoute(
+        self,
+        request: _admin_service_pb2.DeleteRouteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.DeleteRouteResponse, _abc.Awaitable[_admin_service_pb2.DeleteRouteResponse]]:
+        """Removes a route. Copies that were promised are still made. NOT_FOUND if
+        there is none; ABORTED if `etag` is given and differs.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19spillway/v1/message.proto\x12\x0bspillway.v1\"\x8a\x01\n\x07Message\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x07headers\x18\x02 \x03(\x0b\x32!.spillway.v1.Message.HeadersEntry\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"d\n\tItemError\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x16.spillway.v1.ErrorCode\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t*\xa4\x02\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x45RROR_CODE_INVALID_ARGUMENT\x10\x01\x12$\n ERROR_CODE_DESTINATION_NOT_FOUND\x10\x02\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x03\x12!\n\x1d\x45RROR_CODE_RESOURCE_EXHAUSTED\x10\x04\x12\x1e\n\x1a\x45RROR_CODE_OUT_OF_SEQUENCE\x10\x05\x12\x1a\n\x16\x45RROR_CODE_STALE_TOKEN\x10\x06\x12 \n\x1c\x45RROR_CODE_PERMISSION_DENIED\x10\x07\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19spillway/v1/message.proto\x12\x0bspillway.v1\"\x8a\x01\n\x07Message\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x07headers\x18\x02 \x03(\x0b\x32!.spillway.v1.Message.HeadersEntry\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"d\n\tItemError\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x16.spillway.v1.ErrorCode\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t*\xc0\x02\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x45RROR_CODE_INVALID_ARGUMENT\x10\x01\x12$\n ERROR_CODE_DESTINATION_NOT_FOUND\x10\x02\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x03\x12!\n\x1d\x45RROR_CODE_RESOURCE_EXHAUSTED\x10\x04\x12\x1e\n\x1a\x45RROR_CODE_OUT_OF_SEQUENCE\x10\x05\x12\x1a\n\x16\x45RROR_CODE_STALE_TOKEN\x10\x06\x12 \n\x1c\x45RROR_CODE_PERMISSION_DENIED\x10\x07\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x08\x12\x1a\n\x16\x45RROR_CODE_OVER_BUDGET\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE_HEADERSENTRY']._loaded_options = None
   _globals['_MESSAGE_HEADERSENTRY']._serialized_options = b'8\001'
   _globals['_ERRORCODE']._serialized_start=286
-  _globals['_ERRORCODE']._serialized_end=578
+  _globals['_ERRORCODE']._serialized_end=606
   _globals['_MESSAGE']._serialized_start=43
   _globals['_MESSAGE']._serialized_end=181
   _globals['_MESSAGE_HEADERSENTRY']._serialized_start=135

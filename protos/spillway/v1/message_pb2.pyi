@@ -36,7 +36,9 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     Retry; with a producer id the retry is exactly-once.
     """
     ERROR_CODE_RESOURCE_EXHAUSTED: _ErrorCode.ValueType  # 4
-    """A disk watermark or a quota was reached; nothing was stored. Retry later."""
+    """A disk watermark was reached, or there are too many destinations; nothing was
+    stored. Retry later.
+    """
     ERROR_CODE_OUT_OF_SEQUENCE: _ErrorCode.ValueType  # 5
     """`producer_sequence` left a gap: an earlier record of this producer is missing
     on the shard. Resend from the first unacknowledged record.
@@ -49,6 +51,12 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """The caller may not do this."""
     ERROR_CODE_INTERNAL: _ErrorCode.ValueType  # 8
     """A bug in the broker."""
+    ERROR_CODE_OVER_BUDGET: _ErrorCode.ValueType  # 9
+    """The destination, or the tenant there, is over its retention budget;
+    `description` says which. RESOURCE_EXHAUSTED, for one record: it was not
+    stored, its producer number was not used, and records of other destinations
+    go on. Retry when some of what waits has been delivered.
+    """
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """Why one item of a batch was refused. The other items of the batch stand."""
@@ -64,7 +72,9 @@ ERROR_CODE_UNAVAILABLE: ErrorCode.ValueType  # 3
 Retry; with a producer id the retry is exactly-once.
 """
 ERROR_CODE_RESOURCE_EXHAUSTED: ErrorCode.ValueType  # 4
-"""A disk watermark or a quota was reached; nothing was stored. Retry later."""
+"""A disk watermark was reached, or there are too many destinations; nothing was
+stored. Retry later.
+"""
 ERROR_CODE_OUT_OF_SEQUENCE: ErrorCode.ValueType  # 5
 """`producer_sequence` left a gap: an earlier record of this producer is missing
 on the shard. Resend from the first unacknowledged record.
@@ -77,6 +87,12 @@ ERROR_CODE_PERMISSION_DENIED: ErrorCode.ValueType  # 7
 """The caller may not do this."""
 ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 8
 """A bug in the broker."""
+ERROR_CODE_OVER_BUDGET: ErrorCode.ValueType  # 9
+"""The destination, or the tenant there, is over its retention budget;
+`description` says which. RESOURCE_EXHAUSTED, for one record: it was not
+stored, its producer number was not used, and records of other destinations
+go on. Retry when some of what waits has been delivered.
+"""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 @_typing.final

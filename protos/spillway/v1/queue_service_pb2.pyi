@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from spillway.v1 import message_pb2 as _message_pb2
@@ -141,6 +142,9 @@ class ProduceRecord(_message.Message):
     PRODUCER_SEQUENCE_FIELD_NUMBER: _builtins.int
     DELAY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    DEDUP_ID_FIELD_NUMBER: _builtins.int
+    DELIVER_AT_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """Which destination: 1 to 255 bytes of UTF-8, no control characters, no '*'."""
     tenant: _builtins.str
@@ -153,6 +157,11 @@ class ProduceRecord(_message.Message):
     """With a producer id: 1, 2, 3, ... per (producer id, shard), without gaps. A
     number already stored is acknowledged again and not stored twice.
     """
+    dedup_id: _builtins.str
+    """A second record of the same queue with this id is acknowledged and not stored,
+    for the destination's `dedup_window`: for callers that have no producer id.
+    Up to 255 bytes, no control characters. Empty: none.
+    """
     @_builtins.property
     def delay(self) -> _duration_pb2.Duration:
         """Deliver no earlier than this long from now. Not negative, at most 7 days. In
@@ -163,6 +172,18 @@ class ProduceRecord(_message.Message):
     def message(self) -> _message_pb2.Message:
         """The event itself."""
 
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """Do not deliver later than this long from now; 1 ms to 366 days. The policy's
+        `ttl` may be shorter.
+        """
+
+    @_builtins.property
+    def deliver_at(self) -> _timestamp_pb2.Timestamp:
+        """Deliver no earlier than this; not together with `delay`, at most 7 days ahead.
+        The past is now.
+        """
+
     def __init__(
         self,
         *,
@@ -172,10 +193,13 @@ class ProduceRecord(_message.Message):
         producer_sequence: _builtins.int = ...,
         delay: _duration_pb2.Duration | None = ...,
         message: _message_pb2.Message | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        dedup_id: _builtins.str = ...,
+        deliver_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "deliver_at", b"deliver_at", "message", b"message", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "destination", b"destination", "key", b"key", "message", b"message", "producer_sequence", b"producer_sequence", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dedup_id", b"dedup_id", "delay", b"delay", "deliver_at", b"deliver_at", "destination", b"destination", "key", b"key", "message", b"message", "producer_sequence", b"producer_sequence", "tenant", b"tenant", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,7 +216,8 @@ class ProduceResponse(_message.Message):
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One per record, in order: its sequence in its shard, unique and increasing
-        there. 0 where `errors` has an entry. For a duplicate it is 1.
+        there. 0 where `errors` has an entry. For a duplicate of a producer id it is
+        1, for one of a `dedup_id` that of the first.
         """
 
     @_builtins.property

@@ -11,6 +11,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -31,8 +32,18 @@ class ProduceRequestView(_message.Message):
 
     PRODUCER_ID_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
+    COPY_EPOCH_FIELD_NUMBER: _builtins.int
+    COPY_PREVIOUS_FIELD_NUMBER: _builtins.int
     producer_id: _builtins.str
     """As in spillway.v1."""
+    copy_epoch: _builtins.int
+    """Copies of a route, all for one shard: which life of their copier made them.
+    Those of an earlier life are refused.
+    """
+    copy_previous: _builtins.int
+    """The `copy_sequence` before the first record in this life; 0: it is the first.
+    What does not follow is refused, so that none is left out.
+    """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProduceRecordView]:
         """As in spillway.v1."""
@@ -42,10 +53,12 @@ class ProduceRequestView(_message.Message):
         *,
         producer_id: _builtins.str = ...,
         records: _abc.Iterable[Global___ProduceRecordView] | None = ...,
+        copy_epoch: _builtins.int = ...,
+        copy_previous: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["producer_id", b"producer_id", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_epoch", b"copy_epoch", "copy_previous", b"copy_previous", "producer_id", b"producer_id", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -63,6 +76,14 @@ class ProduceRecordView(_message.Message):
     PRODUCER_SEQUENCE_FIELD_NUMBER: _builtins.int
     DELAY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    DEDUP_ID_FIELD_NUMBER: _builtins.int
+    DELIVER_AT_FIELD_NUMBER: _builtins.int
+    COPY_SEQUENCE_FIELD_NUMBER: _builtins.int
+    DELIVER_UNIX_MS_FIELD_NUMBER: _builtins.int
+    EXPIRE_UNIX_MS_FIELD_NUMBER: _builtins.int
+    DEDUP_DIGEST_FIELD_NUMBER: _builtins.int
+    DEDUP_UNTIL_UNIX_MS_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """As in spillway.v1."""
     tenant: _builtins.str
@@ -73,8 +94,30 @@ class ProduceRecordView(_message.Message):
     """As in spillway.v1."""
     message: _builtins.bytes
     """A serialized spillway.v1.Message."""
+    dedup_id: _builtins.str
+    """As in spillway.v1."""
+    copy_sequence: _builtins.int
+    """A copy that a route makes: the sequence of the message in the source's shard.
+    Never falls; copies of one message are in one request.
+    """
+    deliver_unix_ms: _builtins.int
+    """Instead of `delay` and `deliver_at`, between nodes: ms since 1970, 0 none."""
+    expire_unix_ms: _builtins.int
+    """Instead of `ttl`, between nodes: ms since 1970, 0 none."""
+    dedup_digest: _builtins.bytes
+    """Instead of `dedup_id`, between nodes: 16 bytes, or empty."""
+    dedup_until_unix_ms: _builtins.int
+    """How long it is remembered: ms since 1970."""
     @_builtins.property
     def delay(self) -> _duration_pb2.Duration:
+        """As in spillway.v1."""
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """As in spillway.v1."""
+
+    @_builtins.property
+    def deliver_at(self) -> _timestamp_pb2.Timestamp:
         """As in spillway.v1."""
 
     def __init__(
@@ -86,10 +129,18 @@ class ProduceRecordView(_message.Message):
         producer_sequence: _builtins.int = ...,
         delay: _duration_pb2.Duration | None = ...,
         message: _builtins.bytes = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        dedup_id: _builtins.str = ...,
+        deliver_at: _timestamp_pb2.Timestamp | None = ...,
+        copy_sequence: _builtins.int = ...,
+        deliver_unix_ms: _builtins.int = ...,
+        expire_unix_ms: _builtins.int = ...,
+        dedup_digest: _builtins.bytes = ...,
+        dedup_until_unix_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "deliver_at", b"deliver_at", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "destination", b"destination", "key", b"key", "message", b"message", "producer_sequence", b"producer_sequence", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_sequence", b"copy_sequence", "dedup_digest", b"dedup_digest", "dedup_id", b"dedup_id", "dedup_until_unix_ms", b"dedup_until_unix_ms", "delay", b"delay", "deliver_at", b"deliver_at", "deliver_unix_ms", b"deliver_unix_ms", "destination", b"destination", "expire_unix_ms", b"expire_unix_ms", "key", b"key", "message", b"message", "producer_sequence", b"producer_sequence", "tenant", b"tenant", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
