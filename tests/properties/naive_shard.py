@@ -1,18 +1,32 @@
 """A naive shard, to compare the real one with: whole lists, nothing cold, nothing evicted, nothing saved.
 
-A queue is the list of all that was ever stored in it and the number of messages, from the first, that are finished.
-Because messages finish in order only, this one number says what is delivered next, what never again, and what is left.
+A queue is the list of all that was ever stored in it, and the list of what is left.
 """
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from spillway.broker.core.entry import ACK, DOWN, EXTEND, REJECT, RETRY, THROTTLED, Entry
+from spillway.broker.core.entry import (
+    ACK,
+    DEAD,
+    DISCARD,
+    DONE,
+    DOWN,
+    EXPIRED,
+    EXTEND,
+    GONE,
+    REJECT,
+    RELEASE,
+    RETRY,
+    THROTTLED,
+    Enqueue,
+    Entry,
+)
 
 OK, ALREADY, STALE, NOT_FIRST = 1, 2, 3, 4
 
-Message = tuple[int, int, int, bytes]  # sequence, enqueue ms, not before ms, body
+Message = tuple[int, int, int, bytes, int]  # sequence, enqueue ms, not before ms, body, not after ms
 
 
 @dataclass
@@ -32,20 +46,28 @@ class NaiveQueue:
     """See the module."""
 
     produced: list[Message] = field(default_factory=list)
-    done: int = 0
+    left: list[Message] = field(default_factory=list)  # what is not finished, by sequence
     attempts: int = 0
     not_before: int = 0
-    gap: tuple[int, int, int] | None = None
+    missing: set[int] = field(default_factory=set)  # dropped since a message behind all of them was finished
+    between: tuple[int, int] = (0, 0)  # all that is missing is between these, both included
     lease: NaiveLease | None = None
-
-    @property
-    def left(self) -> list[Message]:
-        """What is not finished."""
-        return self.produced[self.done:]
 
     def due(self) -> int:
         """When the head may be delivered."""
-        return max(self.not_before, self.produced[self.done][2])
+        return max(self.not_before, self.left[0][2])
+
+    def gap(self) -> tuple[int, int, int] | None:
+        """What the next consumer is told."""
+        return (len(self.missing), *self.between) if self.missing else None
+
+    def drop(self) -> Message:
+        """The head goes, and is missing."""
+        head = self.left.pop(0)
+        self.between = (min(self.between[0], head[0]), max(self.between[1], head[0])) if self.missing else (head[0], head[0])
+        self.missing.add(head[0])
+        self.attempts = self.not_before = 0
+        return head
 
 
 @dataclass
@@ -57,6 +79,10 @@ class Outcome:
     granted: list[NaiveQueue | None] = field(default_factory=list)
     released: list[tuple[int, bytes, int]] = field(default_factory=list)
     gates: list[tuple[bytes, int, int]] = field(default_factory=list)
+    duplicates: dict[int, int] = field(default_factory=dict)
+    trimmed: list[bool] = field(default_factory=list)
+    purged: list[int] = field(default_factory=list)
+    redriven: list[bool] = field(default_factory=list)
 
 
 class NaiveShard:
@@ -66,11 +92,16 @@ class NaiveShard:
         self.now = 0
         self.queues: dict[bytes, NaiveQueue] = {}
         self.leases: dict[int, NaiveLease] = {}  # all there ever were, by token
+        self.copies: dict[str, list[tuple[int, int]]] = {}  # copier -> (epoch, number) of all that came, as they came
         self.producers: dict[str, int] = {}  # last used last
         self.producers_max = producers_max
         self.gates: dict[bytes, tuple[int, int]] = {}
         self.remembered: dict[int, tuple[int, int]] = {}  # token -> finished messages, index at which it was settled
-        self.dead: list[tuple[bytes, Message, int, str, int]] = []  # queue, message, attempts, reason, ms
+        # row -> queue, message, attempts, reason, ms, index of the entry
+        self.dead: dict[bytes, tuple[bytes, Message, int, str, int, int]] = {}
+        self.index = 0
+        self.ids: dict[bytes, tuple[int, int]] = {}  # dedup digest -> sequence, until
+        self.excused: set[int] = set()  # sequences that were dead once: redriven, they come later than they were produced
         self.totals: Counter[tuple[bytes, str]] = Counter()  # (destination, counter)
 
     def nonempty(self) -> list[bytes]:
@@ -85,27 +116,40 @@ class NaiveShard:
         """What the real shard must do."""
         out = Outcome()
         self.now = max(self.now, entry.now_ms)
+        self.index = index
         sequence = index << 20
         for batch in entry.enqueues:
-            self._enqueue(batch.producer, batch.first, list(zip(batch.queues, batch.bodies, strict=True)),
-                          batch.delays or {}, sequence, out)
+            self._enqueue(batch, sequence, out)
             sequence += len(batch.queues)
         for token, position, _, outcome, argument, reason in entry.settles:
             out.settled.append(self._settle(index, token, position, outcome, argument, reason, out))
-        for token, dead, not_before, reason in entry.expires:
+        for token, fate, not_before, reason in entry.expires:
             lease = self._lease(token)
             if lease and lease.deadline <= self.now:
                 queue = self.queues[lease.queue]
                 self._count(lease.queue, "expired")
                 self._count(lease.queue, "retried")
-                if dead:
-                    self._bury(lease, reason)
+                if fate:
+                    self._bury_leased(lease, fate, reason)
                 else:
                     queue.attempts += 1
                     queue.not_before = not_before
-                self._end(lease, RETRY, out)
+                self._end(lease, EXPIRED, out)
         for scope, until, step in entry.gates:
             self._gate(scope, until, step, out)
+        for name, count, last, fate, reason in entry.trims:
+            out.trimmed.append(self._trim(name, count, last, fate, reason))
+        for name in entry.purges:
+            out.purged.append(self._purge(name, out))
+        back: dict[bytes, set[int]] = {}
+        out.redriven += [self._redrive(key, back) for key in entry.redrives]
+        for name, found in back.items():
+            self._narrow(self.queues[name], found)
+        for key in entry.dead_purges:
+            if self.dead.pop(key, None) is not None:
+                self._count(key[1:], "purged letters")
+        for name, copies in entry.overflows:
+            self._count(name, "overflowed", copies)
         for number, (name, messages, deadline, consumer) in enumerate(entry.grants):
             out.granted.append(self._grant(name, messages, deadline, entry.consumers[consumer], (index << 20) + number + 1))
         return out
@@ -117,25 +161,48 @@ class NaiveShard:
         lease = self.leases.get(token)
         return lease if lease and self.queues[lease.queue].lease is lease else None
 
-    def _enqueue(self, producer: str, first: int, records: list[tuple[bytes, bytes]], delays: dict[int, int],
-                 sequence: int, out: Outcome) -> None:
+    def _enqueue(self, batch: Enqueue, sequence: int, out: Outcome) -> None:
+        producer, first = batch.producer, batch.first
+        records = list(zip(batch.queues, batch.bodies, strict=True))
         skip = 0
-        if producer:
+        if batch.copies is not None:
+            came = self.copies.setdefault(producer, [])  # every copy in the order in which it came, with its epoch
+            epoch = max([life for life, _ in came], default=0)
+            if batch.epoch < epoch or first > max([number for life, number in came if life == batch.epoch], default=0):
+                out.enqueued.append(-1)
+                return
+            skip = sum(copy <= max([number for _, number in came], default=0) for copy in batch.copies)
+            came += [(batch.epoch, copy) for copy in batch.copies]
+        elif producer:
             last = self.producers.get(producer, 0)
             if first > last + 1:
                 out.enqueued.append(-1)
                 return
             skip = min(len(records), last + 1 - first)
+            newest = max(last, first + len(records) - 1)
             self.producers.pop(producer, None)
-            self.producers[producer] = max(last, first + len(records) - 1)
+            self.producers[producer] = newest
             if len(self.producers) > self.producers_max:
                 del self.producers[next(iter(self.producers))]
         out.enqueued.append(skip)
         for position, (name, body) in enumerate(records):
-            if position >= skip:
-                self.queues.setdefault(name, NaiveQueue()).produced.append(
-                    (sequence + position, self.now, delays.get(position, 0), body))
-                self._count(name, "enqueued")
+            if position < skip:
+                continue
+            deliver, expire, digest, until = (batch.options or {}).get(position, (0, 0, b"", 0))
+            if digest:
+                known = self.ids.get(digest)
+                if known and known[1] > self.now:
+                    out.duplicates[sequence + position] = known[0]
+                    self._count(name, "deduplicated")
+                    continue
+                self.ids[digest] = (sequence + position, until)
+            if name.endswith(b"\1"):
+                name += b"%x" % (sequence + position)
+            queue = self.queues.setdefault(name, NaiveQueue())
+            message = (sequence + position, self.now, deliver, body, expire)
+            queue.produced.append(message)
+            queue.left.append(message)
+            self._count(name, "enqueued")
 
     def _grant(self, name: bytes, messages: int, deadline: int, consumer: str, token: int) -> NaiveQueue | None:
         queue = self.queues.get(name)
@@ -159,9 +226,8 @@ class NaiveShard:
             if position <= lease.acked:
                 return ALREADY
             self._count(lease.queue, "acked", position - lease.acked)
-            queue.done += position - lease.acked
+            self._finish(queue, position - lease.acked)
             lease.acked = position
-            queue.attempts, queue.not_before, queue.gap = 0, 0, None
             if position < len(lease.run):
                 return OK
         else:
@@ -179,29 +245,96 @@ class NaiveShard:
                     self._gate(scope, max(until, argument), step, out)
                 else:
                     self._gate(scope, argument, step + 1, out)
-            elif outcome == REJECT:
-                self._bury(lease, reason)
+            elif outcome in (REJECT, DISCARD):
+                self._bury_leased(lease, DEAD if outcome == REJECT else GONE, reason)
         self.remembered[token] = (lease.acked, index)
         self._end(lease, outcome, out)
         return OK
 
-    def _bury(self, lease: NaiveLease, reason: str) -> None:
-        queue = self.queues[lease.queue]
-        head = queue.left[0]
-        self.dead.append((lease.queue, head, queue.attempts + 1, reason, self.now))
-        self._count(lease.queue, "dead")
-        count, first, _ = queue.gap or (0, head[0], 0)
-        queue.gap = (count + 1, first, head[0])
-        queue.attempts, queue.not_before = 0, 0
-        queue.done += 1
+    @staticmethod
+    def _finish(queue: NaiveQueue, count: int) -> None:
+        last = queue.left[count - 1][0]
+        del queue.left[:count]
+        queue.attempts = queue.not_before = 0
+        if last > queue.between[1]:
+            queue.missing.clear()
+
+    def _bury_leased(self, lease: NaiveLease, fate: int, reason: str) -> None:
+        self._bury(lease.queue, fate, self.queues[lease.queue].attempts + 1, reason)
         lease.acked += 1
+
+    def _bury(self, name: bytes, fate: int, attempts: int, reason: str) -> None:
+        head = self.queues[name].drop()
+        if fate == DEAD:
+            self.dead[b"d" + b"\0".join(name.split(b"\0")[:2]) + b"\0" + head[0].to_bytes(8, "big")] = (
+                name, head, attempts, reason, self.now, self.index)
+        self._count(name, "dead" if fate == DEAD else "discarded")
+        self.excused.add(head[0])
+
+    def _trim(self, name: bytes, count: int, last: int, fate: int, reason: str) -> bool:
+        queue = self.queues.get(name)
+        if queue is None or queue.lease or count > len(queue.left) or queue.left[count - 1][0] != last:
+            return False
+        if fate == DONE:
+            self.excused.update(m[0] for m in queue.left[:count])
+            self._finish(queue, count)
+            self._count(name, "acked", count)
+            self._tidy(queue)
+            return True
+        attempts = queue.attempts
+        for _ in range(count):
+            self._bury(name, fate, attempts, reason)
+            self._count(name, "ttl")
+            attempts = 0
+        self._tidy(queue)
+        return True
+
+    def _purge(self, name: bytes, out: Outcome) -> int:
+        queue = self.queues.get(name)
+        if queue is None or not queue.left:
+            return 0
+        count = len(queue.left)
+        self._count(name, "purged", count)
+        queue.left.clear()
+        if queue.lease:
+            self._end(queue.lease, RELEASE, out)
+        self._tidy(queue)
+        return count
+
+    def _redrive(self, key: bytes, back: dict[bytes, set[int]]) -> bool:
+        found = self.dead.get(key)
+        if found is None or self.queues[found[0]].lease:
+            return False
+        name, message, *_ = self.dead.pop(key)
+        queue = self.queues[name]
+        queue.left = sorted([(message[0], self.now, 0, message[3], 0), *queue.left])
+        if queue.left[0][0] == message[0]:
+            queue.attempts = queue.not_before = 0
+        if message[0] in queue.missing:
+            queue.missing.remove(message[0])
+            back.setdefault(name, set()).add(message[0])
+        self._count(name, "redriven")
+        return True
+
+    @staticmethod
+    def _narrow(queue: NaiveQueue, back: set[int]) -> None:
+        first, last = queue.between
+        while first in back:
+            first += 1
+        while last in back:
+            last -= 1
+        queue.between = first, last
 
     def _end(self, lease: NaiveLease, outcome: int, out: Outcome) -> None:
         queue = self.queues[lease.queue]
         queue.lease = None
         out.released.append((lease.token, lease.queue, outcome))
+        self._tidy(queue)
+
+    def _tidy(self, queue: NaiveQueue) -> None:
         if not queue.left:  # an empty queue is nothing: it keeps neither attempts nor a gap
-            queue.attempts, queue.not_before, queue.gap = 0, 0, None
+            queue.attempts, queue.not_before = 0, 0
+            queue.missing.clear()
 
     def _gate(self, scope: bytes, until: int, step: int, out: Outcome) -> None:
         self.gates.pop(scope, None)

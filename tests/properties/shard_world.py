@@ -15,11 +15,16 @@ from contextlib import contextmanager
 from unittest import mock
 
 from spillway.broker.core import rows
-from spillway.broker.core import shard as shard_module
+from spillway.broker.core import state as state_module
 from spillway.broker.core.entry import (
     ACK,
+    DEAD,
+    DISCARD,
+    DONE,
     DOWN,
     EXTEND,
+    GONE,
+    KEEP,
     REJECT,
     RELEASE,
     RETRY,
@@ -29,13 +34,15 @@ from spillway.broker.core.entry import (
     Entry,
     Grant,
     Settle,
+    Trim,
     decode_entry,
     encode_entry,
 )
 from spillway.broker.core.shard import Checkpoint, Effects, Shard, View
 from spillway.broker.core.view import MemoryView
+from spillway.contract.hashing import PART
 
-from tests.properties.naive_shard import OK, NaiveLease, NaiveShard, Outcome
+from tests.properties.naive_shard import OK, NaiveLease, NaiveQueue, NaiveShard, Outcome
 
 Step = tuple[int, int, int, int]
 Program = Sequence[Step]
@@ -45,7 +52,7 @@ PRODUCERS = ["p", "pp", "q"]
 RUNS = [1, 1, 1, 2, 3, 5, 17, 90]  # messages enqueued at once; the last makes runs that checkpoints cut
 RUNS_SHORT = [1, 1, 1, 1, 1, 1, 2, 3]  # queues that become empty again and again
 TICKS_MS = [1, 7, 200, 1_000, 40_000, -500]
-OUTCOMES = [ACK, ACK, ACK, ACK, ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND]
+OUTCOMES = [ACK, ACK, ACK, ACK, ACK, RETRY, THROTTLED, DOWN, REJECT, DISCARD, RELEASE, EXTEND]
 REPLICAS = 3
 START_MS = 1_700_000_000_000
 
@@ -97,15 +104,22 @@ class World:
         self.announced: dict[bytes, int] = {}  # queue -> when the leader's scheduler will look at it
         self.rebuild: Iterator[tuple[bytes, int]] | None = None  # a new leader still looks for what is ready
         self.reached: Counter[str] = Counter()  # which rare paths were taken
+        self.copier = (1, 0)  # of a route: its life, and the number of its last copy in it
+        self.copied = 0
         self.seen_tokens: dict[bytes, int] = {}
         self.delivered: dict[bytes, list[int]] = {}  # queue -> sequences in order of their first delivery
-        self.finished: set[int] = set()  # sequences acknowledged or dead
+        self.finished: set[int] = set()  # sequences acknowledged, dead or purged
+        self.purged: set[int] = set()  # sequences that a purge may have removed
         self._clear()
 
     def _clear(self) -> None:
         self.enqueues: list[Enqueue] = []
         self.settles: list[Settle] = []
-        self.expires: list[tuple[int, bool, int, str]] = []
+        self.expires: list[tuple[int, int | bool, int, str]] = []
+        self.trims: list[Trim] = []
+        self.purges: list[bytes] = []
+        self.redrives: list[bytes] = []
+        self.dead_purges: list[bytes] = []
         self.gates: list[tuple[bytes, int, int]] = []
         self.grants: list[Grant] = []
         self.assumed: dict[str, int] = {}  # last sequence of a producer, this entry included
@@ -133,14 +147,17 @@ class World:
 
     def commit(self, a: int, b: int, c: int) -> None:
         """Applies what was gathered, everywhere."""
-        entry = Entry(VERSION, self.now, self.enqueues, self.settles, self.expires, self.gates, self.grants, ["c1", "c2"])
+        entry = Entry(VERSION, self.now, self.enqueues, self.settles, self.expires, self.gates, self.grants, ["c1", "c2"],
+                      self.trims, self.purges, self.redrives, self.dead_purges, [(b"d", 2)] if a % 5 == 4 else [])
         self._clear()
         self.index += 1 + a % 3  # other things stand in the log too
         command = encode_entry(entry)
         self.log.append((self.index, command))
         before = None
-        if not entry.enqueues and not entry.expires and not entry.gates and not entry.grants and entry.settles:
+        if not entry.enqueues and not entry.expires and not entry.gates and not entry.grants and entry.settles and not (
+                entry.trims or entry.purges or entry.redrives):
             before = self._leases()
+        self._note(entry)
         expected = self.naive.apply(self.index, entry)
         effects = Effects()
         self.leader.apply(self.index, entry, effects)
@@ -148,10 +165,34 @@ class World:
             replica.shard.apply(self.index, decode_entry(command))
         assert effects.base == self.index << 20
         self._check_effects(entry, expected, effects)
-        self._check_deliveries(effects)
+        self._check_deliveries(entry, effects)
         self.check_memory(self.leader)
         if before is not None and not any(status == OK for status in effects.settled):
             assert self._leases() == before, "a refused settlement changed a lease"
+
+    def _note(self, entry: Entry) -> None:
+        """Rare paths that an entry is about to take."""
+        for replica in self.replicas:
+            shard = replica.shard
+            for name in entry.purges:
+                queue = shard.queues.get(name)
+                if queue is not None:
+                    self.reached["purges of leased queues"] += bool(queue.token)
+                    self.reached["purges of queues partly in the store"] += queue.cold > 0 and bool(queue.tail)
+            for key in entry.redrives:
+                name = self.naive.dead[key][0]
+                sequence = int.from_bytes(key[-8:], "big")
+                queue = shard.queues.get(name)
+                left = self.naive.queues[name].left
+                self.reached["redrives behind others"] += bool(left) and left[0][0] < sequence
+                if queue is not None:
+                    self.reached["redrives before a cold tail"] += queue.cold > 0 and bool(queue.tail)
+                    self.reached["redrives between cold messages"] += queue.cold > 0 and left[0][0] < sequence and (
+                        not queue.front or queue.front[-1][0] < sequence)
+                    self.reached["redrives that leave a gap"] += queue.gap is not None
+            for trim in entry.trims:
+                queue = shard.queues.get(trim[0])
+                self.reached["trims of cold messages"] += queue is not None and len(queue.front) < trim[1]
 
     def _leases(self) -> list[tuple[int, int, int, int]]:
         return sorted((q.token, q.lease_acked, q.deadline, q.count) for q in self.leader.leases.values())
@@ -172,8 +213,37 @@ class World:
         for i in range(count):
             self.bodies += 1
             bodies.append(f"{producer}:{first + i}:{self.bodies}".encode() + b"\0\xff" * (self.bodies % 40))
-        delays = {(a + i) % count: self.now + 50 * (i + 1) for i in range(min(2, count))} if b >> 6 == 3 else None
-        self.enqueues.append(Enqueue(producer, first, names, bodies, delays))
+        options = None
+        if b >> 6 == 3:
+            options = {(a + i) % count: ((self.now + 50 * (i + 1)) * (c >> 5 & 1), (self.now + 200) * (c >> 6 & 1),
+                                         b"id %d" % (a % 5) if c >> 7 else b"", self.now + 300 + 70_000 * (a & 1))
+                       for i in range(min(2, count))}
+            known = self.naive.ids.get(b"id %d" % (a % 5))
+            if c >> 7 and known and b & 1:
+                self.now = max(self.now, known[1] - (c & 1))  # the last millisecond of an id, or the first after it
+        if a % 11 == 10:
+            names = [name + PART for name in names]
+        copies = None
+        epoch = 0
+        if producer and a % 13 > 10:
+            producer = "route"
+            epoch, chain = self.copier
+            if c >> 5 & 3 == 0:  # another life, which begins with what may be there already
+                epoch, chain = epoch + 1, 0
+                copies = [max(1, self.copied - 4) + 3 * i for i in range(count)]
+            else:
+                copies = [chain + 1 + 3 * i for i in range(count)]
+            first = chain
+            if c & 28 == 4:  # something was lost before it
+                first += 1
+            elif c & 28 == 8:  # it comes from an earlier life
+                epoch -= 1
+            elif c & 28 == 12 and c & 3 and chain > 3 * count:  # it comes again
+                first, copies = chain - 3 * count, [chain - 3 * (count - i - 1) for i in range(count)]
+            else:
+                self.copier = (epoch, copies[-1])
+                self.copied = max(self.copied, copies[-1])
+        self.enqueues.append(Enqueue(producer, first, names, bodies, None, options, copies, epoch))
 
     def grant(self, a: int, b: int, c: int) -> None:
         """A lease; mostly one that is possible."""
@@ -221,7 +291,37 @@ class World:
             return
         if b & 1:
             self.now = max(self.now, lease.deadline)
-        self.expires.append((lease.token, bool(b & 2), self.now + b % 5 * 20, "took too long" if b & 2 else ""))
+        self.expires.append((lease.token, [KEEP, DEAD, KEEP, GONE][b >> 1 & 3], self.now + b % 5 * 20, "took too long"))
+
+    def trim(self, a: int, b: int, c: int) -> None:
+        """Messages whose time has passed; sometimes not as the leader saw them."""
+        names = self.naive.nonempty()
+        if not names:
+            return
+        name = names[a % len(names)]
+        left = self.naive.queues[name].left
+        count = min(1 + b % 20, len(left))
+        self.trims.append((name, count + (c % 9 == 8), left[count - 1][0] + (c % 11 == 10),
+                           [GONE, DEAD, DEAD, DONE][c & 3], "too old"))
+
+    def purge(self, a: int, b: int, c: int) -> None:
+        """A queue is emptied, leased or not, there or not."""
+        names = [*self.naive.nonempty(), *self.queues]
+        if b % 3 and not self.naive.queues.get(names[a % len(names)], NaiveQueue()).lease:
+            return
+        self.purges.append(names[a % len(names)])
+
+    def redrive(self, a: int, b: int, c: int) -> None:
+        """Dead letters come back, or go for good."""
+        keys = sorted(self.naive.dead)
+        if not keys:
+            return
+        start = a % len(keys)
+        chosen = keys[start:start + 1 + b % 9]
+        if c % 8 == 7:
+            self.dead_purges += chosen
+        else:
+            self.redrives += chosen + (chosen[:1] if c % 8 == 6 else [])
 
     def gate(self, a: int, b: int, c: int) -> None:
         """A gate closes or opens."""
@@ -279,10 +379,20 @@ class World:
         assert effects.settled == expected.settled
         assert effects.released == expected.released
         assert effects.gates == expected.gates
+        assert effects.duplicates == expected.duplicates
+        assert effects.trimmed == expected.trimmed
+        assert effects.purged == expected.purged
+        assert effects.redriven == expected.redriven
+        for what in ("duplicates", "trimmed", "purged", "redriven"):
+            self.reached[what] += sum(bool(x) for x in getattr(effects, what))
         assert [q is not None for q in effects.granted] == [q is not None for q in expected.granted]
         for batch, skipped in zip(entry.enqueues, effects.enqueued, strict=True):
+            self.reached["copies taken"] += batch.copies is not None and 0 <= skipped < len(batch.copies)
+            self.reached["copies known"] += batch.copies is not None and skipped == len(batch.copies)
+            self.reached["copies refused"] += batch.copies is not None and skipped < 0
             if batch.producer and skipped >= 0:
-                for sequence in range(batch.first + skipped, batch.first + len(batch.bodies)):
+                numbers = batch.copies or range(batch.first, batch.first + len(batch.bodies))
+                for sequence in numbers[skipped:]:
                     key = (batch.producer, sequence)
                     self.sent[key] = self.sent.get(key, 0) + 1
                     assert self.sent[key] == 1, f"I5: {key} was stored twice"
@@ -292,10 +402,15 @@ class World:
             self.reached["leases that ended"] += 1
             assert token in self.naive.leases, outcome
 
-    def _check_deliveries(self, effects: Effects) -> None:
+    def _check_deliveries(self, entry: Entry, effects: Effects) -> None:
         """I2, I3, I4 as a consumer sees them; what the leader's scheduler is told suffices to find all work."""
         for expected in self.naive.queues.values():
-            self.finished.update(m[0] for m in expected.produced[:expected.done])
+            left = {m[0] for m in expected.left}
+            self.finished = {s for s in self.finished if s not in left}  # but for redriven ones
+            self.finished.update(m[0] for m in expected.produced if m[0] not in left)
+        for name, queue in zip(entry.purges, effects.purged, strict=True):
+            if queue:
+                self.purged.update(m[0] for m in self.naive.queues[name].produced)
         for name in effects.ready:
             self.announced[name] = 0
         for due, name in effects.delayed:
@@ -316,11 +431,18 @@ class World:
             assert self.finished.isdisjoint(m[0] for m in run), "I4: delivered after its acknowledgement"
             first = self.delivered.setdefault(name, [])
             produced = [m[0] for m in self.naive.queues[name].produced]
-            open_before = [s for s in first if s not in self.finished]
-            assert [m[0] for m in run][:len(open_before)] == open_before[:len(run)], "I2: a redelivery was overtaken"
+            open_before = sorted(s for s in first if s not in self.finished)
             known = set(first)
+            again = [m[0] for m in run if m[0] in known]
+            assert again == open_before[:len(again)], "I2: a redelivery was overtaken"
+            ahead = [m[0] for m in run if m[0] not in known and open_before and m[0] < open_before[-1]]
+            assert self.naive.excused.issuperset(ahead), "I2: a redelivery was overtaken"
+            if len(again) < len(open_before):
+                assert all(m[0] < open_before[len(again)] for m in run), "I2: a redelivery was overtaken"
             first += [m[0] for m in run if m[0] not in known]
-            assert first == produced[:len(first)], "I2: a first delivery is out of order"
+            plain = [s for s in first if s not in self.naive.excused and s not in self.purged]
+            assert plain == [s for s in produced if s not in self.naive.excused and s not in self.purged][:len(plain)], (
+                "I2: a first delivery is out of order")
         self._rebuild_some(2)
         self._check_announced()
 
@@ -354,6 +476,10 @@ class World:
         assert shard.gates == naive.gates
         assert {p: k[0] for p, k in shard.producers.items()} == naive.producers
         assert list(shard.producers) == list(naive.producers), "producers would be forgotten in another order"
+        for copier, came in naive.copies.items():
+            life = max((one for one, _ in came), default=0)
+            assert not came or shard.copiers[copier] == (
+                life, max(number for one, number in came if one == life), max(number for _, number in came))
         assert set(shard.leases) == {lease.token for lease in naive.live()}, "I3: live leases differ"
         unsaved = 0
         for name, queue in naive.queues.items():
@@ -368,14 +494,17 @@ class World:
             messages = shard.messages(state)
             assert messages == queue.left, f"messages of {name!r} differ"
             assert state.count == len(messages)
-            assert (state.attempts, state.not_before, state.gap) == (queue.attempts, queue.not_before, queue.gap)
+            assert (state.attempts, state.not_before, state.gap) == (queue.attempts, queue.not_before, queue.gap())
             lease = queue.lease
             assert (state.token, state.lease_size, state.lease_acked, state.deadline, state.consumer) == (
                 (lease.token, len(lease.run), lease.acked, lease.deadline, lease.consumer) if lease
                 else (0, *(getattr(state, f) for f in ("lease_size", "lease_acked", "deadline", "consumer"))))
             if lease:
                 assert shard.leases[lease.token] is state
-            unsaved += sum(len(m[3]) for m in messages if shard.view.get(rows.message_key(name, m[0])) is None)
+            revived = shard._revived.get(name, ())
+            unsaved += sum(len(m[3]) for m in messages
+                           if m[0] in revived or shard.view.get(rows.message_key(name, m[0])) is None)
+            assert state.size == sum(len(m[3]) for m in messages)
         assert shard.unsaved_bytes == unsaved
         self._check_counters(shard)
 
@@ -385,12 +514,26 @@ class World:
             c = shard.counters[destination]
             queues = [q for n, q in self.naive.queues.items() if n.split(b"\0")[0] == destination]
             total = self.naive.totals
-            assert (c.enqueued, c.acked, c.dead_lettered, c.dead, c.retried, c.expired) == tuple(
-                total[destination, name] for name in ("enqueued", "acked", "dead", "dead", "retried", "expired"))
+            assert (c.enqueued, c.acked, c.dead_lettered, c.retried, c.expired, c.ttl_expired, c.purged, c.redriven,
+                    c.discarded, c.deduplicated, c.overflowed) == tuple(
+                total[destination, name] for name in ("enqueued", "acked", "dead", "retried", "expired", "ttl", "purged",
+                                                      "redriven", "discarded", "deduplicated", "overflowed"))
+            assert c.dead == sum(n.split(b"\0")[0] == destination for n, *_ in self.naive.dead.values())
+            assert c.size == sum(len(m[3]) for q in queues for m in q.left)
             assert c.queues == sum(bool(q.left) for q in queues)
             assert c.messages == sum(len(q.left) for q in queues)
             assert c.leased == sum(len(q.lease.run) - q.lease.acked for q in queues if q.lease)
-            assert c.enqueued == c.messages + c.acked + c.dead_lettered
+            assert c.enqueued + c.redriven == c.messages + c.acked + c.dead_lettered + c.discarded + c.purged
+            tenants = {b"\0".join(n.split(b"\0")[:2]) for n in self.naive.queues if n.split(b"\0")[0] == destination}
+            expected = []
+            for scope in tenants:
+                left = [m for n, q in self.naive.queues.items() if n.startswith(scope + b"\0") for m in q.left]
+                assert shard.tenant(scope) == (len(left), sum(len(m[3]) for m in left))
+                if left:
+                    expected.append((*shard.tenant(scope), scope))
+            assert shard.top_tenants(destination, 99) == sorted(expected, reverse=True)
+            assert shard.queue_names(destination + b"\0", b"", 1 << 20) == sorted(
+                n for n, q in self.naive.queues.items() if q.left and n.split(b"\0")[0] == destination)
             oldest = shard.oldest(destination)
             heads = [q.left[0][1] for q in queues if q.left]
             assert (oldest and oldest[1]) == (min(heads) if heads else None)
@@ -399,17 +542,26 @@ class World:
         """After a checkpoint the rows are exactly the state: nothing is missing and nothing is left of what is over."""
         naive = self.naive
         found = {kind: dict(replica.store.scan(kind, bytes((kind[0] + 1,)))) for kind in (
-            rows.QUEUE, rows.MESSAGE, rows.LEASE, rows.DEAD, rows.PRODUCER, rows.STATS, rows.GATE, rows.CLOCK)}
+            rows.QUEUE, rows.MESSAGE, rows.LEASE, rows.DEAD, rows.PRODUCER, rows.STATS, rows.GATE, rows.CLOCK, rows.TENANT,
+            rows.DEDUP, rows.DEDUP_DUE, rows.COPIER)}
         assert set(found[rows.QUEUE]) == {rows.queue_key(n) for n in naive.nonempty()}, "queue rows"
         assert {k: rows.decode_message(k, v) for k, v in found[rows.MESSAGE].items()} == {
             rows.message_key(n, m[0]): m for n, q in naive.queues.items() for m in q.left}, "message rows"
         assert found[rows.LEASE] == {rows.lease_key(lease.token): lease.queue for lease in naive.live()}, "lease rows"
         assert set(found[rows.PRODUCER]) == {rows.PRODUCER + p.encode() for p in naive.producers}, "producer rows"
+        assert set(found[rows.COPIER]) == {rows.COPIER + c.encode() for c, came in naive.copies.items() if came}, "copier rows"
         assert set(found[rows.GATE]) == {rows.GATE + scope for scope in naive.gates}, "gate rows"
+        assert set(found[rows.TENANT]) == {
+            rows.TENANT + b"\0".join(n.split(b"\0")[:2]) for n in naive.nonempty()}, "tenant rows"
+        live = {rows.DEDUP + digest: known for digest, known in naive.ids.items() if known[1] > naive.now}
+        ids = {k: rows.decode_dedup(v) for k, v in found[rows.DEDUP].items()}
+        assert live.items() <= ids.items(), "dedup rows"
+        assert all(rows.dedup_due(until, k[1:]) in found[rows.DEDUP_DUE] for k, (_, until) in ids.items()), "ids stay for ever"
+        assert all(until // 60_000 >= naive.now // 60_000 for _, until in ids.values()), "ids stay for ever"
+        assert {k[:1] == b"v" and int.from_bytes(k[1:5], "big") >= naive.now // 60_000 for k in found[rows.DEDUP_DUE]} <= {True}
         dead = {}
-        for name, message, attempts, reason, now in naive.dead:
-            dead[rows.dead_prefix(*name.split(b"\0")[:2]) + message[0].to_bytes(8, "big")] = rows.DeadRow(
-                rows.VERSION, name, attempts, reason, message[1], now, message[3])
+        for key, (name, message, attempts, reason, now, index) in naive.dead.items():
+            dead[key] = rows.DeadRow(rows.VERSION, name, attempts, reason, message[1], now, message[3], index)
         assert {k: rows.decode_row(rows.DeadRow, v) for k, v in found[rows.DEAD].items()} == dead, "dead letters"
         self.check_memory(replica.shard)
 
@@ -427,7 +579,7 @@ class World:
             self.check_rows(replica)
         digests |= {replica.shard.digest() for replica in self.replicas}
         assert len(digests) == 1, "I6: a checkpoint changed the state"
-        everything = self.naive.dead
+        everything = list(self.naive.dead.values())
         for destination in {n.split(b"\0")[0] for n, *_ in everything}:
             listed = self.leader.dead_letters(destination, None, b"", 1 << 30)
             assert [(row.queue.split(b"\0")[1], row.body) for _, row in listed] == sorted(
@@ -438,7 +590,8 @@ class World:
 STEPS: list[Callable[[World, int, int, int], None]] = [
     World.commit, World.enqueue, World.grant, World.settle, World.commit, World.enqueue, World.grant, World.settle,
     World.commit, World.enqueue, World.grant, World.settle, World.expire, World.tick, World.checkpoint, World.commit,
-    World.checkpoint, World.load, World.restart, World.gate]
+    World.checkpoint, World.load, World.restart, World.gate, World.trim, World.redrive, World.redrive,
+    World.purge]
 
 
 def random_program(seed: int, length: int) -> list[Step]:
@@ -450,6 +603,6 @@ def random_program(seed: int, length: int) -> list[Step]:
 @contextmanager
 def cache_bytes(limit: int) -> Iterator[None]:
     """Shards keep so many bytes across a checkpoint."""
-    with mock.patch.object(shard_module, "CACHE_BYTES_MAX", limit):
+    with mock.patch.object(state_module, "CACHE_BYTES_MAX", limit):
         yield
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from spillway.broker.core.entry import ACK, DOWN, EXTEND, REJECT, RELEASE, RETRY, THROTTLED
+from spillway.broker.core.entry import ACK, DISCARD, DOWN, EXTEND, REJECT, RELEASE, RETRY, THROTTLED
 from spillway.broker.core.shard import SettleStatus
 
 from tests.properties.shard_world import Step, World, cache_bytes, random_program
@@ -15,8 +15,11 @@ BYTE = st.integers(0, 255)
 PROGRAMS = st.sampled_from([10, 40, 80]).flatmap(  # the lists that hypothesis draws by itself are too short
     lambda steps: st.lists(st.tuples(BYTE, BYTE, BYTE, BYTE), min_size=steps, max_size=steps))
 CACHES = [0, 2_000, 4 << 20]
-RARE = ["cut leased queues", "deletes of message rows", "grants of messages not in memory", "loads of cold messages",
-        "queues that vanish and come back", "range deletes", "restarts with live leases", "tails"]
+RARE = ["copies known", "copies refused", "copies taken", "cut leased queues", "deletes of message rows", "duplicates",
+        "grants of messages not in memory", "loads of cold messages", "purged", "purges of leased queues",
+        "purges of queues partly in the store", "queues that vanish and come back", "range deletes", "redriven",
+        "redrives before a cold tail", "redrives behind others", "redrives that leave a gap",
+        "restarts with live leases", "tails", "trimmed", "trims of cold messages"]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -36,7 +39,7 @@ def test_long_histories_reach_the_rare_paths(cache: int) -> None:
             reached += World(short=seed % 2 == 1).run(random_program(seed, 400)).reached
     assert [path for path in RARE if not reached[path]] == []
     assert (reached["evicted queues"] > 100) == (cache < 4 << 20)
-    for outcome in (ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND):
+    for outcome in (ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND, DISCARD):
         for status in (SettleStatus.OK, SettleStatus.ALREADY, SettleStatus.STALE, SettleStatus.NOT_FIRST):
             if (outcome, status) != (EXTEND, SettleStatus.ALREADY):
                 assert reached[f"settlement {outcome} status {status}"], (outcome, status)

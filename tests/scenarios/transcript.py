@@ -28,7 +28,7 @@ from pathlib import Path
 from unittest import mock
 
 from spillway.broker.core import entry as e
-from spillway.broker.core import shard as shard_module
+from spillway.broker.core import state as state_module
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.shard import Effects, Shard
 from spillway.broker.core.view import MemoryView
@@ -36,7 +36,7 @@ from spillway.broker.core.view import MemoryView
 START_MS = 1_700_000_000_000
 OUTCOMES = {"ack": e.ACK, "retry": e.RETRY, "throttled": e.THROTTLED, "down": e.DOWN, "reject": e.REJECT,
             "release": e.RELEASE, "extend": e.EXTEND}
-OUTCOME_NAMES = {number: name for name, number in OUTCOMES.items()}
+OUTCOME_NAMES = {e.EXPIRED: "expired"} | {number: name for name, number in OUTCOMES.items()}
 STATUS_NAMES = {1: "ok", 2: "already settled", 3: "stale token", 4: "not the first unsettled message"}
 
 
@@ -111,9 +111,13 @@ class Transcript:
     def _gather(self, entry: e.Entry, verb: str, plain: list[str], options: dict[str, str]) -> None:
         if verb == "enqueue":
             name, *bodies = plain
-            delays = {0: self.now + int(options["delay"])} if "delay" in options else None
+            chosen: dict[int, e.Option] | None = None
+            if options.keys() & {"delay", "ttl", "id"}:
+                chosen = {0: (self.now + int(options["delay"]) if "delay" in options else 0,
+                              self.now + int(options["ttl"]) if "ttl" in options else 0,
+                              options.get("id", "").encode(), self.now + int(options.get("remember", 0)))}
             entry.enqueues.append(e.Enqueue(options.get("producer", ""), int(options.get("first", 0)),
-                                            [queue_of(name)] * len(bodies), [b.encode() for b in bodies], delays))
+                                            [queue_of(name)] * len(bodies), [b.encode() for b in bodies], None, chosen))
         elif verb == "grant":
             name, messages = plain
             entry.grants.append((queue_of(name), int(messages), self.now + int(options.get("for", 1_000)), 0))
@@ -186,7 +190,7 @@ class Transcript:
             self.out.append("  nothing")
 
     def _checkpoint(self) -> None:
-        with mock.patch.object(shard_module, "CACHE_BYTES_MAX", 0):
+        with mock.patch.object(state_module, "CACHE_BYTES_MAX", 0):
             made = self.shard.checkpoint()
         self.view.commit(made)
         self.saved = len(self.log)

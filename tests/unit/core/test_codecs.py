@@ -14,14 +14,16 @@ from spillway.broker.core.errors import CorruptEntry
 NUMBER = st.integers(0, (1 << 64) - 1)
 NAME = st.binary(max_size=20)
 TEXT = st.text(max_size=10)
-ROWS = [rows.QueueRow, rows.StatsRow, rows.ProducerRow, rows.GateRow, rows.ClockRow, rows.DeadRow]
+ROWS = [rows.QueueRow, rows.StatsRow, rows.TenantRow, rows.ProducerRow, rows.CopierRow, rows.GateRow, rows.ClockRow, rows.DeadRow]
 SAMPLES: dict[type, msgspec.Struct] = {
-    rows.QueueRow: rows.QueueRow(1, 3, 1 << 40, 2, 99, 98, 7 << 20, 3, 1, 1_000, "c", (2, 5, 6)),
-    rows.StatsRow: rows.StatsRow(1, 1, 2, 3, 4, 5, 6, 7, 8),
+    rows.QueueRow: rows.QueueRow(1, 3, 1 << 40, 2, 99, 98, 7 << 20, 3, 1, 1_000, "c", (2, 5, 6), 77, 9),
+    rows.StatsRow: rows.StatsRow(1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+    rows.TenantRow: rows.TenantRow(1, 2, 3_000),
     rows.ProducerRow: rows.ProducerRow(1, 17, 5 << 20),
+    rows.CopierRow: rows.CopierRow(1, 3 << 20, 17, 1 << 40),
     rows.GateRow: rows.GateRow(1, 1_000, 3),
     rows.ClockRow: rows.ClockRow(1, 1_700_000_000_000),
-    rows.DeadRow: rows.DeadRow(1, b"d\0t\0k", 3, "no", 5, 6, b"\0body\xff"),
+    rows.DeadRow: rows.DeadRow(1, b"d\0t\0k", 3, "no", 5, 6, b"\0body\xff", 12),
 }
 
 
@@ -29,16 +31,19 @@ SAMPLES: dict[type, msgspec.Struct] = {
 def enqueues(draw: st.DrawFn) -> Enqueue:
     """A batch of a producer."""
     records = draw(st.lists(st.tuples(NAME, NAME), max_size=4))
-    return Enqueue(draw(TEXT), draw(NUMBER), [r[0] for r in records], [r[1] for r in records],
-                   draw(st.none() | st.dictionaries(st.integers(0, 3), NUMBER, max_size=3)))
+    return Enqueue(draw(TEXT), draw(NUMBER), [r[0] for r in records], [r[1] for r in records], None,
+                   draw(st.none() | st.dictionaries(st.integers(0, 3), st.tuples(NUMBER, NUMBER, NAME, NUMBER), max_size=3)),
+                   draw(st.none() | st.lists(NUMBER, min_size=len(records), max_size=len(records))), draw(NUMBER))
 
 
 ENTRIES = st.builds(
     Entry, st.just(VERSION), NUMBER, st.lists(enqueues(), max_size=3),
-    st.lists(st.tuples(NUMBER, NUMBER, NUMBER, st.integers(1, 7), NUMBER, TEXT), max_size=3),
-    st.lists(st.tuples(NUMBER, st.booleans(), NUMBER, TEXT), max_size=3),
+    st.lists(st.tuples(NUMBER, NUMBER, NUMBER, st.integers(1, 8), NUMBER, TEXT), max_size=3),
+    st.lists(st.tuples(NUMBER, st.integers(0, 3), NUMBER, TEXT), max_size=3),
     st.lists(st.tuples(NAME, NUMBER, NUMBER), max_size=3),
-    st.lists(st.tuples(NAME, NUMBER, NUMBER, st.integers(0, 9)), max_size=3), st.lists(TEXT, max_size=3))
+    st.lists(st.tuples(NAME, NUMBER, NUMBER, st.integers(0, 9)), max_size=3), st.lists(TEXT, max_size=3),
+    st.lists(st.tuples(NAME, NUMBER, NUMBER, st.integers(0, 3), TEXT), max_size=3), st.lists(NAME, max_size=3),
+    st.lists(NAME, max_size=3), st.lists(NAME, max_size=3), st.lists(st.tuples(NAME, NUMBER), max_size=3))
 
 
 @given(entry=ENTRIES)
@@ -67,7 +72,7 @@ def test_a_damaged_entry_is_read_or_refused(entry: Entry, where: int, byte: int,
         pass
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 255])
+@pytest.mark.parametrize("version", [0, 3, -1, 255])
 def test_entries_of_other_versions_are_refused(version: int) -> None:
     """A version that this software does not know is never guessed at."""
     with pytest.raises(CorruptEntry, match=f"version {version}"):
@@ -78,6 +83,9 @@ def test_queues_and_bodies_must_match() -> None:
     """An enqueue with a body too few is refused before it is applied."""
     with pytest.raises(CorruptEntry, match="another number"):
         decode_entry(encode_entry(Entry(VERSION, 0, [Enqueue("", 0, [b"d\0t\0", b"d\0t\0"], [b"x"])])))
+    with pytest.raises(CorruptEntry, match="another number"):
+        decode_entry(encode_entry(Entry(VERSION, 0, [Enqueue("c", 0, [b"d\0t\0"], [b"x"], copies=[1, 2])])))
+
 
 
 @pytest.mark.parametrize("tail", [b"\x05", b"\x91" * 100_000 + b"\x00"], ids=["number", "deep"])
@@ -126,17 +134,17 @@ def test_a_damaged_row_is_read_or_refused(where: int, byte: int, cut: int, kind:
         pass
 
 
-@given(sequence=NUMBER, enqueue_ms=NUMBER, deliver_ms=NUMBER, body=st.binary(max_size=50))
-def test_messages_survive_the_store(sequence: int, enqueue_ms: int, deliver_ms: int, body: bytes) -> None:
+@given(sequence=NUMBER, enqueue_ms=NUMBER, deliver_ms=NUMBER, body=st.binary(max_size=50), expire_ms=st.just(0) | NUMBER)
+def test_messages_survive_the_store(sequence: int, enqueue_ms: int, deliver_ms: int, body: bytes, expire_ms: int) -> None:
     """A message row gives back sequence, times and body, byte for byte."""
-    message = (sequence, enqueue_ms, deliver_ms, body)
+    message = (sequence, enqueue_ms, deliver_ms, body, expire_ms)
     assert rows.decode_message(rows.message_key(b"d\0t\0k", sequence), rows.encode_message(message)) == message
 
 
 @given(garbage=st.binary(max_size=40))
 def test_garbage_is_no_message(garbage: bytes) -> None:
     """A message row that is too short or of another version raises CorruptEntry."""
-    if len(garbage) >= 17 and garbage[0] == 1:
+    if len(garbage) >= {1: 17, 2: 25}.get(garbage[0] if garbage else 0, 99):
         rows.decode_message(b"mq\0" + b"\0" * 8, garbage)
     else:
         with pytest.raises(CorruptEntry):
@@ -156,3 +164,22 @@ def test_queues_do_not_share_message_rows(one: bytes, other: bytes, sequence: in
     assert rows.sequence_of(rows.message_key(one, sequence)) == sequence
     if one != other:
         assert not start <= rows.message_key(other, sequence) < end
+
+
+@given(sequence=NUMBER, until=st.integers(0, 1 << 47), digest=st.binary(min_size=16, max_size=16))
+def test_ids_survive_the_store(sequence: int, until: int, digest: bytes) -> None:
+    """A dedup row gives back what it was made of; its other key sorts by the minute and ends with the digest."""
+    assert rows.decode_dedup(rows.dedup_row(sequence, until)) == (sequence, until)
+    key = rows.dedup_due(until, digest)
+    assert key[5:] == digest
+    assert rows.dedup_due(until) <= key < rows.dedup_due(until + 60_000)
+
+
+@given(garbage=st.binary(max_size=20))
+def test_garbage_is_no_id(garbage: bytes) -> None:
+    """A dedup row of another length raises CorruptEntry."""
+    if len(garbage) == 16:
+        rows.decode_dedup(garbage)
+    else:
+        with pytest.raises(CorruptEntry):
+            rows.decode_dedup(garbage)

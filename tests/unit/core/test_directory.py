@@ -1,6 +1,7 @@
 """The directory of destinations: who may create, who may replace, what is refused."""
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import msgspec
@@ -9,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spillway.broker.core import directory as d
 from spillway.broker.core.errors import CorruptEntry
-from spillway.broker.core.policy import Nack, Policy
+from spillway.broker.core.policy import Limit, Nack, Policy, TenantPolicy
 
 
-def put(name: str, create: bool = True, replace: bool = True, etag: int = 0, **policy: int) -> d.Put:
+def put(name: str, create: bool = True, replace: bool = True, etag: int = 0, **policy: int) -> d.PutDestination:
     """A request."""
-    return d.Put(d.VERSION, "node", 7, d.destination(name, Policy(**policy)), create, replace, etag)
+    return d.PutDestination("node", 7, d.destination(name, Policy(**policy)), create, replace, etag)
 
 
-def apply(directory: d.Directory, index: int, *puts: d.Put) -> list[int]:
+def apply(directory: d.Directory, index: int, *puts: d.Command) -> list[int]:
     """Outcomes of a command, through the codec."""
-    changes, _ = directory.apply(index, d.encode_command(list(puts)))
+    changes, _, _ = directory.apply(index, d.encode_command(list(puts)))
     assert all((change.origin, change.number) == ("node", 7) for change in changes)
     return [change.outcome for change in changes]
 
@@ -39,18 +40,18 @@ def test_who_may_change_a_destination(exists: bool, create: bool, replace: bool,
     found = directory.destinations.get("a")
     assert (found is not None) == (exists or outcome == d.OK)
     if found is not None:
-        assert (found.revision, found.lease_ms) == ((9, 77) if outcome == d.OK else (5, Policy().lease_ms))
+        assert (found.revision, found.policy.lease_ms) == ((9, 77) if outcome == d.OK else (5, Policy().lease_ms))
 
 
 def test_a_change_tells_what_is_now() -> None:
     """The answer carries the destination as it is after the change, or as it hindered the change."""
     directory = d.Directory()
-    (made,), rows = directory.apply(3, d.encode_command([put("a", lease_ms=9)]))
-    assert made.destination == directory.destinations["a"]
-    (refused,), none = directory.apply(4, d.encode_command([put("a", replace=False)]))
-    assert refused.destination == made.destination and none == []
-    (missing,), _ = directory.apply(5, d.encode_command([put("b", create=False)]))
-    assert missing.destination is None
+    (made,), rows, _ = directory.apply(3, d.encode_command([put("a", lease_ms=9)]))
+    assert made.record == directory.destinations["a"]
+    (refused,), none, _ = directory.apply(4, d.encode_command([put("a", replace=False)]))
+    assert refused.record == made.record and none == []
+    (missing,), _, _ = directory.apply(5, d.encode_command([put("b", create=False)]))
+    assert missing.record is None
     again = d.Directory()
     again.load(iter(rows))
     assert again.destinations == directory.destinations
@@ -64,10 +65,62 @@ def test_the_directory_is_full_at_its_limit() -> None:
         assert apply(directory, 2, put("a"), put("c")) == [d.OK, d.FULL]
 
 
-def test_a_policy_survives_the_store() -> None:
-    """A stored destination gives back the policy that it was made from."""
-    policy = Policy(1, 2, 3, 4, Nack.BLOCK_UNTIL, 5, 6)
-    assert d.destination("a", policy).policy() == policy
+def route(source: str, *targets: str, etag: int = 0, create: bool = True) -> d.PutRoute:
+    """A request for a route."""
+    return d.PutRoute("node", 7, d.Route(source, 0, tuple(map(d.Target, targets))), create, True, etag)
+
+
+def test_a_route_leads_somewhere_and_not_back() -> None:
+    """Targets must exist, a source is no destination, and no route may lead to its own source, however long the way."""
+    directory = d.Directory()
+    assert apply(directory, 1, put("a"), put("b"), route("x", "a", "b"), route("y", "x", "a")) == [d.OK] * 4
+    changes, rows, _ = directory.apply(2, d.encode_command(
+        [route("x", "a", "none"), route("a", "b"), route("z", "z"), route("x", "b", "y"), put("x")]))
+    assert [(c.outcome, c.why) for c in changes] == [
+        (d.UNKNOWN_TARGET, "1"), (d.TAKEN, ""), (d.CYCLE, "z -> z"), (d.CYCLE, "x -> y -> x"), (d.TAKEN, "")]
+    assert rows == [] and [t.destination for t in directory.routes["x"].targets] == ["a", "b"]
+    drop = d.DropRoute("node", 7, "x", 0)
+    assert apply(directory, 3, drop) == [d.TAKEN]
+    assert apply(directory, 4, d.DropRoute("node", 7, "y", 9), d.DropRoute("node", 7, "y", 1), drop, drop) == [
+        d.ETAG, d.OK, d.OK, d.MISSING]
+    assert not directory.routes
+
+
+def test_operators_gates_close_and_open() -> None:
+    """A pause and a parking are independent; when both are gone, so is the row."""
+    directory = d.Directory()
+
+    def hold(**fields: Any) -> tuple[int, int]:
+        _, puts, deletes = directory.apply(1, d.encode_command([d.SetHold("node", 7, b"a", **fields)]))
+        return len(puts), len(deletes)
+
+    assert hold(pause="why", paused=True) == (1, 0) and hold(park_until=77, park_why="later") == (1, 0)
+    assert directory.holds == {b"a": d.Hold(b"a", "why", 77, "later")}
+    assert hold(pause="") == (1, 0) and hold(park_until=0) == (0, 1) and not directory.holds
+
+
+def test_everything_survives_the_store() -> None:
+    """What is loaded from the rows is what wrote them."""
+    policy = Policy(1, 2, 3, 4, Nack.BLOCK_UNTIL, 5, 6, tenants={"t": TenantPolicy(2.0, Limit(3.0, 4, 5))})
+    directory = d.Directory()
+    _, rows, _ = directory.apply(1, d.encode_command([
+        d.PutDestination("node", 7, d.destination("a", policy, d.HttpTarget("http://a", 1, 2, {"h": "v"}, ("s",))), True, True, 0),
+        route("x", "a"), d.SetHold("node", 7, b"a\0t", "why", True)]))
+    again = d.Directory()
+    again.load(iter(rows))
+    assert (again.destinations, again.routes, again.holds) == (directory.destinations, directory.routes, directory.holds)
+    assert again.destinations["a"].policy == policy and set(again.holds) == {b"a\0t"}
+
+
+def test_what_version_1_wrote_is_read() -> None:
+    """Rows and commands of destinations as they were before policies had more fields."""
+    old = [1, "a", 9, 1, 2, 3, 4, 2, 5, 6, ["http://a", 7, 8]]
+    wanted = d.Destination("a", 9, Policy(1, 2, 3, 4, Nack.BLOCK_UNTIL, 5, 6), d.HttpTarget("http://a", 7, 8))
+    directory = d.Directory()
+    directory.load(iter([(b"a", msgspec.msgpack.encode(old))]))
+    assert directory.destinations == {"a": wanted}
+    changes, _, _ = directory.apply(11, msgspec.msgpack.encode([[1, "node", 7, old, True, True, 0]]))
+    assert [c.outcome for c in changes] == [d.OK] and directory.destinations["a"].revision == 11
 
 
 @given(garbage=st.binary(max_size=100))
@@ -80,19 +133,14 @@ def test_garbage_is_no_command(garbage: bytes) -> None:
             pass
 
 
-def test_other_versions_are_refused_whole() -> None:
-    """A command or row of a version that this software does not know changes nothing, nor does a field too many."""
+def test_other_kinds_are_refused_whole() -> None:
+    """A command or row of a kind that this software does not know changes nothing, nor does a field too many."""
     directory = d.Directory()
-    newer = msgspec.structs.replace(put("b"), version=d.VERSION + 1)
-    inner = put("c")
-    inner.destination = msgspec.structs.replace(inner.destination, version=d.VERSION + 1)
-    for other in (newer, inner):
-        with pytest.raises(CorruptEntry, match="version"):
-            directory.apply(1, d.encode_command([put("a"), other]))
-    with pytest.raises(CorruptEntry, match="version"):
-        d.Directory().load(iter([(b"c", msgspec.msgpack.encode(inner.destination))]))
-    command = d.encode_command([put("a")])
-    assert command[1] == 0x97  # one Put of seven fields
+    plain = msgspec.msgpack.decode(d.encode_command([put("a")]))
+    for spoil in (lambda c: [[99, *c[0][1:]]], lambda c: [*c, [99]], lambda c: [[*c[0], 1]],
+                  lambda c: [[*c[0][:3], [99, *c[0][3][1:]], *c[0][4:]]]):
+        with pytest.raises(CorruptEntry):
+            directory.apply(1, msgspec.msgpack.encode(spoil(plain)))
     with pytest.raises(CorruptEntry):
-        directory.apply(1, command[:1] + b"\x98" + command[2:] + b"\x91" * 100_000 + b"\x00")
+        d.Directory().load(iter([(b"c", msgspec.msgpack.encode([99, "c"]))]))
     assert directory.destinations == {}

@@ -1,95 +1,25 @@
 """The shard's limits and reports, one by one. That it does the right thing at all: see tests/properties."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from unittest import mock
 
 import pytest
 from spillway.broker.core import rows
 from spillway.broker.core import shard as shard_module
+from spillway.broker.core import state as state_module
 from spillway.broker.core.entry import (
     ACK,
+    EXPIRED,
     EXTEND,
     REJECT,
     RELEASE,
     RETRY,
-    VERSION,
     Enqueue,
-    Entry,
-    GateChange,
-    Grant,
-    Settle,
-    decode_entry,
-    encode_entry,
 )
-from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of
-from spillway.broker.core.view import MemoryView
+from spillway.broker.core.shard import SettleStatus, destination_of, tenant_scope_of
 
-NOW = 1_700_000_000_000
-QUEUE = b"d\0t\0k"
-OTHER = b"d\0t\0l"
-
-
-class Log:
-    """A shard with its rows and its log."""
-
-    def __init__(self) -> None:
-        self.view = MemoryView()
-        self.shard = Shard(self.view)
-        self.entries: list[tuple[int, bytes]] = []
-        self.saved = 0
-
-    def apply(self, enqueues: list[Enqueue] | None = None, settles: list[Settle] | None = None,
-              grants: list[Grant] | None = None, gates: list[GateChange] | None = None,
-              expires: list[tuple[int, bool, int, str]] | None = None, now: int = NOW) -> Effects:
-        """One entry, through the codec."""
-        entry = Entry(VERSION, now, enqueues or [], settles or [], expires or [], gates or [], grants or [], ["c"])
-        self.entries.append((len(self.entries) + 1, encode_entry(entry)))
-        effects = Effects()
-        self.shard.apply(len(self.entries), decode_entry(self.entries[-1][1]), effects)
-        return effects
-
-    def enqueue(self, *bodies: bytes, name: bytes = QUEUE, producer: str = "", first: int = 0) -> Effects:
-        """Messages for one queue."""
-        return self.apply([Enqueue(producer, first, [name] * len(bodies), list(bodies))])
-
-    def grant(self, messages: int, name: bytes = QUEUE) -> int:
-        """A lease of the head; its token."""
-        queue, = self.apply(grants=[(name, messages, NOW + 1_000, 0)]).granted
-        assert queue is not None
-        return queue.token
-
-    def settle(self, token: int, position: int, outcome: int, sequence: int = 0, argument: int = 0, reason: str = "") -> int:
-        """One settlement; its status."""
-        status, = self.apply(settles=[(token, position, sequence, outcome, argument, reason)]).settled
-        return status
-
-    def checkpoint(self) -> None:
-        """Saves."""
-        self.view.commit(self.shard.checkpoint())
-        self.saved = len(self.entries)
-
-    def restart(self) -> Shard:
-        """A new shard over the rows, with the rest of the log."""
-        self.shard = Shard(self.view)
-        for index, command in self.entries[self.saved:]:
-            self.shard.apply(index, decode_entry(command))
-        return self.shard
-
-
-@pytest.fixture
-def log() -> Log:
-    """An empty shard."""
-    return Log()
-
-
-@pytest.fixture
-def no_cache() -> Iterator[None]:
-    """A checkpoint forgets what it saved."""
-    with mock.patch.object(shard_module, "CACHE_BYTES_MAX", 0):
-        yield
-
+from tests.unit.core.shard_log import NOW, OTHER, QUEUE, Log
 
 # -- found by the properties ------------------------------------------------------------------------------------------
 
@@ -225,7 +155,7 @@ def test_a_lease_ends_exactly_at_its_deadline(log: Log) -> None:
     token = log.grant(1)
     deadline = NOW + 1_000
     assert log.apply(expires=[(token, False, 0, "")], now=deadline - 1).released == []
-    assert log.apply(expires=[(token, False, 0, "")], now=deadline).released == [(token, QUEUE, RETRY)]
+    assert log.apply(expires=[(token, False, 0, "")], now=deadline).released == [(token, QUEUE, EXPIRED)]
 
 
 def test_an_extension_never_shortens(log: Log) -> None:
@@ -315,7 +245,7 @@ def test_a_dead_letter_tells_its_story(log: Log) -> None:
     token = log.grant(1)
     log.apply(settles=[(token, 0, 0, REJECT, 0, "bad")], now=NOW + 7)
     (_, row), = log.shard.dead_letters(b"d", b"t", b"", 9)
-    assert row == rows.DeadRow(rows.VERSION, QUEUE, 2, "bad", NOW, NOW + 7, b"poison")
+    assert row == rows.DeadRow(rows.VERSION, QUEUE, 2, "bad", NOW, NOW + 7, b"poison", 5)
 
 
 def test_a_gap_is_told_until_its_successor_is_done(log: Log, no_cache: None) -> None:
@@ -363,10 +293,10 @@ def test_the_cache_has_a_limit(log: Log) -> None:
     """A checkpoint keeps whole queues up to CACHE_BYTES_MAX, each counted with 512 bytes beside its bodies."""
     for number in range(10):
         log.enqueue(b"x" * 88, name=b"d\0t\0%d" % number)
-    with mock.patch.object(shard_module, "CACHE_BYTES_MAX", 600 * 4):
+    with mock.patch.object(state_module, "CACHE_BYTES_MAX", 600 * 4):
         log.checkpoint()
     assert len(log.shard.queues) == 4
-    with mock.patch.object(shard_module, "CACHE_BYTES_MAX", 600 * 4 - 1):
+    with mock.patch.object(state_module, "CACHE_BYTES_MAX", 600 * 4 - 1):
         log.checkpoint()
     assert len(log.shard.queues) == 3
 

@@ -1,7 +1,8 @@
-"""The replicated state of the meta group: destinations and their policy. Pure; small enough to be kept whole.
+"""The replicated state of the meta group: destinations with their policy, routes, and what operators have stopped. Pure;
+small enough to be kept whole.
 
-A command is one change with the time and the identity of whoever asked; `apply` answers with a Change that tells
-what became of it, so that the node that asked can tell its caller.
+A command is a list of changes, each with the identity of whoever asked; `apply` answers each with a Change that tells what
+became of it, so that the node that asked can tell its caller.
 """
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ import msgspec
 from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.policy import Nack, Policy
 
-VERSION = 1
 DESTINATIONS_MAX = 100_000  # each costs about 1 KiB on every node
-OK, EXISTS, MISSING, ETAG, FULL = range(5)  # outcomes of a change
+ROUTES_MAX = 10_000
+HOLDS_MAX = 100_000
+OK, EXISTS, MISSING, ETAG, FULL, TAKEN, UNKNOWN_TARGET, CYCLE = range(8)  # outcomes of a change
+FOR_EVER = 0  # Hold.until of a pause
+_ROUTE, _HOLD = b"\x01r", b"\x01h"  # first bytes of rows; names have no control characters, so a destination's row is its name
 
 
 class HttpTarget(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -22,14 +26,17 @@ class HttpTarget(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     url: str
     timeout_ms: int = 10_000
     concurrency_max: int = 16
+    headers: dict[str, str] = {}
+    signing_secrets: tuple[str, ...] = ()
+    allow_private_addresses: bool = False
+    redirects_max: int = 0
 
 
-class Destination(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A destination as stored."""
+class DestinationV1(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """A destination as version 1 stored it."""
 
-    version: int
     name: str
-    revision: int  # log index of its last change: its etag
+    revision: int
     run_messages_max: int
     lease_ms: int
     backoff_base_ms: int
@@ -39,22 +46,70 @@ class Destination(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
     age_ms_max: int
     http: HttpTarget | None = None
 
-    def policy(self) -> Policy:
-        """As the core's decisions take it."""
-        return Policy(self.run_messages_max, self.lease_ms, self.backoff_base_ms, self.backoff_cap_ms,
-                      Nack(self.nack), self.attempts_max, self.age_ms_max)
+    def current(self) -> Destination:
+        """As it is stored now."""
+        return Destination(self.name, self.revision, Policy(
+            self.run_messages_max, self.lease_ms, self.backoff_base_ms, self.backoff_cap_ms, Nack(self.nack),
+            self.attempts_max, self.age_ms_max), self.http)
+
+
+class Destination(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
+    """A destination as stored."""
+
+    name: str
+    revision: int  # log index of its last change: its etag
+    policy: Policy
+    http: HttpTarget | None = None
+
+    def current(self) -> Destination:
+        """As it is stored now."""
+        return self
 
 
 def destination(name: str, policy: Policy, http: HttpTarget | None = None) -> Destination:
     """A destination not yet stored."""
-    return Destination(VERSION, name, 0, policy.run_messages_max, policy.lease_ms, policy.backoff_base_ms,
-                       policy.backoff_cap_ms, int(policy.nack), policy.attempts_max, policy.age_ms_max, http)
+    return Destination(name, 0, policy, http)
 
 
-class Put(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class Target(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """One target of a route."""
+
+    destination: str
+    filter: str = ""  # CEL; "": everything
+    skip_over_budget: bool = False
+
+
+class Route(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """A route as stored."""
+
+    source: str
+    revision: int
+    targets: tuple[Target, ...]
+
+
+class Hold(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """An operator's closed gate: both may be set."""
+
+    scope: bytes  # destination, or destination NUL tenant
+    paused: str | None  # why; None: not paused
+    parked_until: int  # ms since 1970; 0: not parked
+    parked_why: str = ""
+
+
+class PutV1(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=1):
+    """PutDestination as version 1 wrote it."""
+
+    origin: str
+    number: int
+    destination: DestinationV1
+    create: bool
+    replace: bool
+    etag: int
+
+
+class PutDestination(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=2):
     """Creates or replaces a destination."""
 
-    version: int
     origin: str  # node that proposed it
     number: int  # that node's own number of the request
     destination: Destination
@@ -63,68 +118,204 @@ class Put(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     etag: int  # if not 0: only if this is the revision now
 
 
+class PutRoute(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=3):
+    """Creates or replaces a route."""
+
+    origin: str
+    number: int
+    route: Route
+    create: bool
+    replace: bool
+    etag: int
+
+
+class DropRoute(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=4):
+    """Removes a route."""
+
+    origin: str
+    number: int
+    source: str
+    etag: int
+
+
+class SetHold(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=5):
+    """Changes an operator's gate: only what is not None. `pause` "" resumes, `park_until` 0 unparks."""
+
+    origin: str
+    number: int
+    scope: bytes
+    pause: str | None = None
+    paused: bool = False  # with `pause`: whether it pauses
+    park_until: int | None = None
+    park_why: str = ""
+
+
+Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode_put = msgspec.msgpack.Decoder(list[Put]).decode
-_decode_row = msgspec.msgpack.Decoder(Destination).decode
+_decode_commands = msgspec.msgpack.Decoder(list[Command]).decode
+_decode_destination = msgspec.msgpack.Decoder(DestinationV1 | Destination).decode
+_decode_route = msgspec.msgpack.Decoder(Route).decode
+_decode_hold = msgspec.msgpack.Decoder(Hold).decode
 
 
-def encode_command(puts: list[Put]) -> bytes:
+def encode_command(commands: list[Command]) -> bytes:
     """A log entry of the meta group."""
-    return _encode(puts)
+    return _encode(commands)
 
 
 class Change(msgspec.Struct):
-    """What became of a Put."""
+    """What became of a command."""
 
     origin: str
     number: int
     outcome: int
-    destination: Destination | None  # as it is now
+    record: Destination | Route | Hold | None = None  # as it is now
+    why: str = ""  # what an outcome needs to be understood: the target that is unknown, the cycle
 
 
 class Directory:
-    """All destinations."""
+    """All of it."""
 
     def __init__(self) -> None:
         self.destinations: dict[str, Destination] = {}
+        self.routes: dict[str, Route] = {}
+        self.holds: dict[bytes, Hold] = {}
 
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
         """Replaces everything by stored rows. Raises CorruptEntry."""
-        self.destinations = {}
-        for _, value in rows:
+        self.destinations, self.routes, self.holds = {}, {}, {}
+        for key, value in rows:
             try:
-                row = _decode_row(value)
-            except (msgspec.DecodeError, UnicodeDecodeError) as e:
-                raise CorruptEntry(f"a destination's row does not decode: {e}") from e
-            if row.version != VERSION:
-                raise CorruptEntry(f"a destination's row has version {row.version}; this node reads {VERSION}")
-            self.destinations[row.name] = row
+                if key.startswith(_ROUTE):
+                    route = _decode_route(value)
+                    self.routes[route.source] = route
+                elif key.startswith(_HOLD):
+                    hold = _decode_hold(value)
+                    self.holds[hold.scope] = hold
+                else:
+                    row = _decode_destination(value).current()
+                    self.destinations[row.name] = row
+            except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as e:
+                raise CorruptEntry(f"the row {key!r} of the directory does not decode: {e}") from e
 
-    def apply(self, index: int, command: bytes) -> tuple[list[Change], list[tuple[bytes, bytes]]]:
-        """Applies a committed command: the changes, and rows to put. Raises CorruptEntry for bytes of another kind."""
+    def apply(self, index: int, command: bytes) -> tuple[list[Change], list[tuple[bytes, bytes]], list[bytes]]:
+        """Applies a committed command: the changes, rows to put, rows to delete. Raises CorruptEntry for bytes of another
+        kind, and then nothing has changed."""
         try:
-            puts = _decode_put(command)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            commands = [PutDestination(c.origin, c.number, c.destination.current(), c.create, c.replace, c.etag)
+                        if isinstance(c, PutV1) else c for c in _decode_commands(command)]
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as e:
             raise CorruptEntry(f"a meta entry of {len(command)} bytes does not decode: {e}") from e
-        for put in puts:
-            if put.version != VERSION or put.destination.version != VERSION:
-                raise CorruptEntry(f"a meta entry has versions {put.version} and {put.destination.version}; "
-                                   f"this node reads {VERSION}")
-        changes, rows = [], []
-        for put in puts:
-            name = put.destination.name
-            old = self.destinations.get(name)
-            outcome = OK
-            if old is not None and not put.replace:
-                outcome = EXISTS
-            elif old is None and not put.create:
-                outcome = MISSING
-            elif put.etag and (old is None or old.revision != put.etag):
-                outcome = ETAG
-            elif old is None and len(self.destinations) >= DESTINATIONS_MAX:
-                outcome = FULL
+        changes: list[Change] = []
+        puts: dict[bytes, bytes] = {}
+        deletes: dict[bytes, None] = {}
+        for c in commands:
+            change = Change(c.origin, c.number, OK)
+            if isinstance(c, PutDestination):
+                key = c.destination.name.encode()
+                self._put_destination(c, index, change)
+            elif isinstance(c, PutRoute):
+                key = _ROUTE + c.route.source.encode()
+                self._put_route(c, index, change)
+            elif isinstance(c, DropRoute):
+                key = _ROUTE + c.source.encode()
+                self._drop_route(c, change)
             else:
-                old = self.destinations[name] = msgspec.structs.replace(put.destination, revision=index)
-                rows.append((name.encode(), _encode(old)))
-            changes.append(Change(put.origin, put.number, outcome, old))
-        return changes, rows
+                key = _HOLD + c.scope
+                self._set_hold(c, change)
+            changes.append(change)
+            if change.outcome == OK:
+                puts.pop(key, None)
+                deletes.pop(key, None)
+                if change.record is None:
+                    deletes[key] = None
+                else:
+                    puts[key] = _encode(change.record)
+        return changes, list(puts.items()), list(deletes)
+
+    def _put_destination(self, c: PutDestination, index: int, change: Change) -> None:
+        name = c.destination.name
+        old = self.destinations.get(name)
+        change.outcome = _may_put(old, c.create, c.replace, c.etag)
+        if change.outcome == OK and old is None:
+            if name in self.routes:
+                change.outcome = TAKEN
+            elif len(self.destinations) >= DESTINATIONS_MAX:
+                change.outcome = FULL
+        if change.outcome == OK:
+            old = self.destinations[name] = msgspec.structs.replace(c.destination, revision=index)
+        change.record = old
+
+    def _put_route(self, c: PutRoute, index: int, change: Change) -> None:
+        source = c.route.source
+        old = self.routes.get(source)
+        change.outcome = _may_put(old, c.create, c.replace, c.etag)
+        if change.outcome == OK:
+            change.outcome, change.why = self._check_route(c.route)
+        if change.outcome == OK and old is None and len(self.routes) >= ROUTES_MAX:
+            change.outcome = FULL
+        if change.outcome == OK:
+            old = self.routes[source] = msgspec.structs.replace(c.route, revision=index)
+        change.record = old
+
+    def _check_route(self, route: Route) -> tuple[int, str]:
+        if route.source in self.destinations:
+            return TAKEN, ""
+        for number, target in enumerate(route.targets):
+            if target.destination == route.source:
+                return CYCLE, f"{route.source} -> {route.source}"
+            if target.destination not in self.destinations and target.destination not in self.routes:
+                return UNKNOWN_TARGET, str(number)
+        came_from: dict[str, str] = {}
+        front = [route.source]
+        while front:
+            here = front.pop()
+            for target in (route if here == route.source else self.routes[here]).targets:
+                name = target.destination
+                if name == route.source:
+                    path = [name, here]
+                    while path[-1] != route.source:
+                        path.append(came_from[path[-1]])
+                    return CYCLE, " -> ".join(reversed(path))
+                if name in self.routes and name not in came_from:
+                    came_from[name] = here
+                    front.append(name)
+        return OK, ""
+
+    def _drop_route(self, c: DropRoute, change: Change) -> None:
+        old = self.routes.get(c.source)
+        change.outcome = _may_put(old, False, True, c.etag)
+        if change.outcome == OK:
+            user = next((r.source for r in self.routes.values() if any(t.destination == c.source for t in r.targets)), None)
+            if user is not None:
+                change.outcome, change.why = TAKEN, user
+        if change.outcome == OK:
+            del self.routes[c.source]
+        else:
+            change.record = old
+
+    def _set_hold(self, c: SetHold, change: Change) -> None:
+        old = self.holds.get(c.scope)
+        paused = old.paused if old else None
+        until, why = (old.parked_until, old.parked_why) if old else (0, "")
+        if c.pause is not None:
+            paused = c.pause if c.paused else None
+        if c.park_until is not None:
+            until, why = c.park_until, c.park_why
+        if paused is None and not until:
+            self.holds.pop(c.scope, None)
+        elif old is None and len(self.holds) >= HOLDS_MAX:
+            change.outcome = FULL
+        else:
+            change.record = self.holds[c.scope] = Hold(c.scope, paused, until, why)
+
+
+def _may_put(old: Destination | Route | None, create: bool, replace: bool, etag: int) -> int:
+    if old is not None and not replace:
+        return EXISTS
+    if old is None and not create:
+        return MISSING
+    if etag and (old is None or old.revision != etag):
+        return ETAG
+    return OK

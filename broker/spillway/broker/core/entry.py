@@ -3,8 +3,8 @@
 One entry carries many operations, so that what an entry costs is shared by what it carries. Operations are
 kept as flat tuples and parallel lists: building an object per message would cost more than applying it.
 
-Order inside an entry: enqueues, settlements, expiries, gates, grants. A settlement that races with the
-expiry of its lease wins; a grant sees what the entry's settlements left behind.
+Order inside an entry: enqueues, settlements, expiries, gates, trims, purges, redrives, grants. A settlement that races
+with the expiry of its lease wins; a grant sees what the entry's other operations left behind.
 
 Whoever changes a shape here raises VERSION in the same commit and keeps decoding the old one.
 """
@@ -13,10 +13,14 @@ from __future__ import annotations
 import msgspec
 from spillway.broker.core.errors import CorruptEntry
 
-VERSION = 1
+VERSION = 2
+VERSIONS_READ = (1, 2)  # 1 had no trims, purges, redrives, options, copies
 
-# Settlement outcomes, as in the public protocol.
-ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND = range(1, 8)
+# Settlement outcomes, as in the public protocol, and DISCARD: REJECT where dead letters are not kept.
+ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND, DISCARD = range(1, 9)
+EXPIRED = 9  # in no entry: how a lease ended whose time was over
+# What an expiry does with the head, and a trim with what it removes. DONE: it counts as acknowledged.
+KEEP, DEAD, GONE, DONE = range(4)
 
 # (fencing token, position, sequence, outcome, argument, reason)
 #   position: how many messages of the lease's run, from its start, are acknowledged once this is applied;
@@ -24,8 +28,13 @@ ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND = range(1, 8)
 #   argument: RETRY not before; THROTTLED, DOWN parked until; EXTEND new deadline; all milliseconds since 1970;
 #   reason: RETRY, REJECT; for people.
 Settle = tuple[int, int, int, int, int, str]
-# (fencing token, dead-letter the head instead of retrying, not before, reason)
-Expire = tuple[int, bool, int, str]
+# (fencing token, KEEP to retry the head, DEAD to dead-letter it, GONE to discard it; not before, reason)
+Expire = tuple[int, int | bool, int, str]  # version 1 has false and true for KEEP and DEAD
+# (queue, how many of its first messages, sequence of the last of them, DEAD, GONE or DONE, reason): their TTL has passed,
+# or (DONE) the outbox has been copied that far
+Trim = tuple[bytes, int, int, int, str]
+# (deliver not before, or 0; not after, or 0; digest of the dedup id, or empty; remember it until) in ms since 1970
+Option = tuple[int, int, bytes, int]
 # (scope, parked until in ms since 1970 or 0 to open, times in a row that it closed)
 #   scope: destination, or destination NUL tenant
 GateChange = tuple[bytes, int, int]
@@ -37,10 +46,13 @@ class Enqueue(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=T
     """Messages of one producer, in order. `queues[i]` takes `bodies[i]`."""
 
     producer: str  # "" is nobody: no deduplication
-    first: int  # producer sequence of the first; the others follow without a gap
+    first: int  # producer sequence of the first; the others follow without a gap. Of copies: the number before the first
     queues: list[bytes]  # spillway.contract.hashing.queue_key
     bodies: list[bytes]  # serialized spillway.v1.Message, opaque here
-    delays: dict[int, int] | None = None  # position -> deliver not before, ms since 1970
+    delays: dict[int, int] | None = None  # version 1 only: position -> deliver not before
+    options: dict[int, Option] | None = None  # by position; most messages have none
+    copies: list[int] | None = None  # numbers of a route's copies: they grow, with gaps; see core.outbox
+    epoch: int = 0  # of copies: the life of the copier that made them
 
 
 class Entry(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
@@ -54,6 +66,11 @@ class Entry(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=Tru
     gates: list[GateChange] = []
     grants: list[Grant] = []
     consumers: list[str] = []  # names for people, shared by the grants
+    trims: list[Trim] = []
+    purges: list[bytes] = []  # queues that lose all messages and their lease
+    redrives: list[bytes] = []  # rows of dead letters that go back to the head of their queues
+    dead_purges: list[bytes] = []  # rows of dead letters that go
+    overflows: list[tuple[bytes, int]] = []  # (destination, copies that routes left out)
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -71,9 +88,13 @@ def decode_entry(command: bytes) -> Entry:
         entry = _decode(command)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise CorruptEntry(f"a log entry of {len(command)} bytes does not decode: {e}") from e
-    if entry.version != VERSION:
-        raise CorruptEntry(f"a log entry has version {entry.version}; this node reads {VERSION}")
+    if entry.version not in VERSIONS_READ:
+        raise CorruptEntry(f"a log entry has version {entry.version}; this node reads {VERSIONS_READ}")
     for batch in entry.enqueues:
         if len(batch.queues) != len(batch.bodies):
             raise CorruptEntry("an enqueue has another number of queues than of bodies")
+        if batch.copies is not None and len(batch.copies) != len(batch.queues):
+            raise CorruptEntry("an enqueue has another number of queues than of copies")
+        if batch.delays:
+            batch.options = {position: (until, 0, b"", 0) for position, until in batch.delays.items()}
     return entry

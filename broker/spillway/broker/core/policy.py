@@ -3,7 +3,8 @@ need the policy: they apply what was decided."""
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+import msgspec
 
 
 class Nack(enum.IntEnum):
@@ -14,9 +15,43 @@ class Nack(enum.IntEnum):
     SKIP = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How a destination's messages are leased and retried. Times in milliseconds."""
+class Limit(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """How fast and how much at a time. Zeros: unlimited."""
+
+    per_second: float = 0.0  # messages
+    burst: int = 0  # messages at once after a rest; 0: what a second gives, at least 1
+    leases_max: int = 0
+
+
+class Retention(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What may wait before producers are pushed back. Zeros: unlimited."""
+
+    bytes_max: int = 0
+    age_ms_max: int = 0
+
+
+class TenantPolicy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """A tenant that differs from the others of its destination."""
+
+    weight: float = 1.0
+    limit: Limit | None = None  # None: as all tenants
+    retention: Retention | None = None
+
+
+class Adaptive(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Bounds of the limit that follows how a destination fares."""
+
+    disabled: bool = False
+    floor: int = 1
+    pinned: int = 0  # 0: adapts
+
+
+UNLIMITED = Limit()
+UNBOUNDED = Retention()
+
+
+class Policy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """How a destination's messages are kept, leased and retried. Times in milliseconds."""
 
     run_messages_max: int = 64  # long enough to amortise a lease, short enough that a retry blocks little
     lease_ms: int = 30_000
@@ -25,20 +60,40 @@ class Policy:
     nack: Nack = Nack.BLOCK
     attempts_max: int = 0  # BLOCK_UNTIL only; 0: no limit
     age_ms_max: int = 0  # BLOCK_UNTIL only; 0: no limit
+    backoff_factor: float = 2.0
+    jitter: float = 1.0  # part of a waiting time that is drawn at random
+    ordered: bool = True
+    lease_ms_max: int = 12 * 3_600_000
+    discard: bool = False  # instead of keeping dead letters
+    ttl_ms: int = 0  # 0: for ever
+    message_bytes_max: int = 0  # 0: the node's
+    limit: Limit = UNLIMITED
+    tenant_limit: Limit = UNLIMITED
+    retention: Retention = UNBOUNDED
+    tenant_retention: Retention = UNBOUNDED
+    weight: float = 1.0
+    tenants: dict[str, TenantPolicy] = {}
+    adaptive: Adaptive = Adaptive()
+    dedup_ms: int = 600_000
 
 
-def backoff_ms(policy: Policy, step: int, jitter: float) -> int:
-    """Exponential backoff with full jitter (Brooker, AWS Architecture Blog 2015): uniform in
-    [0, min(cap, base * 2^step)], at least 1 ms. `jitter` is in [0, 1), drawn by the caller."""
-    ceiling = min(policy.backoff_cap_ms, policy.backoff_base_ms << min(step, 40))
-    return max(1, int(ceiling * jitter))
+def _ceiling(policy: Policy, step: int) -> int:
+    try:
+        return min(policy.backoff_cap_ms, int(policy.backoff_base_ms * policy.backoff_factor ** min(step, 64)))
+    except OverflowError:
+        return policy.backoff_cap_ms
 
 
-def park_ms(policy: Policy, step: int, jitter: float) -> int:
-    """How long a gate stays closed the `step`-th time in a row: doubling, never below half of the ceiling, so
+def backoff_ms(policy: Policy, step: int, random: float) -> int:
+    """Exponential backoff with jitter (Brooker, AWS Architecture Blog 2015): min(cap, base * factor^step), of which the
+    policy's jitter is drawn at random (1: uniform in [0, that]); at least 1 ms. `random` is in [0, 1), drawn by the caller."""
+    return max(1, int(_ceiling(policy, step) * (1 - policy.jitter * (1 - random))))
+
+
+def park_ms(policy: Policy, step: int, random: float) -> int:
+    """How long a gate stays closed the `step`-th time in a row: growing, never below half of the ceiling, so
     that a dead destination is probed and not hammered."""
-    ceiling = min(policy.backoff_cap_ms, policy.backoff_base_ms << min(step, 40))
-    return max(1, int(ceiling * (1 + jitter) / 2))
+    return max(1, int(_ceiling(policy, step) * (1 + random) / 2))
 
 
 def dead_reason(policy: Policy, attempts: int, age_ms: int) -> str | None:
@@ -51,3 +106,15 @@ def dead_reason(policy: Policy, attempts: int, age_ms: int) -> str | None:
         if policy.age_ms_max and age_ms >= policy.age_ms_max:
             return f"older than {policy.age_ms_max} ms"
     return None
+
+
+def tenant_limit(policy: Policy, tenant: str) -> Limit:
+    """The limit of one tenant."""
+    own = policy.tenants.get(tenant)
+    return own.limit if own is not None and own.limit is not None else policy.tenant_limit
+
+
+def tenant_retention(policy: Policy, tenant: str) -> Retention:
+    """The budget of one tenant."""
+    own = policy.tenants.get(tenant)
+    return own.retention if own is not None and own.retention is not None else policy.tenant_retention

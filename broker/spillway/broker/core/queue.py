@@ -7,32 +7,48 @@ to it: a queue that merely waits is rows in the store (see `rows`).
 """
 from __future__ import annotations
 
-# (sequence, enqueue time ms, deliver not before ms, body)
-Message = tuple[int, int, int, bytes]
+# (sequence, enqueue time ms, deliver not before ms or 0, body, deliver not after ms or 0)
+Message = tuple[int, int, int, bytes, int]
+
+
+class Tenant:
+    """What one tenant of one destination has in one shard; see rows.TenantRow."""
+
+    __slots__ = ("dirty", "messages", "scope", "size", "stored")
+
+    def __init__(self, scope: bytes) -> None:
+        self.scope = scope
+        self.messages = self.size = 0
+        self.stored = False  # has a row
+        self.dirty = False
 
 
 class Counters:
     """Counters of one destination in one shard; see rows.StatsRow."""
 
-    __slots__ = ("acked", "dead", "dead_lettered", "dirty", "enqueued", "expired", "leased", "messages", "name", "queues",
-                 "retried")
+    __slots__ = ("acked", "dead", "dead_lettered", "deduplicated", "dirty", "discarded", "enqueued", "expired", "leased",
+                 "messages", "name", "overflowed", "purged", "queues", "redriven", "retried", "size", "ttl_expired")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self.queues = self.messages = self.leased = self.dead = 0
         self.enqueued = self.acked = self.dead_lettered = self.retried = self.expired = 0
+        self.size = self.ttl_expired = self.purged = self.redriven = self.discarded = self.deduplicated = self.overflowed = 0
         self.dirty = False
 
 
 class Queue:
     """A queue's state. Only `shard` changes it."""
 
-    __slots__ = ("attempts", "cold", "consumer", "counters", "deadline", "dirty", "floor", "front", "gap", "granting",
-                 "key", "lease_acked", "lease_row", "lease_size", "not_before", "persisted", "stored", "tail", "token")
+    __slots__ = ("attempts", "cold", "consumer", "counters", "deadline", "dirty", "floor", "front", "gap",
+                 "gap_since", "granting", "key", "lease_acked", "lease_row", "lease_size", "not_before", "persisted", "size", "stored",
+                 "tail", "tenant", "token")
 
-    def __init__(self, key: bytes, counters: Counters) -> None:
+    def __init__(self, key: bytes, counters: Counters, tenant: Tenant) -> None:
         self.key = key
         self.counters = counters
+        self.tenant = tenant
+        self.size = 0  # bytes of the bodies of all messages
         self.front: list[Message] = []
         self.tail: list[Message] = []
         self.cold = 0
@@ -45,7 +61,9 @@ class Queue:
         self.lease_acked = 0
         self.deadline = 0
         self.consumer = ""
+        # Count, first and last sequence of what was dropped, until a message behind all of them is acknowledged
         self.gap: tuple[int, int, int] | None = None
+        self.gap_since = 0  # index of the entry with which it began
         self.stored = False  # has a queue row
         self.lease_row = 0  # token of its lease row
         self.dirty = False  # differs from its rows

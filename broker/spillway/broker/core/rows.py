@@ -5,8 +5,12 @@
     l <token>               live lease -> its queue
     d <dest> NUL <tenant> NUL <seq>   dead letter
     p <producer>            last sequence of an idempotent producer
+    c <copier>              where the copies that one shard's outbox sends have got to
     s <dest>                counters of a destination
     g <scope>               closed gate
+    t <scope>               what a tenant has waiting
+    u <digest>              a dedup id: the sequence of its message, and until when it is remembered
+    v <minute> <digest>     the same by the minute in which it is forgotten
     x                       the shard's clock
 
 Whoever changes a value's shape raises its version (the first byte or element) in the same commit.
@@ -24,10 +28,14 @@ if TYPE_CHECKING:
     from spillway.broker.core.queue import Message
 
 QUEUE, MESSAGE, LEASE, DEAD, PRODUCER, STATS, GATE, CLOCK = b"q", b"m", b"l", b"d", b"p", b"s", b"g", b"x"
+TENANT, DEDUP, DEDUP_DUE, COPIER = b"t", b"u", b"v", b"c"
 
 _SEQUENCE = struct.Struct(">Q")
 _MESSAGE = struct.Struct("<BQQ")  # version, enqueue ms, deliver not before ms; then the body
 _MESSAGE_VERSION = 1
+_MESSAGE_2 = struct.Struct("<BQQQ")  # as _MESSAGE, and deliver not after ms
+_PAIR = struct.Struct(">QQ")
+_MINUTE = struct.Struct(">I")
 _pack_sequence = _SEQUENCE.pack
 _pack_message = _MESSAGE.pack
 _encode = msgspec.msgpack.Encoder().encode
@@ -47,7 +55,9 @@ class QueueRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     lease_acked: int = 0
     deadline: int = 0
     consumer: str = ""
-    gap: tuple[int, int, int] | None = None  # count, first and last sequence dead-lettered before the head
+    gap: tuple[int, int, int] | None = None  # see Queue.gap
+    size: int | None = None  # bytes of the messages; None: nobody knows, see ShardState.reload
+    gap_since: int = 0
 
 
 class StatsRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -62,6 +72,21 @@ class StatsRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     dead_lettered: int
     retried: int
     expired: int
+    size: int | None = None  # bytes of the messages: a level; None: nobody knows
+    ttl_expired: int = 0
+    purged: int = 0
+    redriven: int = 0
+    discarded: int = 0
+    deduplicated: int = 0
+    overflowed: int = 0
+
+
+class TenantRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """What one tenant of a destination has waiting in a shard."""
+
+    version: int
+    messages: int
+    size: int  # their bytes
 
 
 class ProducerRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -70,6 +95,15 @@ class ProducerRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     version: int
     last: int  # its last sequence stored
     used: int  # the shard's sequence at its last use: the order in which producers are forgotten
+
+
+class CopierRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """What is known of the copier of another shard's outbox."""
+
+    version: int
+    epoch: int  # its life
+    chain: int  # number of the last copy that came in it
+    last: int  # highest number of a copy that is stored
 
 
 class GateRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -97,12 +131,14 @@ class DeadRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     enqueue_ms: int
     dead_ms: int
     body: bytes
+    dead_at: int = 0  # index of the entry that made it one
 
 
 VERSION = 1
-Row = TypeVar("Row", QueueRow, StatsRow, ProducerRow, GateRow, ClockRow, DeadRow)
+Row = TypeVar("Row", QueueRow, StatsRow, TenantRow, ProducerRow, CopierRow, GateRow, ClockRow, DeadRow)
 _decoders: dict[type, Callable[[bytes], Any]] = {
-    kind: msgspec.msgpack.Decoder(kind).decode for kind in (QueueRow, StatsRow, ProducerRow, GateRow, ClockRow, DeadRow)}
+    kind: msgspec.msgpack.Decoder(kind).decode for kind in (
+        QueueRow, StatsRow, TenantRow, ProducerRow, CopierRow, GateRow, ClockRow, DeadRow)}
 
 
 def encode_row(row: msgspec.Struct) -> bytes:
@@ -153,12 +189,36 @@ def dead_prefix(destination: bytes, tenant: bytes | None = None) -> bytes:
 
 def encode_message(message: Message) -> bytes:
     """Value of a message row."""
+    if message[4]:
+        return _MESSAGE_2.pack(2, message[1], message[2], message[4]) + message[3]
     return _pack_message(_MESSAGE_VERSION, message[1], message[2]) + message[3]
 
 
 def decode_message(key: bytes, value: bytes) -> Message:
     """The message of a row. Raises CorruptEntry."""
-    if len(value) < _MESSAGE.size or value[0] != _MESSAGE_VERSION:
-        raise CorruptEntry(f"message row {key!r} has version {value[:1]!r}; this node reads {_MESSAGE_VERSION}")
-    _, enqueue_ms, deliver_ms = _MESSAGE.unpack_from(value)
-    return (sequence_of(key), enqueue_ms, deliver_ms, value[_MESSAGE.size:])
+    version = value[0] if len(value) >= _MESSAGE.size else 0
+    if version == _MESSAGE_VERSION:
+        _, enqueue_ms, deliver_ms = _MESSAGE.unpack_from(value)
+        return (sequence_of(key), enqueue_ms, deliver_ms, value[_MESSAGE.size:], 0)
+    if version == 2 and len(value) >= _MESSAGE_2.size:
+        _, enqueue_ms, deliver_ms, expire_ms = _MESSAGE_2.unpack_from(value)
+        return (sequence_of(key), enqueue_ms, deliver_ms, value[_MESSAGE_2.size:], expire_ms)
+    raise CorruptEntry(f"message row {key!r} has version {value[:1]!r}; this node reads 1 and 2")
+
+
+def dedup_row(sequence: int, until_ms: int) -> bytes:
+    """Value of a dedup row."""
+    return _PAIR.pack(sequence, until_ms)
+
+
+def decode_dedup(value: bytes) -> tuple[int, int]:
+    """(sequence, until ms) of a dedup row. Raises CorruptEntry."""
+    if len(value) != _PAIR.size:
+        raise CorruptEntry(f"a dedup row has {len(value)} bytes; it has {_PAIR.size}")
+    sequence, until = _PAIR.unpack(value)
+    return sequence, until
+
+
+def dedup_due(until_ms: int, digest: bytes = b"") -> bytes:
+    """Key of a dedup id's row by the minute after which it may go."""
+    return DEDUP_DUE + _MINUTE.pack(until_ms // 60_000) + digest
