@@ -9,264 +9,71 @@ with neither credit nor debt. Cost is what is scarce: the time that a consumer i
 the pick and corrected at the settlement. Between the queues of one tenant plain round robin by bounded runs is
 enough (as in deficit round robin, Shreedhar and Varghese 1996): it takes two bytes beside the name of a waiting queue and O(1).
 
-Only queues that may be leased stand in the index. Closed gates (a parked destination or tenant) cost O(1) whatever
-stands behind them. The index may hold a queue that has changed since it was added; whoever picks checks it and
-tells (`charge` or `discard`), so nothing is ever searched for and removed.
+The index (`index`) may hold a queue that has changed since it was added; whoever picks checks it and tells (`charge` or
+`discard`), so nothing is ever searched for and removed.
 
-No tenant may hold all credit while others are about: consumers cannot be preempted, so a burst that took every slot would
-make the next tenant wait for a slot to come free, and slots that were taken together come free together. So the last
-eighth of the credit is kept from tenants that hold more than an eighth of it already, as long as some tenant of the
-destination that comes and goes was served within a second. Alone, or among others with a backlog, a tenant gets everything.
+Consumers cannot be preempted: what is taken stays out until its lease ends. So a fair order of turns is not enough, and
+three rules say what a flow leaves to others while it has its turn alone:
+
+- A lease that lasts longer than was charged for is charged while it lasts, so whoever has such leases is behind the others
+  now, and not when they end.
+- The last eighth of the credit is kept from tenants that hold more than an eighth of it already, as long as some tenant of
+  the destination that comes and goes was served within a second. So a burst does not make the next one wait for its slots.
+- Flows whose leases hang (overdue, or usually held, for ten times as long as is usual and two seconds), and tenants none of
+  whose leases has come back yet, get more than their weighted share of the credit only while nobody else waits and as much
+  stays free as the quick leases lately used, and an eighth: tenants among those of their destination, destinations among
+  those of their subscription. So leases that hang do not pile up in the moments in which the others have nothing to give.
+
+Guaranteed, then: the others keep their weighted share of the credit (less one lease, as leases are whole) from tenants whose
+leases hang, and are not kept waiting by those when they want less than that and want it evenly. Not guaranteed: a tenant
+whose leases have come back quickly, and then hang, may take more within two seconds, in moments in which the others have
+nothing to give; and whoever is alone, or among others that want little, is not held back for those who may come. Both last
+no longer than the leases.
+
+Limits (messages a second, leases at a time, and the one that follows how a destination fares) are looked at when a
+destination's or tenant's turn comes: if there is nothing left, it leaves the index until a timer or the end of a lease
+brings it back. So what is limited costs O(log n) once, whatever stands behind it, and never hides what is not.
 """
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush, heapreplace
 
-from spillway.broker.core.names import NameQueue
+from spillway.broker.core.flows import (
+    CLOSED,
+    FOR_EVER,
+    HALF_OPEN,
+    HOLD_MS_START,
+    MESSAGES_MAX,
+    OPEN,
+    PROBING,
+    Destination,
+    Pick,
+    Share,
+    Tenant,
+)
+from spillway.broker.core.index import Index, Waiting
+from spillway.broker.core.limits import slots as limit_slots
+from spillway.broker.core.subscription import USE_MS, USUAL_MS_MIN, Consumer, Subscription
 
 COST_PER_MESSAGE_MS = 0.05  # what a message costs a consumer beside its bytes and time
 COST_PER_BYTE_MS = 1 / 65_536  # 64 KiB weigh as much as a millisecond of a consumer's time
-HOLD_MS_START = 1.0  # first guess of how long a lease is held
 HOLD_GAIN = 0.2  # weight of a new observation in the moving average
-HOLD_MS_MAX = 3_600_000.0
+HOLD_MS_MAX = 3_600_000
 HEADROOM = 8  # 1/8 of a subscription's credit is kept from tenants that hold more than 1/8 of it, while others are about
 LIGHT_MS = 1000  # a light tenant's lease keeps the headroom for this long
-
-OPEN, CLOSED, HALF_OPEN, PROBING = range(4)  # states of a gate
-
-
-class Tenant:
-    """A tenant inside a destination."""
-
-    __slots__ = ("destination", "gate", "held", "hold_ms", "name", "prober", "queued", "ready", "start", "taken",
-                 "weight")
-
-    def __init__(self, name: bytes, destination: Destination) -> None:
-        self.name = name
-        self.destination = destination
-        self.ready = NameQueue()  # queues, round robin
-        self.start = 0.0  # virtual start tag of its next lease
-        self.weight = 1.0
-        self.held = 0  # leases out
-        self.taken = 0  # messages of these leases
-        self.hold_ms = destination.hold_ms
-        self.queued = False  # stands in destination.heap
-        self.gate = OPEN
-        self.prober: Pick | None = None  # what the gate lets through while it is PROBING
-
-    def __repr__(self) -> str:
-        return f"<Tenant {self.name!r}: {len(self.ready)} ready, {self.held} held, start {self.start:.1f}>"
+HANG_TIMES = 10  # leases hang once they are held so many times as long as is usual, at least as this
+USUAL_STEP = 1.1  # how fast the estimate of what is usual, a median, moves; its error is nothing beside HANG_TIMES
+_PASSABLE = (OPEN, HALF_OPEN)
+USE_MIN = 0.01  # messages of credit; who uses less on average needs nothing kept free
+NAP_MS = 100  # after which a flow whose leases hang is looked at again
 
 
-class Destination:
-    """A destination with work or leases."""
-
-    __slots__ = ("gate", "heap", "held", "hold_ms", "light", "light_ms", "name", "prober", "subscriptions", "tenants", "virtual",
-                 "weight")
-
-    def __init__(self, name: bytes) -> None:
-        self.name = name
-        self.tenants: dict[bytes, Tenant] = {}
-        self.heap: list[tuple[float, int, Tenant]] = []
-        self.virtual = 0.0  # virtual time: start tag of the last pick
-        self.weight = 1.0
-        self.held = 0
-        self.hold_ms = HOLD_MS_START
-        self.light: Tenant | None = None  # that was last served while it held little and had nothing more to give
-        self.light_ms = 0  # when
-        self.gate = OPEN
-        self.prober: Pick | None = None
-        self.subscriptions: list[Subscription] = []
-
-    def __repr__(self) -> str:
-        return f"<Destination {self.name!r}: {len(self.tenants)} tenants, {self.held} held, gate {self.gate}>"
-
-
-class Consumer:
-    """One open Lease stream: what it wants and how much more it can take."""
-
-    __slots__ = ("active", "bytes", "lease_ms", "messages", "name", "run_messages_max", "session", "sink", "subscription")
-
-    def __init__(self, name: str, run_messages_max: int = 0, lease_ms: int = 0, session: str = "") -> None:
-        self.name = name  # for people
-        self.session = session  # names it across reconnects
-        self.run_messages_max = run_messages_max  # 0: the destination's policy
-        self.lease_ms = lease_ms  # 0: the destination's policy
-        self.sink: object = None  # where its runs go
-        self.messages = 0  # credit left; may be negative after a withdrawal raced with a grant
-        self.bytes = 0
-        self.active = False  # stands in its subscription's round
-        self.subscription: Subscription | None = None
-
-    def __repr__(self) -> str:
-        return f"<Consumer {self.name!r}: credit {self.messages} messages, {self.bytes} bytes>"
-
-
-class Subscription:
-    """A set of destination patterns, shared by the consumers that asked for exactly this set. It has a virtual time
-    of its own, and so each destination a start tag in each subscription: were the tag shared, a destination that one
-    subscription has served for long would wait in another, younger one until that has caught up."""
-
-    __slots__ = ("consumers", "free", "globs", "heap", "names", "patterns", "queued", "round", "starts", "taken", "virtual")
-
-    def __init__(self, patterns: frozenset[str]) -> None:
-        self.patterns = patterns
-        # Not a regular expression: with many stars, one that backtracks would never come to an end.
-        self.globs = [tuple(part.encode() for part in p.split("*")) for p in sorted(patterns) if "*" in p]
-        self.names = frozenset(p.encode() for p in patterns if "*" not in p)
-        self.consumers: set[Consumer] = set()
-        self.round: deque[Consumer] = deque()  # those with credit
-        self.free = 0  # messages of credit that its consumers have left
-        self.taken = 0  # messages out
-        self.heap: list[tuple[float, int, Destination]] = []
-        self.queued: set[Destination] = set()
-        self.starts: dict[Destination, float] = {}  # virtual start tags of their next leases
-        self.virtual = 0.0
-
-    def matches(self, destination: bytes) -> bool:
-        """Whether a destination's name fits one of the patterns."""
-        return destination in self.names or any(_fits(parts, destination) for parts in self.globs)
-
-
-def _fits(parts: tuple[bytes, ...], name: bytes) -> bool:
-    """Whether a name is these parts in order with anything between them. Taking each part where it first occurs leaves the
-    most to those behind it, so one pass decides."""
-    first, *middle, last = parts
-    end = len(name) - len(last)
-    at = len(first)
-    if end < at or not name.startswith(first) or not name.endswith(last):
-        return False
-    for part in middle:
-        at = name.find(part, at, end)
-        if at < 0:
-            return False
-        at += len(part)
-    return True
-
-
-class Pick:
-    """A queue to lease, for a consumer. `charge` or `discard` it."""
-
-    __slots__ = ("bytes", "consumer", "cost", "messages", "probe", "queue", "since_ms", "subscription", "tenant")
-
-    def __init__(self, queue: bytes, tenant: Tenant, consumer: Consumer, probe: bool, subscription: Subscription) -> None:
-        self.queue = queue
-        self.tenant = tenant
-        self.consumer = consumer
-        self.probe = probe  # a gate is half open: lease one message only
-        self.subscription = subscription
-        self.cost = 0.0
-        self.messages = 0
-        self.bytes = 0
-        self.since_ms = 0
-
-
-class Scheduler:
+class Scheduler(Index):
     """See the module. Time comes in as an argument; nothing here reads a clock."""
-
-    def __init__(self) -> None:
-        self.destinations: dict[bytes, Destination] = {}
-        self.subscriptions: dict[frozenset[str], Subscription] = {}
-        self._order = 0  # ties go to whoever came first
-        self._now_ms = 0  # the last time that was told
-
-    # -- queues --------------------------------------------------------------------------------------------------
-
-    def add(self, queue: bytes) -> None:
-        """A queue may be leased. It goes behind the others of its tenant."""
-        cut = queue.index(b"\0")
-        name = queue[:cut]
-        destination = self.destinations.get(name)
-        if destination is None:
-            destination = self._destination(name)
-        tenant_name = queue[cut + 1:queue.index(b"\0", cut + 1)]
-        tenant = destination.tenants.get(tenant_name)
-        if tenant is None:
-            tenant = destination.tenants[tenant_name] = Tenant(tenant_name, destination)
-        tenant.ready.append(queue)
-        if not tenant.queued and tenant.gate != CLOSED and tenant.gate != PROBING:
-            self._queue_tenant(tenant)
-
-    def _destination(self, name: bytes) -> Destination:
-        destination = self.destinations.get(name)
-        if destination is None:
-            destination = self.destinations[name] = Destination(name)
-            destination.subscriptions = [s for s in self.subscriptions.values() if s.matches(name)]
-        return destination
-
-    def _tenant(self, destination: Destination, name: bytes) -> Tenant:
-        tenant = destination.tenants.get(name)
-        if tenant is None:
-            tenant = destination.tenants[name] = Tenant(name, destination)
-        return tenant
-
-    def _queue_tenant(self, tenant: Tenant) -> None:
-        destination = tenant.destination
-        if tenant.start < destination.virtual:
-            tenant.start = destination.virtual
-        tenant.queued = True
-        self._order += 1
-        heappush(destination.heap, (tenant.start, self._order, tenant))
-        if destination.gate != CLOSED and destination.gate != PROBING:
-            for subscription in destination.subscriptions:
-                if destination not in subscription.queued:
-                    self._queue_destination(destination, subscription)
-
-    def _queue_destination(self, destination: Destination, subscription: Subscription) -> None:
-        start = subscription.starts[destination] = max(subscription.virtual, subscription.starts.get(destination, 0.0))
-        subscription.queued.add(destination)
-        self._order += 1
-        heappush(subscription.heap, (start, self._order, destination))
-
-    # -- consumers -----------------------------------------------------------------------------------------------
-
-    def subscribe(self, consumer: Consumer, patterns: Iterable[str]) -> None:
-        """Adds a consumer, without credit."""
-        key = frozenset(patterns)
-        subscription = self.subscriptions.get(key)
-        if subscription is None:
-            subscription = self.subscriptions[key] = Subscription(key)
-            for destination in self.destinations.values():
-                if subscription.matches(destination.name):
-                    destination.subscriptions.append(subscription)
-                    if destination.heap and destination.gate in (OPEN, HALF_OPEN):
-                        self._queue_destination(destination, subscription)
-        subscription.consumers.add(consumer)
-        consumer.subscription = subscription
-
-    def unsubscribe(self, consumer: Consumer) -> None:
-        """Removes a consumer; its leases run on."""
-        subscription = consumer.subscription
-        if subscription is None:
-            return
-        consumer.subscription = None
-        subscription.free -= consumer.messages
-        consumer.messages = 0
-        subscription.consumers.discard(consumer)
-        if consumer.active:
-            consumer.active = False
-            subscription.round.remove(consumer)
-        if not subscription.consumers:
-            del self.subscriptions[subscription.patterns]
-            for destination in self.destinations.values():
-                if subscription in destination.subscriptions:
-                    destination.subscriptions.remove(subscription)
-
-    def credit(self, consumer: Consumer, messages: int, size: int) -> None:
-        """Adds to a consumer's credit; negative amounts take back."""
-        consumer.messages += messages
-        consumer.bytes += size
-        if consumer.subscription is not None:
-            consumer.subscription.free += messages
-        if consumer.messages > 0 and consumer.bytes > 0 and not consumer.active and consumer.subscription is not None:
-            consumer.active = True
-            consumer.subscription.round.append(consumer)
 
     # -- picking -------------------------------------------------------------------------------------------------
 
-    def pick(self, subscription: Subscription) -> Pick | None:
+    def pick(self, subscription: Subscription, now_ms: int) -> Pick | None:
         """The next queue for the next consumer of a subscription, or None if either is lacking. The caller must
         answer with `charge` or `discard` before the next pick."""
         round_ = subscription.round
@@ -278,83 +85,172 @@ class Scheduler:
             round_.popleft()
         else:
             return None
+        self._now_ms = now_ms
         heap = subscription.heap
-        ceiling = -1  # if credit is scarce, what a tenant may hold and still get some
-        share = (subscription.free + subscription.taken) // HEADROOM
-        if subscription.free <= share:
-            ceiling = share
+        total = subscription.free + subscription.taken
+        ceiling = total // HEADROOM  # if credit is scarce, what a tenant may hold and still get some
+        if subscription.free > ceiling:
+            ceiling = -1
         restrained: list[tuple[float, int, Destination]] = []
         found = None
         while heap:
             tag, _, destination = heap[0]
-            if destination.gate != CLOSED and destination.gate != PROBING:
-                start = subscription.starts[destination]
+            gate = destination.gate
+            if gate in _PASSABLE and not (destination.limited and self._is_full(destination)):
+                share = subscription.shares[destination]
+                start = share.start
+                overdue = share.held * now_ms - share.due_sum
+                if overdue > 0:
+                    start += overdue / destination.weight
                 if tag < start:  # it was charged since
-                    heappop(heap)
                     self._order += 1
-                    heappush(heap, (start, self._order, destination))
+                    heapreplace(heap, (start, self._order, destination))
                     continue
-                tenant = self._pick_tenant(destination, ceiling)
-                if tenant is not None:
-                    subscription.virtual = max(subscription.virtual, tag)
-                    probe = destination.gate == HALF_OPEN or tenant.gate == HALF_OPEN
-                    found = Pick(tenant.ready.popleft(), tenant, consumer, probe, subscription)
-                    break
-                if destination.heap:  # its turn is a tenant's that must leave the last credit to others: asked again next time
-                    restrained.append(heappop(heap))
-                    continue
+                if share.taken * subscription.weights >= total * destination.weight and len(subscription.shares) > 1 and (
+                        self._hangs(share, destination.usual_ms, subscription.usual_ms, len(heap) > 1, subscription)):
+                    self._sleep(destination, now_ms + NAP_MS)
+                else:
+                    tenant = self._pick_tenant(destination, subscription, ceiling, total)
+                    if tenant is not None:
+                        if tag > subscription.virtual:
+                            subscription.virtual = tag
+                        destination.ready -= 1
+                        found = Pick(tenant.ready.popleft(), tenant, consumer,
+                                     gate == HALF_OPEN or tenant.gate == HALF_OPEN, subscription, share)
+                        if destination.bucket is not None:
+                            found.messages_max = destination.bucket.available(now_ms, destination.share)
+                        if tenant.bucket is not None:
+                            found.messages_max = min(found.messages_max, tenant.bucket.available(now_ms, destination.share))
+                        break
+                    if destination.heap:  # all its tenants must leave the last credit to others: asked again later
+                        restrained.append(heappop(heap))
+                        continue
             heappop(heap)
             subscription.queued.discard(destination)
         for entry in restrained:
             heappush(heap, entry)
         return found
 
-    def _pick_tenant(self, destination: Destination, ceiling: int) -> Tenant | None:
+    def _pick_tenant(self, destination: Destination, subscription: Subscription, ceiling: int, total: int) -> Tenant | None:
         heap = destination.heap
-        if ceiling >= 0 and (destination.light is None or self._now_ms - destination.light_ms > LIGHT_MS):
+        now = self._now_ms
+        if ceiling >= 0 and (destination.light is None or now - destination.light_ms > LIGHT_MS):
             ceiling = -1
+        restrained: list[tuple[float, int, Tenant]] | None = None  # fewer than HEADROOM hold so much
+        found = None
         while heap:
             tag, _, tenant = heap[0]
-            if tenant.ready and tenant.gate != CLOSED and tenant.gate != PROBING:
-                if tag >= tenant.start:
-                    if 0 <= ceiling < tenant.taken and destination.light is not tenant:
-                        return None
-                    destination.virtual = max(destination.virtual, tag)
-                    return tenant
-                heappop(heap)
-                self._order += 1
-                heappush(heap, (tenant.start, self._order, tenant))
-            else:
-                heappop(heap)
-                tenant.queued = False
-        return None
+            gate = tenant.gate
+            if tenant.ready and gate in _PASSABLE and not (tenant.limited and self._is_tenant_full(tenant)):
+                start = tenant.start
+                overdue = tenant.held * now - tenant.due_sum
+                if overdue > 0:
+                    start += overdue / tenant.weight
+                if tag < start:
+                    self._order += 1
+                    heapreplace(heap, (start, self._order, tenant))
+                    continue
+                if tenant.taken * destination.weights >= total * tenant.weight and len(destination.tenants) > 1 and (
+                        self._hangs(tenant, tenant.hold_ms if tenant.proven else HOLD_MS_MAX, destination.usual_ms,
+                                    len(heap) > 1, subscription)):
+                    tenant.blocked = True
+                    self._sleep(tenant, now + NAP_MS)
+                elif 0 <= ceiling < tenant.taken and destination.light is not tenant:
+                    if restrained is None:
+                        restrained = []
+                    restrained.append(heappop(heap))
+                    continue
+                else:
+                    if tag > destination.virtual:
+                        destination.virtual = tag
+                    found = tenant
+                    break
+            heappop(heap)
+            tenant.queued = False
+        if restrained is not None:
+            for entry in restrained:
+                heappush(heap, entry)
+        return found
+
+    def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
+        """Whether a flow, which has its part of the credit, has leases that hang, and what is free is for the others, that
+        wait or may come."""
+        patience = HANG_TIMES * max(USUAL_MS_MIN, usual_ms)
+        if expected_ms <= patience and flow.held * self._now_ms - flow.due_sum <= flow.held * patience:
+            return False
+        if others:
+            return True
+        use = subscription.use(self._now_ms)
+        return use > USE_MIN and subscription.free <= use + (subscription.free + subscription.taken) // HEADROOM
+
+    def _is_full(self, destination: Destination) -> bool:
+        """Whether a hold or a limit stops a destination; then it is out of the index until it is woken."""
+        until = self._held_until(destination)
+        if not until:
+            slots = destination.slots()
+            if slots and destination.held >= slots:
+                until = FOR_EVER  # the end of a lease wakes it
+            elif destination.bucket is not None and not destination.bucket.available(self._now_ms, destination.share):
+                until = destination.bucket.ready_ms(destination.share)
+        return self._block(destination, until)
+
+    def _is_tenant_full(self, tenant: Tenant) -> bool:
+        until = self._held_until(tenant)
+        if not until:
+            share = tenant.destination.share
+            if tenant.leases_max and tenant.held >= limit_slots(tenant.leases_max, share):
+                until = FOR_EVER
+            elif tenant.bucket is not None and not tenant.bucket.available(self._now_ms, share):
+                until = tenant.bucket.ready_ms(share)
+        return self._block(tenant, until)
+
+    def _held_until(self, who: Destination | Tenant) -> int:
+        return 0 if 0 <= who.hold <= self._now_ms else who.hold
+
+    def _block(self, who: Destination | Tenant, until: int) -> bool:
+        if not until:
+            return False
+        who.blocked = True
+        if until != FOR_EVER:
+            self._sleep(who, until)
+        return True
+
+    # -- what becomes of a pick ----------------------------------------------------------------------------------
 
     def discard(self, pick: Pick) -> None:
         """The picked queue cannot be leased now (it changed since it was added); it has left the index."""
 
     def charge(self, pick: Pick, messages: int, size: int, now_ms: int) -> None:
         """The picked queue is being leased: takes the consumer's credit and charges tenant and destination."""
-        tenant, consumer = pick.tenant, pick.consumer
+        tenant, consumer, subscription, share = pick.tenant, pick.consumer, pick.subscription, pick.share
         destination = tenant.destination
         consumer.messages -= messages
         consumer.bytes -= size
-        subscription = pick.subscription
         subscription.round.rotate(-1)
         subscription.free -= messages
         subscription.taken += messages
         tenant.taken += messages
-        self._now_ms = now_ms
+        share.taken += messages
         if not tenant.ready and tenant.taken <= (subscription.free + subscription.taken) // HEADROOM:
             destination.light = tenant
             destination.light_ms = now_ms
         pick.messages = messages
         pick.bytes = size
         pick.since_ms = now_ms
-        pick.cost = tenant.hold_ms + messages * COST_PER_MESSAGE_MS + size * COST_PER_BYTE_MS
-        tenant.held += 1
+        hold_ms = pick.hold_ms = tenant.hold_ms
+        due = pick.due_ms = now_ms + int(hold_ms) + 1  # whole, as sums of floats would lose milliseconds
+        cost = hold_ms + messages * COST_PER_MESSAGE_MS + size * COST_PER_BYTE_MS
         destination.held += 1
-        tenant.start += pick.cost / tenant.weight
-        pick.subscription.starts[destination] += pick.cost / destination.weight
+        tenant.held += 1
+        tenant.due_sum += due
+        tenant.start += cost / tenant.weight
+        share.held += 1
+        share.due_sum += due
+        share.start += cost / destination.weight
+        if destination.bucket is not None:
+            destination.bucket.take(messages)
+        if tenant.bucket is not None:
+            tenant.bucket.take(messages)
         if pick.probe:
             if destination.gate == HALF_OPEN:
                 destination.gate = PROBING
@@ -363,23 +259,53 @@ class Scheduler:
                 tenant.gate = PROBING
                 tenant.prober = pick
 
-    def settled(self, pick: Pick, now_ms: int) -> None:
-        """The lease of a charged pick is over: corrects the estimate by what it really cost."""
-        tenant = pick.tenant
+    def settled(self, pick: Pick, now_ms: int, failed: bool | None = False) -> None:
+        """The lease of a charged pick is over: corrects the estimate by what it really cost. `failed` tells whether its
+        destination throttled or failed; None: that is not known."""
+        tenant, subscription, share, messages = pick.tenant, pick.subscription, pick.share, pick.messages
         destination = tenant.destination
-        tenant.held -= 1
-        tenant.taken -= pick.messages
-        pick.subscription.taken -= pick.messages
-        self._now_ms = now_ms
+        if failed is not None and (failed or destination.congestion.watching) and not subscription.internal:
+            destination.congestion.settled(pick.since_ms, now_ms, destination.held, failed)
+            destination.look()
+        due = pick.due_ms
         destination.held -= 1
-        held_ms = min(max(0.0, float(now_ms - pick.since_ms)), HOLD_MS_MAX)
-        cost = held_ms + pick.messages * COST_PER_MESSAGE_MS + pick.bytes * COST_PER_BYTE_MS
+        tenant.held -= 1
+        tenant.due_sum -= due
+        tenant.taken -= messages
+        share.held -= 1
+        share.due_sum -= due
+        share.taken -= messages
+        subscription.taken -= messages
+        held_ms = now_ms - pick.since_ms
+        if held_ms > HOLD_MS_MAX:
+            held_ms = HOLD_MS_MAX
+        elif held_ms < 0:
+            held_ms = 0
         # A lower tag than the one in the heap is only honoured after the tenant's next turn, but it is not lost:
         # only who returns from idleness is set to the virtual time.
-        tenant.start += (cost - pick.cost) / tenant.weight
-        pick.subscription.starts[destination] += (cost - pick.cost) / destination.weight
+        correction = held_ms - pick.hold_ms
+        tenant.start += correction / tenant.weight
+        share.start += correction / destination.weight
+        tenant.proven = True
         tenant.hold_ms += HOLD_GAIN * (held_ms - tenant.hold_ms)
-        destination.hold_ms += HOLD_GAIN * (held_ms - destination.hold_ms)
+        usual = destination.usual_ms
+        if held_ms > usual:
+            destination.usual_ms = usual * USUAL_STEP
+        elif usual > HOLD_MS_START:
+            destination.usual_ms = usual / USUAL_STEP
+        usual = subscription.usual_ms
+        if held_ms > usual:
+            subscription.usual_ms = usual * USUAL_STEP
+        elif usual > USUAL_MS_MIN:
+            subscription.usual_ms = usual / USUAL_STEP
+        if held_ms < HANG_TIMES * usual:
+            subscription.busy += held_ms * messages
+        if now_ms - subscription.busy_ms >= USE_MS:
+            subscription.use(now_ms)
+        if tenant.blocked:
+            self._unblock(tenant)
+        if destination.blocked:
+            self._unblock(destination)
         if pick.probe:  # unless the gate's owner knows better by now, the next probe may follow
             if destination.prober is pick:
                 destination.prober = None
@@ -389,71 +315,6 @@ class Scheduler:
                 tenant.gate = HALF_OPEN
             self._wake_tenant(tenant)
 
-    # -- gates ---------------------------------------------------------------------------------------------------
 
-    def set_gate(self, scope: bytes, state: int) -> None:
-        """Opens, half-opens or closes the gate of a destination (`name`) or tenant (`name NUL tenant`)."""
-        name, separator, tenant_name = scope.partition(b"\0")
-        destination = self._destination(name)
-        if separator:
-            tenant = self._tenant(destination, tenant_name)
-            tenant.gate = state
-            tenant.prober = None
-            self._wake_tenant(tenant)
-            return
-        destination.gate = state
-        destination.prober = None
-        self._wake(destination)
-
-    def _wake_tenant(self, tenant: Tenant) -> None:
-        if tenant.gate in (OPEN, HALF_OPEN) and tenant.ready and not tenant.queued:
-            self._queue_tenant(tenant)
-        self._wake(tenant.destination)
-
-    def _wake(self, destination: Destination) -> None:
-        if destination.heap and destination.gate in (OPEN, HALF_OPEN):
-            for subscription in destination.subscriptions:
-                if destination not in subscription.queued:
-                    self._queue_destination(destination, subscription)
-
-    def gate(self, scope: bytes) -> int:
-        """The state of a gate."""
-        name, separator, tenant_name = scope.partition(b"\0")
-        destination = self.destinations.get(name)
-        if destination is None:
-            return OPEN
-        if not separator:
-            return destination.gate
-        tenant = destination.tenants.get(tenant_name)
-        return OPEN if tenant is None else tenant.gate
-
-    # -- upkeep --------------------------------------------------------------------------------------------------
-
-    def sweep(self) -> None:
-        """Forgets tenants and destinations that have nothing, hold nothing and owe nothing. Call now and then."""
-        for destination in self.destinations.values():
-            for _, _, tenant in destination.heap:
-                tenant.queued = bool(tenant.ready)
-            destination.heap = [e for e in destination.heap if e[2].queued]  # picks tidy up too, while there is credit
-            heapify(destination.heap)
-            for tenant in list(destination.tenants.values()):
-                if not tenant.ready and not tenant.held and tenant.gate == OPEN and (
-                        tenant.start <= destination.virtual or not destination.heap):
-                    del destination.tenants[tenant.name]
-        for subscription in self.subscriptions.values():
-            subscription.heap = [e for e in subscription.heap if e[2].heap]
-            heapify(subscription.heap)
-            subscription.queued = {e[2] for e in subscription.heap}
-        for destination in list(self.destinations.values()):
-            if not destination.tenants and not destination.held and destination.gate == OPEN and not any(
-                    s.heap and s.starts.get(destination, 0.0) > s.virtual for s in destination.subscriptions):
-                del self.destinations[destination.name]
-                for subscription in destination.subscriptions:
-                    subscription.starts.pop(destination, None)
-
-    def remove_shard(self, belongs: set[int], shard_of: Callable[[bytes], int]) -> None:
-        """Drops the queues of shards that the node no longer leads. Linear; leadership changes are rare."""
-        for destination in self.destinations.values():
-            for tenant in destination.tenants.values():
-                tenant.ready.retain(lambda queue: shard_of(queue) not in belongs)
-
+__all__ = ["CLOSED", "HALF_OPEN", "MESSAGES_MAX", "OPEN", "PROBING", "Consumer", "Destination", "Pick", "Scheduler", "Subscription",
+           "Tenant", "Waiting"]

@@ -1,0 +1,110 @@
+"""The checks of fairness can fail: each refuses schedulers that are unfair in the way that it is for."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from spillway.broker.core import scheduler as sched
+from spillway.broker.core.flows import Destination, Share, Tenant
+from spillway.broker.core.scheduler import Pick, Scheduler
+from spillway.broker.core.subscription import Subscription
+
+from tests.properties import fairness
+
+NEVER_MS = 1 << 50
+
+
+class FirstComeFirstServed(Scheduler):
+    """One line for all tenants of a destination."""
+
+    def add(self, queue: bytes) -> None:
+        """As if all queues were one tenant's."""
+        destination = self._destination(queue[:queue.index(b"\0")])
+        tenant = self._tenant(destination, b"all")
+        tenant.ready.append(queue)
+        destination.ready += 1
+        if not tenant.queued:
+            self._queue_tenant(tenant)
+
+
+class ChargesMessages(Scheduler):
+    """Consumer time costs nothing."""
+
+    def settled(self, pick: Pick, now_ms: int, failed: bool | None = False) -> None:
+        """As if no time had passed."""
+        super().settled(pick, pick.since_ms, failed)
+
+
+class WithoutWeights(Scheduler):
+    """All tenants weigh the same."""
+
+    def _tenant(self, destination: Destination, name: bytes) -> Tenant:
+        tenant = super()._tenant(destination, name)
+        tenant.weight = 1.0
+        return tenant
+
+
+class ChargesAtTheEnd(Scheduler):
+    """What a lease lasts longer than expected is charged when it ends, and nothing holds it back before."""
+
+    def charge(self, pick: Pick, messages: int, size: int, now_ms: int) -> None:
+        """As if it had been paid for for ever."""
+        super().charge(pick, messages, size, now_ms)
+        pick.due_ms += NEVER_MS
+        pick.tenant.due_sum += NEVER_MS
+        pick.share.due_sum += NEVER_MS
+
+    def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
+        return False
+
+
+class LetsThemPileUp(Scheduler):
+    """Leases that hang are charged, but their tenants take whatever is free."""
+
+    def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
+        return False
+
+
+class ForgetsThatTheyHung(Scheduler):
+    """Only leases that are out are looked at."""
+
+    def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
+        return super()._hangs(flow, 0.0, usual_ms, others, subscription)
+
+
+class HoldsBackForEver(Scheduler):
+    """Nobody gets more than its share, also who is alone."""
+
+    def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
+        return True
+
+
+MUTANTS: dict[str, tuple[type[Scheduler], Callable[..., None], tuple[Any, ...]]] = {
+    "a, first come first served": (FirstComeFirstServed, fairness.tenants_get_their_weights, (100, [1.0], 16)),
+    "a, without weights": (WithoutWeights, fairness.tenants_get_their_weights, (4, [1.0, 2.0, 3.0, 10.0], 16)),
+    "a, first come first served among many": (FirstComeFirstServed, fairness.a_hundred_thousand_tenants_take_turns, ()),
+    "a, messages instead of time": (ChargesMessages, fairness.consumer_time_is_shared, ()),
+    "b, first come first served": (FirstComeFirstServed, fairness.keys_are_no_advantage, (1,)),
+    "c, first come first served": (FirstComeFirstServed, fairness.hanging_tenants_have_no_more_than_their_share, (1, 1, 16)),
+    "c, charged at the end": (ChargesAtTheEnd, fairness.hanging_tenants_have_no_more_than_their_share, (1, 1, 16)),
+    "c, pile up": (LetsThemPileUp, fairness.hanging_tenants_do_not_pile_up, ()),
+    "c, forgotten": (ForgetsThatTheyHung, fairness.hanging_tenants_do_not_pile_up, ()),
+    "work is conserved, held back for ever": (HoldsBackForEver, fairness.a_tenant_among_idle_ones_gets_everything, ()),
+    "e, first come first served": (FirstComeFirstServed, fairness.a_burst_does_not_delay_others, ()),
+}
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_an_unfair_scheduler_is_refused(what: str) -> None:
+    """The check fails."""
+    make, check, arguments = MUTANTS[what]
+    with pytest.raises(AssertionError):
+        check(make, *arguments)
+
+
+def test_a_scheduler_without_headroom_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """e: a burst that takes every slot makes the next one wait."""
+    monkeypatch.setattr(sched, "HEADROOM", 1 << 40)
+    with pytest.raises(AssertionError):
+        fairness.a_burst_does_not_delay_others(Scheduler)
