@@ -18,6 +18,7 @@ from spillway.broker.runtime.node import Node
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.queue import QueueService
+from spillway.broker.services.share import ShareService
 from spillway.cluster.errors import StoreRefused
 from spillway.cluster.placement import place
 from spillway.cluster.raft.host import RaftHost
@@ -26,6 +27,7 @@ from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.grpc import PROTOCOL, GrpcTransport
 from spillway.contract.limits import FRAME_BYTES_MAX
 from spillway.peer.v1.peer_service_pb2 import Hello
+from spillway.peer.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
 from spillway.v1 import admin_service_pb2, cluster_service_pb2, queue_service_pb2
 from spillway.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from spillway.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
@@ -132,13 +134,14 @@ class App:
         self.peer_server.add_generic_rpc_handlers((QueueService(self.node, self.forwarder, peer=True).handler(),))
         add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder, peer=True), self.peer_server)
         add_ClusterServiceServicer_to_server(cluster, self.peer_server)
+        add_ShareServiceServicer_to_server(ShareService(self.node), self.peer_server)
         _bind("listen", self.config.listen, self.server)
         _bind("peer_listen", self.config.peer_listen, self.peer_server)
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.peer_server.start()
         await self.server.start()
         self._running = asyncio.get_running_loop().create_task(self.host.run())
-        self.node.start()
+        self.node.start(self.forwarder)
 
     async def stop(self) -> None:
         """Stops without losing anything: leaderships first, then streams, then stores."""

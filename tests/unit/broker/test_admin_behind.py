@@ -47,12 +47,12 @@ async def test_a_destination_that_the_leader_knows_is_waited_for() -> None:
     def asked(name: str) -> None:
         asyncio.get_running_loop().call_later(0.03, known.__setitem__, name, stored)
 
-    assert await service(known, Leader({"new"}, asked))._known("name", "new") is stored
+    assert await service(known, Leader({"new"}, asked)).known("name", "new") is stored
 
 
 async def test_only_the_leader_says_that_there_is_none() -> None:
     """A name that nobody knows is asked for once, and refused."""
     names: list[str] = []
     with pytest.raises(NotFound):
-        await service({}, Leader(set(), names.append))._known("name", "none")
+        await service({}, Leader(set(), names.append)).known("name", "none")
     assert names == ["none"]

@@ -4,114 +4,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from spillway.broker.config import NodeConfig
-from spillway.broker.core.directory import destination
-from spillway.broker.core.policy import Policy
-from spillway.broker.core.scheduler import Consumer
+from node_world import World, field
 from spillway.broker.runtime import forward, shard
-from spillway.broker.runtime.calls import Call
-from spillway.broker.runtime.consumers import Sink
-from spillway.broker.runtime.forward import Forwarder
-from spillway.broker.runtime.node import Node
-from spillway.broker.services.queue import QueueService
-from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
-from spillway.cluster.state_store import StateStore
+from spillway.cluster.machine import ENTRY_BYTES_MAX, Role
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1.message_pb2 import ERROR_CODE_INVALID_ARGUMENT, ERROR_CODE_UNAVAILABLE, Message
 from spillway.v1.queue_service_pb2 import OUTCOME_ACK, OUTCOME_EXTEND, AckRequest, ProduceRecord, ProduceRequest, Settlement
-
-
-class Host:
-    """Commits at once whatever the machines propose."""
-
-    def __init__(self) -> None:
-        self.machines: dict[int, GroupMachine] = {}
-        self.indexes: dict[int, int] = {}
-        self.before_collect: Callable[[], None] = lambda: None
-        self.largest = 0  # entry
-        self.leader: str | None = None  # of the groups that this node does not lead
-
-    def add_group(self, number: int, nodes: list[str], machine: GroupMachine) -> None:
-        """As RaftHost."""
-        self.machines[number] = machine
-        self.indexes[number] = 0
-
-    def wake(self, number: int) -> None:
-        """As RaftHost."""
-
-    def leader_of(self, number: int) -> tuple[str | None, int]:
-        """As RaftHost."""
-        return self.leader, 1
-
-    def lead(self, *numbers: int) -> None:
-        """Makes this node the leader of groups; of all if none is named."""
-        for number in numbers or self.machines:
-            self.machines[number].role_changed(Role.LEADER, 1, "n1")
-
-    def turn(self) -> None:
-        """Picks, proposes, commits and applies."""
-        self.before_collect()
-        for number, machine in self.machines.items():
-            while (command := machine.collect()) is not None:
-                self.largest = max(self.largest, len(command))
-                self.indexes[number] += 1
-                machine.apply(self.indexes[number], 1, command)
-
-
-class World:
-    """A node, its service and its host."""
-
-    def __init__(self, path: Path, **settings: Any) -> None:
-        config = NodeConfig(data_dir=str(path), shards=2, replicas=1, **settings)
-        self.store = StateStore(path / "state")
-        self.host = Host()
-        self.node = Node(config, self.store, self.host, {1: ["n1"], 2: ["n1"]})  # type: ignore[arg-type]
-        self.forwarder = Forwarder(self.node)
-        self.service = QueueService(self.node, self.forwarder)
-
-    def know(self, *names: str) -> None:
-        """Destinations that exist."""
-        for name in names:
-            self.node.meta.directory.destinations[name] = destination(name, Policy())
-        self.node.meta.revision += 1
-
-    def ingest(self, *records: ProduceRecord | bytes, producer_id: str = "") -> Call:
-        """One ProduceRequest to destinations that exist."""
-        request = ProduceRequest(producer_id=producer_id).SerializeToString()
-        for record in records:
-            data = record if isinstance(record, bytes) else record.SerializeToString()
-            request += b"\x12" + varint(len(data)) + data
-        call = self.service._ingest(1, request)
-        assert isinstance(call, Call)
-        return call
-
-    def consumer(self, messages: int, size: int = 1 << 20, *patterns: str) -> Consumer:
-        """A consumer with credit."""
-        consumer = Consumer("c")
-        consumer.sink = Sink(consumer)
-        self.node.scheduler.subscribe(consumer, patterns or ["d"])
-        self.node.scheduler.credit(consumer, messages, size)
-        return consumer
-
-
-def varint(value: int) -> bytes:
-    """A protobuf length."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*out, value))
-
-
-def field(number: int, data: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return varint(number << 3 | 2) + varint(len(data)) + data
 
 
 @pytest.fixture
@@ -285,7 +189,7 @@ async def test_destinations_are_created_together(world: World) -> None:
     world.node.meta.leading = False
     with patched(forward, "LEADER_WAIT_SECONDS", 0.1):
         began = time.monotonic()
-        call = await world.service._ingest(1, ProduceRequest(records=[
+        call = await world.service._intake.ingest(1, ProduceRequest(records=[
             ProduceRecord(destination=f"new{i}", message=Message(payload=b"x")) for i in range(50)]).SerializeToString())
         assert time.monotonic() - began < 2
     assert [e[1] for e in call.errors] == [ERROR_CODE_UNAVAILABLE] * 50 and call.done.done()
@@ -330,6 +234,8 @@ async def test_a_turn_looks_at_so_many_queues_and_no_more(world: World) -> None:
     """Queues that turn out not to be due count as well, or the first consumer after a burst of delayed messages would stop
     the loop until it has seen them all."""
     fill(world, "d", 3000, delay=Duration(seconds=3600))
+    for i in range(3000):  # they were due when they were added, and are not any more
+        world.node.scheduler.add(queue_key("d", "t", str(i)))
     looked: list[int] = []
     lease = world.node._lease
     with patched(world.node, "_lease", lambda pick, now: (looked.append(1), lease(pick, now))):

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from spillway.broker.core.queue import Counters, Message, Queue
+from spillway.broker.core.queue import Counters, Message, Queue, Tenant
 from spillway.broker.runtime.wire import gap_field, name_fields, run_parts, varint
+from spillway.contract.hashing import PART
 from spillway.contract.limits import NAME_BYTES_MAX
 from spillway.v1 import message_pb2
 from spillway.v1.queue_service_pb2 import Gap, LeasedMessage, LeasedRun, LeaseResponse
@@ -30,13 +31,13 @@ BODIES = st.builds(
     lambda payload, identity, headers: message_pb2.Message(payload=payload, id=identity, headers=headers).SerializeToString(),
     st.one_of(st.binary(max_size=200), st.sampled_from([126, 127, 16_380, 20_000]).map(bytes)), NAMES,
     st.dictionaries(NAMES, NAMES, max_size=3))
-MESSAGES = st.lists(st.tuples(U64, U64, U64, BODIES), min_size=1, max_size=5)
+MESSAGES = st.lists(st.tuples(U64, U64, U64, BODIES, U64), min_size=1, max_size=5)
 
 
 def leased(names: tuple[str, str, str], messages: list[Message], token: int = 1, deadline: int = 1, attempts: int = 0,
            gap: tuple[int, int, int] | None = None) -> Queue:
     """A queue under a lease."""
-    queue = Queue("\0".join(names).encode(), Counters(names[0].encode()))
+    queue = Queue("\0".join(names).encode(), Counters(names[0].encode()), Tenant(b""))
     queue.front = messages
     queue.token, queue.deadline, queue.attempts, queue.gap = token, deadline, attempts, gap
     return queue
@@ -47,11 +48,11 @@ def expected(shard: int, queue: Queue, messages: list[Message]) -> LeasedRun:
     destination, tenant, key = queue.key.decode().split("\0")
     run = LeasedRun(shard=shard, fencing_token=queue.token, expire_unix_ms=queue.deadline, destination=destination,
                     tenant=tenant, key=key)
-    for position, (sequence, enqueue_ms, _, body) in enumerate(messages):
+    for position, (sequence, enqueue_ms, _, body, _) in enumerate(messages):
         run.messages.append(LeasedMessage(
             sequence=sequence, enqueue_unix_ms=enqueue_ms, attempt=1 if position else queue.attempts + 1,
             message=message_pb2.Message.FromString(body)))
-    if queue.gap is not None:
+    if queue.gap is not None and queue.gap[1] < messages[-1][0]:
         run.gap.CopyFrom(Gap(count=queue.gap[0], first_sequence=queue.gap[1], last_sequence=queue.gap[2]))
     return run
 
@@ -91,7 +92,7 @@ def test_a_stored_message_of_any_size_passes_unchanged(size: int) -> None:
     body = message_pb2.Message(payload=b"x" * size).SerializeToString()
     for cut in {0, min(size, len(body) - size)}:  # the payload, and the whole stored message, of exactly this size
         exact = message_pb2.Message(payload=b"x" * (size - cut)).SerializeToString()
-        messages: list[Message] = [(7, 8, 0, exact)]
+        messages: list[Message] = [(7, 8, 0, exact, 0)]
         queue = leased(("d", "t", "k"), messages)
         run = LeaseResponse.FromString(assembled(3, queue, messages)).runs[0]
         assert run.messages[0].message.payload == b"x" * (size - cut)
@@ -100,10 +101,24 @@ def test_a_stored_message_of_any_size_passes_unchanged(size: int) -> None:
 
 def test_only_the_head_carries_earlier_attempts() -> None:
     """The head's attempt counts its failures; every message behind it is delivered for the first time."""
-    messages: list[Message] = [(n, 0, 0, b"") for n in (4, 5, 6)]
+    messages: list[Message] = [(n, 0, 0, b"", 0) for n in (4, 5, 6)]
     queue = leased(("d", "t", "k"), messages, attempts=41)
     run = LeaseResponse.FromString(assembled(1, queue, messages)).runs[0]
     assert [m.attempt for m in run.messages] == [42, 1, 1]
+
+
+def test_a_gap_is_told_once_it_begins() -> None:
+    """Redriven messages may come before all that is missing: then there is nothing to tell yet."""
+    for first, told in ((4, True), (5, True), (6, False), (7, False)):
+        queue = leased(("d", "t", "k"), [(n, 0, 0, b"", 0) for n in (3, 6)], gap=(1, first, 7))
+        run = LeaseResponse.FromString(assembled(1, queue, queue.front)).runs[0]
+        assert run.HasField("gap") == told
+
+
+def test_a_message_of_an_unordered_queue_goes_by_the_name_of_the_queue() -> None:
+    """The part that makes it a queue of its own is nobody's business."""
+    whole: Any = LeasedRun.FromString(name_fields(b"d\0t\0k" + PART + b"1f"))
+    assert (whole.destination, whole.tenant, whole.key) == ("d", "t", "k")
 
 
 @quick

@@ -4,6 +4,8 @@ from __future__ import annotations
 from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 
+from spillway.broker.core.entry import Option
+
 # (index in the request, spillway.v1.ErrorCode, field, description)
 Error = tuple[int, int, str, str]
 
@@ -37,7 +39,8 @@ class Call:
 class Batch:
     """The messages of one call for one shard, in order, all of one producer without a gap."""
 
-    __slots__ = ("bodies", "call", "delays", "first", "give_up", "names", "positions", "producer", "size")
+    __slots__ = ("bodies", "call", "copies", "epoch", "first", "give_up", "names", "options", "positions", "producer",
+                 "promised", "size")
 
     def __init__(self, call: Call, producer: str, first: int) -> None:
         self.call = call
@@ -46,6 +49,11 @@ class Batch:
         self.names: list[bytes] = []
         self.bodies: list[bytes] = []
         self.positions: list[int] = []  # in the call
-        self.delays: dict[int, int] | None = None  # position in the batch -> ms since 1970
+        self.options: dict[int, Option] | None = None  # by position in the batch
+        # Messages to a route's source, by position in the batch: (queue, body) as they came. What stands in `names` and
+        # `bodies` for them belongs into the outbox of the shard that this node leads.
+        self.promised: dict[int, tuple[bytes, bytes]] | None = None
+        self.copies: list[int] | None = None  # sequences of the source of copies; `first` then is the one before them
+        self.epoch = 0  # of copies, see core.entry.Enqueue
         self.give_up = 0.0  # loop time after which it is no longer passed on to another node; 0: not passed on yet
         self.size = 0

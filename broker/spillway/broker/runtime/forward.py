@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from spillway.broker.core.directory import Destination, destination
+from spillway.broker.core.entry import Option
+from spillway.broker.core.outbox import decode_promise
 from spillway.broker.core.policy import Policy
 from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import AlreadyExists, RequestError, Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.contract.credits import CreditSplitter
+from spillway.contract.hashing import PART
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
+from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
 from spillway.v1.admin_service_pb2 import CreateDestinationRequest
 from spillway.v1.admin_service_pb2 import Destination as DestinationProto
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -48,6 +52,7 @@ log = logging.getLogger(__name__)
 
 LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a leader
 LEADER_POLL_SECONDS = 0.02
+_NO_OPTION: Option = (0, 0, b"", 0)
 NOT_LEADER = "leader"  # field of an ItemError between nodes: refused before anything was done
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
                    ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
@@ -121,6 +126,7 @@ class PeerLink:
         self.node_id = node_id
         self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.admin = AdminServiceStub(self.channel)
+        self.share = ShareServiceStub(self.channel)
         self.produce = _Stream(self, "Produce", _produced, _produce_lost)
         self.ack = _Stream(self, "Ack", _acked, _acks_lost)
 
@@ -206,14 +212,28 @@ class Forwarder:
 
     def _encode(self, batch: Batch) -> bytes:
         request = ProduceRequestView(producer_id=batch.producer)
-        now = self.node.now_ms()
+        copies, options, promised = batch.copies, batch.options, batch.promised
+        if copies is not None:
+            request.copy_epoch = batch.epoch
+            request.copy_previous = batch.first
         for i, (name, body) in enumerate(zip(batch.names, batch.bodies, strict=True)):
-            names = name.decode().split("\0")
+            deliver, expire, digest, until = options.get(i, _NO_OPTION) if options else _NO_OPTION
+            if promised and i in promised:
+                promise = decode_promise(body)
+                deliver, expire = promise.deliver, promise.expire
+                name, body = promised[i]
+            names = name.partition(PART)[0].decode().split("\0")
             record = ProduceRecordView(destination=names[0], tenant=names[1], key=names[2], message=body)
-            if batch.producer:
+            if copies is not None:
+                record.copy_sequence = copies[i]
+            elif batch.producer:
                 record.producer_sequence = batch.first + i
-            if batch.delays and i in batch.delays:
-                record.delay.FromMilliseconds(max(0, batch.delays[i] - now))
+            if deliver or expire:
+                record.deliver_unix_ms = deliver
+                record.expire_unix_ms = expire
+            if digest:
+                record.dedup_digest = digest
+                record.dedup_until_unix_ms = until
             request.records.append(record)
         return request.SerializeToString()
 

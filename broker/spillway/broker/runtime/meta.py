@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Callable
 
 from spillway.broker.core import directory as d
-from spillway.broker.core.directory import Change, Destination, Directory, Put
+from spillway.broker.core.directory import Change, Command, Destination, Directory, Route
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import AlreadyExists, EtagMismatch, NotFound, RequestError, Unavailable
 from spillway.cluster.machine import Role
 from spillway.cluster.state_store import GroupRows
 
 PENDING_MAX = 1024  # changes waiting for the log
+COMMANDS_PER_ENTRY_MAX = 64
+ENTRY_BYTES_SOFT_MAX = 1 << 20  # a destination or a route has up to some 400 KiB
 DEFAULT_POLICY = Policy()
 
 
@@ -28,9 +30,10 @@ class MetaRuntime:
         self.role = Role.FOLLOWER
         self._wake = wake
         self._numbers = itertools.count(1)
-        self._pending: list[Put] = []
+        self._pending: list[Command] = []
         self._waiting: dict[int, asyncio.Future[Change]] = {}
         self._policies: dict[bytes, Policy] = {}
+        self.changed: Callable[[], None] = lambda: None  # called after every change
         self.reload()
 
     def policy(self, destination: bytes) -> Policy:
@@ -38,7 +41,7 @@ class MetaRuntime:
         policy = self._policies.get(destination)
         if policy is None:
             known = self.directory.destinations.get(destination.decode())
-            policy = known.policy() if known else DEFAULT_POLICY
+            policy = known.policy if known else DEFAULT_POLICY
             if known:
                 self._policies[destination] = policy
         return policy
@@ -47,10 +50,53 @@ class MetaRuntime:
         """A destination as this node knows it."""
         return self.directory.destinations.get(name)
 
-    async def put(self, destination: Destination, create: bool, replace: bool, etag: int, field: str = "destination",
-                  timeout: float = 5.0) -> Destination:
-        """Proposes a change on the meta group's leader, which this node must be. Raises AlreadyExists, NotFound,
-        EtagMismatch, RequestError, or Unavailable (the outcome may be unknown)."""
+    async def put(self, destination: Destination, create: bool, replace: bool, etag: int,
+                  field: str = "destination") -> Destination:
+        """Creates or replaces a destination. Raises AlreadyExists, NotFound, EtagMismatch, RequestError, or Unavailable (the
+        outcome may be unknown)."""
+        change = await self._change(lambda number: d.PutDestination(self.node_id, number, destination, create, replace, etag))
+        if change.outcome == d.TAKEN:
+            raise AlreadyExists(f"{field}.name", f"{destination.name!r} is the source of a route")
+        _check(change.outcome, f"destination {destination.name!r}", f"{field}.name", f"{field}.etag", etag)
+        if change.outcome == d.FULL:
+            raise RequestError(f"{field}.name", f"there are {d.DESTINATIONS_MAX} destinations, the most that a cluster keeps")
+        assert isinstance(change.record, Destination)
+        return change.record
+
+    async def put_route(self, route: Route, create: bool, replace: bool, etag: int) -> Route:
+        """Creates or replaces a route. Raises as `put`."""
+        change = await self._change(lambda number: d.PutRoute(self.node_id, number, route, create, replace, etag))
+        if change.outcome == d.TAKEN:
+            raise RequestError("route.source", f"{route.source!r} is a destination")
+        if change.outcome == d.UNKNOWN_TARGET:
+            target = route.targets[int(change.why)].destination
+            raise RequestError(f"route.targets[{change.why}].destination",
+                               f"{target!r} is neither a destination nor the source of a route; create it first")
+        if change.outcome == d.CYCLE:
+            raise RequestError("route.targets", f"is a cycle of routes: {change.why}")
+        _check(change.outcome, f"a route of {route.source!r}", "route.source", "route.etag", etag)
+        if change.outcome == d.FULL:
+            raise RequestError("route.source", f"there are {d.ROUTES_MAX} routes, the most that a cluster keeps")
+        assert isinstance(change.record, Route)
+        return change.record
+
+    async def drop_route(self, source: str, etag: int) -> None:
+        """Removes a route. Raises NotFound, EtagMismatch, RequestError if another route leads to it, Unavailable."""
+        change = await self._change(lambda number: d.DropRoute(self.node_id, number, source, etag))
+        _check(change.outcome, f"a route of {source!r}", "source", "etag", etag)
+        if change.outcome == d.TAKEN:
+            raise RequestError("source", f"is a target of the route of {change.why!r}; change that one first")
+
+    async def hold(self, scope: bytes, pause: str | None = None, paused: bool = False, park_until: int | None = None,
+                   park_why: str = "") -> None:
+        """Changes an operator's gate; see directory.SetHold. Raises RequestError, Unavailable."""
+        change = await self._change(
+            lambda number: d.SetHold(self.node_id, number, scope, pause, paused, park_until, park_why))
+        if change.outcome == d.FULL:
+            raise RequestError("tenant", f"{d.HOLDS_MAX} are paused or parked, the most that a cluster keeps")
+
+    async def _change(self, make: Callable[[int], Command], timeout: float = 5.0) -> Change:
+        """Proposes a change on the meta group's leader, which this node must be."""
         if not self.leading:
             raise Unavailable("this node does not lead the meta group")
         if len(self._pending) >= PENDING_MAX:
@@ -58,25 +104,15 @@ class MetaRuntime:
         number = next(self._numbers)
         future: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._pending.append(Put(d.VERSION, self.node_id, number, destination, create, replace, etag))
+        self._pending.append(make(number))
         self._wake()
         try:
             async with asyncio.timeout(timeout):
-                change = await future
+                return await future
         except TimeoutError:
             raise Unavailable("the meta group has no quorum; the outcome is unknown") from None
         finally:
             self._waiting.pop(number, None)
-        if change.outcome == d.EXISTS:
-            raise AlreadyExists(f"{field}.name", f"destination {destination.name!r} exists already")
-        if change.outcome == d.MISSING:
-            raise NotFound(f"{field}.name", f"destination {destination.name!r} does not exist")
-        if change.outcome == d.ETAG:
-            raise EtagMismatch(f"{field}.etag", f"{etag} is not current: the destination was changed meanwhile; read it again")
-        if change.outcome == d.FULL:
-            raise RequestError(f"{field}.name", f"there are {d.DESTINATIONS_MAX} destinations, the most that a cluster keeps")
-        assert change.destination is not None
-        return change.destination
 
     # -- GroupMachine --------------------------------------------------------------------------------------------
 
@@ -88,15 +124,22 @@ class MetaRuntime:
         """See GroupMachine."""
         if not self._pending:
             return None
-        puts, self._pending = self._pending[:64], self._pending[64:]
-        return d.encode_command(puts)
+        size = count = 0
+        for command in self._pending[:COMMANDS_PER_ENTRY_MAX]:
+            size += len(d.encode_command([command]))
+            if count and size > ENTRY_BYTES_SOFT_MAX:
+                break
+            count += 1
+        some, self._pending = self._pending[:count], self._pending[count:]
+        return d.encode_command(some)
 
     def apply(self, index: int, term: int, command: bytes) -> None:
         """See GroupMachine."""
-        changes, rows = self.directory.apply(index, command)
-        self.rows.commit(index, term, rows, [], [])
+        changes, puts, deletes = self.directory.apply(index, command)
+        self.rows.commit(index, term, puts, deletes, [])
         self.revision += 1
         self._policies.clear()
+        self.changed()
         for change in changes:
             if change.origin == self.node_id and (future := self._waiting.get(change.number)) and not future.done():
                 future.set_result(change)
@@ -116,3 +159,14 @@ class MetaRuntime:
         self.directory.load(self.rows.scan(b"\0", b"\xff\xff\xff\xff"))
         self.revision += 1
         self._policies.clear()
+        self.changed()
+
+
+def _check(outcome: int, what: str, name_field: str, etag_field: str, etag: int) -> None:
+    """Raises what an outcome means."""
+    if outcome == d.EXISTS:
+        raise AlreadyExists(name_field, f"{what} exists already")
+    if outcome == d.MISSING:
+        raise NotFound(name_field, f"{what} does not exist")
+    if outcome == d.ETAG:
+        raise EtagMismatch(etag_field, f"{etag} is not current: it was changed meanwhile; read it again")

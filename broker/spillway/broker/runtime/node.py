@@ -11,11 +11,15 @@ import logging
 import random
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spillway.broker.config import NodeConfig, Peer, members_of
 from spillway.broker.core import scheduler as sched
+from spillway.broker.core.directory import Hold
+from spillway.broker.core.outbox import OUTBOX
 from spillway.broker.core.policy import Policy, park_ms
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick, Scheduler
@@ -23,6 +27,7 @@ from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
+from spillway.broker.runtime.shares import Shares
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
 from spillway.cluster.raft.host import RaftHost
@@ -30,6 +35,9 @@ from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
 from spillway.v1.queue_service_pb2 import Settlement
+
+if TYPE_CHECKING:
+    from spillway.broker.runtime.forward import Forwarder
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ TICK_SECONDS = 0.005  # how late a timer may be
 TIMERS_PER_TICK_MAX = 2048  # many may be due at one moment, midnight for one; the rest follows a tick later
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
 SYNC_SECONDS = 1.0
+SAMPLE_SECONDS = 5.0
 META_GROUP = 0
 TRIM_SECONDS = 10.0
 QUIET_SECONDS = 5.0  # without a checkpoint: then write buffers are given back, too
@@ -56,7 +65,7 @@ class Node:
         self.store = store
         self.host = host
         self.placement = placement  # shard -> node ids, the preferred leader first
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(self.policy)
         self.timers = Timers()
         self.random: Callable[[], float] = random.random
         self.rebuilds: list[ShardRuntime] = []
@@ -71,6 +80,10 @@ class Node:
         self._trimmed = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
+        self._policies: dict[bytes, Policy] = {}  # those that the scheduler uses
+        self._holds: dict[bytes, Hold] = {}  # operators' gates that the scheduler knows
+        self._remote_holds: dict[bytes, int] = {}  # scope -> until, of gates that other nodes keep closed
+        self.shares = Shares(self)
         host.add_group(META_GROUP, sorted(self.members)[:7], self.meta)
         self.shards: dict[int, ShardRuntime] = {}
         for number, nodes in placement.items():
@@ -78,6 +91,8 @@ class Node:
                 runtime = self.shards[number] = ShardRuntime(self, number, store.group(number))
                 host.add_group(number, nodes, runtime)
         host.before_collect = self.before_collect
+        self.meta.changed = self._meta_changed
+        self._meta_changed()
         # What becomes of work for a shard that this node no longer leads; the forwarder sets them.
         self.pass_on: Callable[[int, Batch], None]
         self.pass_on_settlement: Callable[[int, Call, int, Settlement], None]
@@ -138,6 +153,7 @@ class Node:
         subscriptions = scheduler.subscriptions
         now = self.now_ms()
         left = PICKS_PER_TURN_MAX
+        scheduler.wake_due(now)
         waiting = [s for s in subscriptions.values() if s.round and s.heap]
         while waiting:
             hungry = []
@@ -146,7 +162,7 @@ class Node:
                     self.host.wake(next(iter(self.shards)))
                     return
                 for _ in range(PICKS_IN_A_ROW):
-                    pick = scheduler.pick(subscription)
+                    pick = scheduler.pick(subscription, now)
                     if pick is None:
                         break
                     left -= 1
@@ -170,11 +186,14 @@ class Node:
         consumer = pick.consumer
         policy = self.meta.policy(pick.tenant.destination.name)
         want = 1 if pick.probe else min(consumer.run_messages_max or policy.run_messages_max,
-                                        policy.run_messages_max, consumer.messages)
+                                        policy.run_messages_max, consumer.messages, pick.messages_max)
         front = queue.front
         if len(front) < want and (queue.cold or not front):
             state.ensure(queue, want, FRAME_BYTES_SOFT_MAX)  # no run is longer
             front = queue.front
+        if (policy.ttl_ms or front[0][4]) and runtime.chores.trim(queue, policy, now):
+            self.host.wake(number)  # it is ready again once they are gone
+            return
         due = max(queue.not_before, front[0][2])
         if due > now:
             self.timers.add(due, number, name)
@@ -183,15 +202,17 @@ class Node:
         messages = 1
         if want > 1 and len(front) > 1:
             budget = min(consumer.bytes, FRAME_BYTES_SOFT_MAX)
+            if queue.gap is not None and front[0][0] < queue.gap[2]:  # the next run says what is missing before it
+                want = min(want, bisect_left(front, (queue.gap[2],)))
             for message in front[1:want]:
                 size += len(message[3])
-                if size > budget or message[2] > now:
+                if size > budget or message[2] > now or 0 < message[4] <= now:
                     size -= len(message[3])
                     break
                 messages += 1
         queue.granting = True
         self.scheduler.charge(pick, messages, size, now)
-        runtime.grant(pick, messages, now + (consumer.lease_ms or policy.lease_ms))
+        runtime.grant(pick, messages, now + min(consumer.lease_ms or policy.lease_ms, policy.lease_ms_max))
         self.host.wake(number)
 
     def deliver(self, runtime: ShardRuntime, pick: Pick, queue: Queue) -> bool:
@@ -208,7 +229,7 @@ class Node:
 
     def return_credit(self, pick: Pick) -> None:
         """A pick came to nothing: undoes its charge."""
-        self.scheduler.settled(pick, self.now_ms())
+        self.scheduler.settled(pick, self.now_ms(), None)
         self.scheduler.credit(pick.consumer, pick.messages, pick.bytes)
 
     def release_lost(self, session: str, held: set[tuple[int, int]]) -> None:
@@ -230,7 +251,9 @@ class Node:
                 self.rebuilds.pop(0)
                 continue
             for name, not_before in source:
-                if not_before > now:
+                if name == OUTBOX:
+                    runtime.copier.wake()
+                elif not_before > now:
                     self.timers.add(not_before, runtime.number, name)
                 else:
                     self.scheduler.add(name)
@@ -260,26 +283,74 @@ class Node:
         self.gates[scope] = (max(until, known_until), max(step, known_step))
         self.scheduler.set_gate(scope, sched.CLOSED)
         self.timers.add(max(until, known_until), 0, scope)
+        if self._remote_holds.get(scope):
+            self.remote_hold(scope, 0)  # it is for this node, too, to probe now
+        self.shares.wake()
 
     def forget_gates(self, scopes: Iterable[bytes]) -> None:
         """A shard with these gates is another node's now: opens those that no shard led here keeps closed, as nothing here
         would ever probe them."""
         for scope in scopes:
             if scope in self.gates and not any(r.leading and scope in r.state.gates for r in self.shards.values()):
-                del self.gates[scope]
+                until, _ = self.gates.pop(scope)
                 self.scheduler.set_gate(scope, sched.OPEN)
+                if len(self.members) > 1:
+                    self.shares.handed_over(scope, max(until, self.now_ms()))
+
+    def _meta_changed(self) -> None:
+        """Destinations or operators' gates changed: tells the scheduler which."""
+        holds = self.meta.directory.holds
+        for scope in self._holds.keys() | holds.keys():
+            if self._holds.get(scope) != holds.get(scope):
+                self._hold(scope)
+        self._holds = dict(holds)
+        policies = {}
+        for name in self.scheduler.destinations:
+            policy = policies[name] = self.policy(name)
+            if self._policies.get(name) is not policy:
+                self.scheduler.policy_changed(name)
+        self._policies = policies
+        self.wake()
+
+    def _hold(self, scope: bytes) -> None:
+        hold = self.meta.directory.holds.get(scope)
+        remote = self._remote_holds.get(scope, 0)
+        self.scheduler.hold(scope, remote if hold is None else -1 if hold.paused is not None else max(hold.parked_until, remote))
+
+    def remote_hold(self, scope: bytes, until: int) -> None:
+        """Another node keeps a gate closed until then; 0: no longer."""
+        if until == self._remote_holds.get(scope, 0):
+            return
+        if until:
+            self._remote_holds[scope] = until
+        else:
+            del self._remote_holds[scope]
+        self._hold(scope)
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to lease out: takes a turn."""
+        if self.shards:
+            self.host.wake(next(iter(self.shards)))
+
+    def open_gates(self, scope: bytes) -> bool:
+        """Opens a gate that THROTTLED or DOWN closed, on this node; false if it is open."""
+        found = self.gates.pop(scope, None) is not None
+        self.scheduler.set_gate(scope, sched.OPEN)
+        for runtime in self.shards.values():
+            if runtime.leading and scope in runtime.state.gates:
+                runtime.open_gate(scope)
+                self.host.wake(runtime.number)
+        self.shares.opened(scope)
+        self.wake()
+        return found
 
     def probe_succeeded(self, pick: Pick) -> None:
         """A half-open gate's probe was acknowledged: opens it."""
         destination = pick.tenant.destination.name
         for scope in (destination, destination + b"\0" + pick.tenant.name):
             if scope in self.gates and self.scheduler.gate(scope) == sched.HALF_OPEN:
-                del self.gates[scope]
-                self.scheduler.set_gate(scope, sched.OPEN)
-                for runtime in self.shards.values():
-                    if runtime.leading and scope in runtime.state.gates:
-                        runtime.open_gate(scope)
-                        self.host.wake(runtime.number)
+                self.open_gates(scope)
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
@@ -294,15 +365,19 @@ class Node:
         if runtime.needs_checkpoint():
             runtime.checkpoint()
 
-    def start(self) -> None:
-        """Starts timers and upkeep; the host runs by itself."""
+    def start(self, forwarder: Forwarder) -> None:
+        """Starts timers, upkeep and the exchange with the other nodes; the host runs by itself."""
         self._watch_disk()
-        for work in (self._tick(), self._upkeep()):
-            task = asyncio.get_running_loop().create_task(work)
-            task.add_done_callback(self._task_done)
+        work = [self._tick(), self._upkeep(), self.shares.watch_ages()]
+        if len(self.members) > 1:
+            work.append(self.shares.run(forwarder))
+        for one in work:
+            task = asyncio.get_running_loop().create_task(one)
+            task.add_done_callback(self.task_done)
             self._tasks.append(task)
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
+    def task_done(self, task: asyncio.Task[None]) -> None:
+        """A task ended: an error that nobody expected ends the node."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self.host.fatal(error)
 
@@ -310,23 +385,31 @@ class Node:
         """Timers, lease expiry, checkpoints that are due."""
         last_second = 0
         while True:
-            await asyncio.sleep(TICK_SECONDS if self.timers or self._due_checkpoints else TICK_SECONDS * 4)
+            await asyncio.sleep(TICK_SECONDS if self.timers or self._due_checkpoints or self.scheduler.next_wake_ms()
+                                else TICK_SECONDS * 4)
             now = self.now_ms()
-            for number, name in self.timers.pop_due(now, TIMERS_PER_TICK_MAX):
-                if number == 0:
-                    self._gate_due(name, now)
-                    continue
-                runtime = self.shards.get(number)
-                if runtime is not None and runtime.leading:
-                    self.scheduler.add(name)
-                    self.host.wake(number)
+            self.fire_timers(now)
+            wake_ms = self.scheduler.next_wake_ms()
+            if wake_ms is not None and wake_ms <= now:
+                self.wake()
             if self._due_checkpoints:
                 self._checkpoint(next(iter(self._due_checkpoints)))
             if now // 1000 != last_second:
                 last_second = now // 1000
                 for runtime in self.shards.values():
-                    if runtime.leading and runtime.expire_due(now):
+                    if runtime.leading and (runtime.expire_due(now) | runtime.chores.sweep(now)):
                         self.host.wake(runtime.number)
+
+    def fire_timers(self, now: int) -> None:
+        """Queues and gates whose time has come, some of them."""
+        for number, name in self.timers.pop_due(now, TIMERS_PER_TICK_MAX):
+            if number == 0:
+                self._gate_due(name, now)
+                continue
+            runtime = self.shards.get(number)
+            if runtime is not None and runtime.leading:
+                self.scheduler.add(name)
+                self.host.wake(number)
 
     def _gate_due(self, scope: bytes, now: int) -> None:
         until, _ = self.gates.get(scope, (0, 0))
@@ -336,7 +419,7 @@ class Node:
 
     async def _upkeep(self) -> None:
         """Periodic checkpoints, syncs, sweeps, disk watermark."""
-        last_checkpoint = busy_at = time.monotonic()
+        last_checkpoint = last_sample = busy_at = time.monotonic()
         rested = True
         committed = {n: r.rows.applied_index for n, r in self.shards.items()}
         while True:
@@ -346,6 +429,12 @@ class Node:
                 for runtime in self.shards.values():
                     self._checkpoint(runtime)
                     await asyncio.sleep(0)
+            if time.monotonic() - last_sample > SAMPLE_SECONDS:
+                last_sample = time.monotonic()
+                for runtime in self.shards.values():
+                    if runtime.leading:
+                        runtime.sample(self.now_ms())
+                        await asyncio.sleep(0)
             now = {n: r.rows.applied_index for n, r in self.shards.items()}
             if now != committed or self.meta.rows.applied_index != self.meta.rows.durable_index:
                 await self.store.sync()
@@ -357,7 +446,7 @@ class Node:
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(None, self.store.rest)
                 await loop.run_in_executor(None, self.host.store.rest)
-            self.scheduler.sweep()
+            self.scheduler.sweep(self.now_ms())
             self._watch_disk()
             self._balance_leaders()
             await self._trim_memory()

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from spillway.broker.core import entry as e
 from spillway.broker.core.entry import Enqueue, Entry, Settle, decode_entry, encode_entry
+from spillway.broker.core.outbox import OUTBOX
 from spillway.broker.core.policy import backoff_ms, dead_reason
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick
 from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of
 from spillway.broker.runtime.calls import Batch, Call
+from spillway.broker.runtime.chores import Chores, Flight
+from spillway.broker.runtime.copier import Copier
 from spillway.cluster.machine import Role
 from spillway.cluster.state_store import GroupRows
 from spillway.contract.limits import REASON_BYTES_MAX
@@ -47,6 +50,7 @@ UNSAVED_BYTES_MAX = 512 << 10  # a checkpoint is due: keeps memory bounded and o
 UNSAVED_QUEUES_MAX = 1024
 LOG_BYTES_MAX = 3 << 20  # log applied since the last checkpoint; bounds the replay at start
 LEASES_OVER_MAX = 16_384  # kept by their deadline until it has passed, beyond as many as there are live ones
+SAMPLES = 7  # of what was acknowledged, five seconds apart
 STALE = "the lease is over: its fencing token is not current"
 
 
@@ -68,7 +72,11 @@ class ShardRuntime:
         self.picks: dict[int, Pick] = {}  # token -> what the scheduler charged for it
         self.rebuild: Iterator[tuple[bytes, int]] | None = None
         self._oldest: dict[bytes, tuple[bytes, int, int]] = {}  # destination -> (queue, enqueue ms, looked up ms)
-        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick]]] = deque()
+        self.led_since_ms = 0
+        self._samples: deque[tuple[int, dict[bytes, int]]] = deque(maxlen=SAMPLES)
+        self.chores = Chores(self)
+        self.copier = Copier(node, self)
+        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick], Flight]] = deque()
         self._clear_pending()
 
     def _clear_pending(self) -> None:
@@ -120,19 +128,32 @@ class ShardRuntime:
                                   f"{sequence} is not an unsettled message of this lease")
                     return
         argument = 0
-        if outcome != e.ACK:
+        if outcome == e.EXTEND:
+            until = self._extended(token, queue, delay_ms)
+            if not until:
+                call.results[index] = SETTLEMENT_RESULT_REFUSED
+                call.fail(index, ERROR_CODE_INVALID_ARGUMENT, f"settlements[{index}].delay",
+                          "the lease would last longer than the destination's policy allows (lease_duration_max)")
+                return
+            argument, reason = until, ""
+        elif outcome != e.ACK:
             outcome, position, argument, reason = self._decide(queue, position, outcome, delay_ms, reason)
         call.waiting += 1
         self._settles.append((token, position, sequence, outcome, argument, reason))
         self._settle_calls.append((call, index))
 
+    def _extended(self, token: int, queue: Queue, delay_ms: int) -> int:
+        """Until when EXTEND makes a lease last; 0 if that is longer than it may."""
+        node = self.node
+        policy = node.policy(destination_of(queue.key))
+        until = node.now_ms() + (delay_ms if delay_ms > 0 else policy.lease_ms)
+        pick = self.picks.get(token)
+        return until if until <= (pick.since_ms if pick is not None else self.led_since_ms) + policy.lease_ms_max else 0
+
     def _decide(self, queue: Queue, position: int, outcome: int, delay_ms: int, reason: str) -> tuple[int, int, int, str]:
-        """What the policy makes of an outcome other than ACK: (outcome, position, argument, reason)."""
+        """What the policy makes of an outcome other than ACK and EXTEND: (outcome, position, argument, reason)."""
         node = self.node
         now = node.now_ms()
-        if outcome == e.EXTEND:
-            policy = node.policy(destination_of(queue.key))
-            return outcome, 0, now + (delay_ms if delay_ms > 0 else policy.lease_ms), ""
         position -= 1  # what must be acknowledged before it
         reason = reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
         if outcome == e.RETRY:
@@ -141,12 +162,14 @@ class ShardRuntime:
             attempts = queue.attempts + 1 if at_head else 1
             dead = dead_reason(policy, attempts, now - queue.front[position - queue.lease_acked][1])
             if dead is not None:
-                return e.REJECT, position, 0, f"{dead}: {reason}" if reason else dead
+                return (e.DISCARD if policy.discard else e.REJECT), position, 0, f"{dead}: {reason}" if reason else dead
             wait = delay_ms if delay_ms >= 0 else backoff_ms(policy, attempts - 1, node.random())
             return outcome, position, now + wait, ""
         if outcome in (e.THROTTLED, e.DOWN):
             scope = tenant_scope_of(queue.key) if outcome == e.THROTTLED else destination_of(queue.key)
             return outcome, position, node.park_until(scope, now, delay_ms), ""
+        if outcome == e.REJECT and node.policy(destination_of(queue.key)).discard:
+            outcome = e.DISCARD
         return outcome, position, 0, reason
 
     def release_lease(self, token: int) -> None:
@@ -179,7 +202,8 @@ class ShardRuntime:
                 policy = self.node.policy(destination_of(queue.key))
                 self.state.ensure(queue, 1)
                 dead = dead_reason(policy, queue.attempts + 1, now - queue.front[0][1])
-                self._expires.append((token, dead is not None, 0, dead or ""))
+                fate = e.KEEP if dead is None else e.GONE if policy.discard else e.DEAD
+                self._expires.append((token, fate, 0, dead or ""))
                 self.leases_by_second.setdefault(second + 1, []).append(token)  # until it is seen to be gone
                 found = True
         return found
@@ -192,7 +216,7 @@ class ShardRuntime:
     @property
     def waiting(self) -> bool:
         """Whether something waits for an entry."""
-        return bool(self._batches or self._settles or self._grants or self._expires or self._gates)
+        return bool(self._batches or self._settles or self._grants or self._expires or self._gates or self.chores.waiting)
 
     # -- GroupMachine --------------------------------------------------------------------------------------------
 
@@ -232,11 +256,12 @@ class ShardRuntime:
             session = pick.consumer.session
             grants.append((pick.queue, messages, deadline, consumers.setdefault(session, len(consumers))))
             picks.append(pick)
-        made = Entry(e.VERSION, self.node.now_ms(), [Enqueue(b.producer, b.first, b.names, b.bodies, b.delays) for b in batches],
+        enqueues = [Enqueue(b.producer, b.first, b.names, b.bodies, None, b.options, b.copies, b.epoch) for b in batches]
+        made = Entry(e.VERSION, self.node.now_ms(), enqueues,
                      settles, self._expires[:EXPIRES_PER_ENTRY_MAX], self._gates, grants, list(consumers))
         del self._grants[:GRANTS_PER_ENTRY_MAX], self._expires[:EXPIRES_PER_ENTRY_MAX]
         self._gates = []
-        self._in_flight.append((made, batches, calls, picks))
+        self._in_flight.append((made, batches, calls, picks, self.chores.fill(made)))
         return encode_entry(made)
 
     def apply(self, index: int, term: int, command: bytes) -> None:
@@ -245,10 +270,12 @@ class ShardRuntime:
         self.applied_term = term
         self.log_bytes += len(command)
         if self.leading and term == self.term and self._in_flight:
-            made, batches, calls, picks = self._in_flight.popleft()
+            made, batches, calls, picks, flight = self._in_flight.popleft()
             effects = Effects()
             self.state.apply(index, made, effects)
             self._answer(effects, batches, calls)
+            if made.trims or flight.purges or flight.redrives or flight.dead_purges:
+                self.chores.applied(made, flight, effects)
             self._schedule(effects, picks)
         else:
             self.state.apply(index, decode_entry(command))
@@ -287,6 +314,10 @@ class ShardRuntime:
             node.gate_closed(scope, until, step)
         self.rebuild = self.state.ready_queues()
         node.rebuilds.append(self)
+        self.led_since_ms = node.now_ms()
+        self._samples.clear()
+        self.sample(self.led_since_ms)
+        self.copier.start(self.term)
 
     def _list_leases(self) -> None:
         """Live leases by their deadline."""
@@ -299,7 +330,8 @@ class ShardRuntime:
         """Stops leading: what was proposed may still commit, what was not never will; the callers retry."""
         node = self.node
         self.rebuild = None
-        for made, batches, calls, picks in self._in_flight:
+        for made, batches, calls, picks, flight in self._in_flight:
+            self.chores.lost(flight)
             for batch in batches:
                 if batch.producer:  # a repetition is recognised
                     node.pass_on(self.number, batch)
@@ -316,9 +348,11 @@ class ShardRuntime:
         for pick, _, _ in self._grants:
             node.return_credit(pick)
         for pick in self.picks.values():
-            node.scheduler.settled(pick, node.now_ms())
+            node.scheduler.settled(pick, node.now_ms(), None)
         self.picks.clear()
         self._clear_pending()
+        self.chores.clear()
+        self.copier.stop()
         for queue in self.state.queues.values():
             queue.granting = False
         node.scheduler.remove_shard({self.number}, node.shard_of)
@@ -338,7 +372,7 @@ class ShardRuntime:
         for (token, _, sequence, outcome, argument, reason), item in zip(settles, calls, strict=True):
             if item is not None:
                 again = Settlement(shard=self.number, fencing_token=token, sequence=sequence, reason=reason)
-                again.outcome = outcome  # type: ignore[assignment]
+                again.outcome = e.REJECT if outcome == e.DISCARD else outcome  # type: ignore[assignment]
                 if argument:
                     again.delay.FromMilliseconds(max(0, argument - now))
                 self.node.pass_on_settlement(self.number, *item, again)
@@ -360,8 +394,17 @@ class ShardRuntime:
                     for position in batch.positions[:skipped]:
                         results[position] = 1
                 sequence -= len(batch.positions)
+                if batch.options:
+                    for i, option in batch.options.items():
+                        if option[2] and (first := effects.duplicates.get(sequence + i)):
+                            results[batch.positions[i]] = first
+                        elif option[1]:
+                            self.chores.note(batch.names[i])
             sequence += len(batch.positions)
-            call.release()
+            if batch.promised and skipped >= 0:
+                self.copier.wait(sequence, batch)
+            else:
+                call.release()
         for item, status in zip(calls, effects.settled, strict=True):
             if item is None:
                 continue
@@ -403,14 +446,17 @@ class ShardRuntime:
         for token, _, outcome in effects.released:
             pick_or_none = self.picks.pop(token, None)
             if pick_or_none is not None:
-                scheduler.settled(pick_or_none, now)
+                scheduler.settled(pick_or_none, now, _failed(outcome))
                 if pick_or_none.probe and outcome == e.ACK:
                     node.probe_succeeded(pick_or_none)
         for scope, until, step in effects.gates:
             if until:
                 node.gate_closed(scope, until, step)
         for name in effects.ready:
-            scheduler.add(name)
+            if name == OUTBOX:
+                self.copier.wake()
+            else:
+                scheduler.add(name)
         for due, name in effects.delayed:
             node.timers.add(due, self.number, name)
 
@@ -436,8 +482,25 @@ class ShardRuntime:
         self._oldest[destination] = (*found, now)
         return found[1]
 
+    def sample(self, now: int) -> None:
+        """Remembers how many messages were acknowledged so far, for `acked_per_second`."""
+        self._samples.append((now, {name: c.acked for name, c in self.state.counters.items()}))
+
+    def acked_per_second(self, destination: bytes) -> float:
+        """Messages of a destination acknowledged per second, over the last half minute or as long as this node leads."""
+        counters = self.state.counters.get(destination)
+        if counters is None or not self._samples:
+            return 0.0
+        since, acked = self._samples[0]
+        return (counters.acked - acked.get(destination, 0)) * 1000 / max(1000, self.node.now_ms() - since)
+
     def needs_checkpoint(self) -> bool:
         """Whether something was applied since the last one."""
         return self.applied > self.rows.applied_index
 
 
+def _failed(outcome: int) -> bool | None:
+    """What the outcome that ended a lease says about its destination; None: nothing."""
+    if outcome in (e.RETRY, e.THROTTLED, e.DOWN):
+        return True
+    return None if outcome in (e.RELEASE, e.EXPIRED) else False  # whose lease expires may be a consumer that is gone

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 
 from spillway.broker.core.queue import Message, Queue
+from spillway.contract.hashing import PART
 
 # LeasedRun: shard = 1 fixed32, fencing_token = 2 fixed64, expire_unix_ms = 3 fixed64
 _RUN = struct.Struct("<BIBQBQ")
@@ -42,7 +43,7 @@ def _varint(value: int) -> bytes:
 
 def name_fields(queue: bytes) -> bytes:
     """destination = 4, tenant = 5, key = 6 of a LeasedRun."""
-    destination, tenant, key = queue.split(b"\0")
+    destination, tenant, key = queue.partition(PART)[0].split(b"\0")
     return (b"\x22" + LENGTHS[len(destination)] + destination + b"\x2a" + LENGTHS[len(tenant)] + tenant
             + b"\x32" + LENGTHS[len(key)] + key)
 
@@ -58,14 +59,14 @@ def run_parts(shard: int, queue: Queue, messages: list[Message]) -> tuple[list[b
     parts = [b"", _run(0x0D, shard, 0x11, queue.token, 0x19, queue.deadline), name_fields(queue.key)]
     size = _RUN.size + len(parts[2])
     attempt = queue.attempts + 1
-    for sequence, enqueue_ms, _, body in messages:
+    for sequence, enqueue_ms, _, body, _ in messages:
         head = _message(0x09, sequence, 0x15, attempt, 0x19, enqueue_ms, 0x22) + _varint(len(body))
         total = len(head) + len(body)
         lead = b"\x3a" + _varint(total)
         parts += (lead, head, body)
         size += len(lead) + total
         attempt = 1  # only the head has been tried before
-    if queue.gap is not None:
+    if queue.gap is not None and queue.gap[1] < messages[-1][0]:  # redriven messages may all be before what is missing
         parts.append(gap_field(queue.gap))
         size += len(parts[-1])
     parts[0] = b"\x0a" + varint(size)

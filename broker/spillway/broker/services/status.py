@@ -52,3 +52,11 @@ async def abort(context: Any, error: Exception) -> NoReturn:
     status = rpc_status.to_status(status_of(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort returned")
+
+
+async def pass_on(context: Any, error: Exception) -> NoReturn:
+    """Ends the call with the error's status; another node's answer goes on with its details."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+        raise AssertionError("abort returned")
+    await abort(context, error)
