@@ -3,22 +3,27 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import socket
+import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import NamedTuple
 
 import pytest
-from aiohttp import hdrs, web
+from aiohttp import ClientSession, hdrs, web
 from aiohttp.test_utils import TestServer
 from spillway.client.dispatcher.dispatcher import Counts, Dispatcher, matcher, state_of
 from spillway.client.dispatcher.lane import RUN_MESSAGES_MAX
 from spillway.client.dispatcher.sender import AddressForbidden
 from spillway.client.dispatcher.source import Target
+from spillway.client.dispatcher.status import status_server
 from spillway.client.errors import StaleLease, Unavailable
+from standardwebhooks import Webhook, WebhookVerificationError
 
 QueueName = tuple[str, str, str]
 WAIT_SECONDS_MAX = 20.0  # for what must happen; a test that reaches it fails
@@ -323,8 +328,12 @@ def urls(dispatcher: Dispatcher) -> dict[str, str]:
     return {name: member.target.url for name, member in dispatcher._members.items()}
 
 
+def local(name: str, url: str, timeout: float, concurrency_max: int) -> Target:
+    return Target(name, url, timeout, concurrency_max, allow_private_addresses=True)
+
+
 def target(receiver: Receiver, name: str, timeout: float = 5.0, concurrency_max: int = 4) -> Target:
-    return Target(name, receiver.url("/" + name), timeout, concurrency_max)
+    return local(name, receiver.url("/" + name), timeout, concurrency_max)
 
 
 def numbers(count: int, start: int = 0) -> list[bytes]:
@@ -376,8 +385,9 @@ async def test_request(receiver: Receiver) -> None:
     (web.Response(status=429), ("throttled", None)),
     (web.Response(status=429, headers={"Retry-After": "7"}), ("throttled", 7.0)),
     (web.Response(status=404), ("reject", "HTTP 404")),
-    (web.Response(status=302, headers={"Location": "/elsewhere"}),
-     ("reject", "HTTP 302: redirects are not followed; set the target to the final URL")),
+    (web.Response(status=303, headers={"Location": "/elsewhere"}), ("reject", "HTTP 303")),
+    (web.Response(status=302, headers={"Location": "/elsewhere"}), ("down", None)),
+    (web.Response(status=308, headers={"Location": "/elsewhere"}), ("down", None)),
 ], ids=str)
 async def test_partial_run(receiver: Receiver, answer: web.Response, settlement: tuple[object, ...]) -> None:
     """The delivered prefix is acknowledged, the failing message settled with its outcome, the rest goes back
@@ -405,7 +415,7 @@ async def test_refused_connection_parks(receiver: Receiver) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/x"
-        broker = FakeBroker(Target("a", url, 5.0, 4))
+        broker = FakeBroker(local("a", url, 5.0, 4))
         broker.put("a", *numbers(3))
         async with dispatching(broker) as dispatcher:
             await broker.until(lambda: bool(broker.settlements))
@@ -421,7 +431,7 @@ async def test_refused_connection_parks(receiver: Receiver) -> None:
 @pytest.mark.parametrize("url", ["http://host.invalid/", "https://127.0.0.1:{port}/", "http://2130706433/"])
 async def test_no_connection(receiver: Receiver, url: str) -> None:
     """Unknown hosts, endpoints that speak no TLS and hosts that hide an address in a number are down, too."""
-    broker = FakeBroker(Target("a", url.format(port=receiver.server.port), 5.0, 4))
+    broker = FakeBroker(local("a", url.format(port=receiver.server.port), 5.0, 4))
     broker.put("a", b"x")
     async with dispatching(broker):
         await broker.until(lambda: bool(broker.settlements))
@@ -439,7 +449,7 @@ async def test_connect_timeout() -> None:
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
             fillers.append(filler)
-        broker = FakeBroker(Target("a", f"http://127.0.0.1:{full.getsockname()[1]}/", 0.4, 4))
+        broker = FakeBroker(local("a", f"http://127.0.0.1:{full.getsockname()[1]}/", 0.4, 4))
         broker.put("a", b"x")
         async with dispatching(broker):
             await broker.until(lambda: bool(broker.settlements))
@@ -456,7 +466,7 @@ async def test_address_check(receiver: Receiver) -> None:
         asked.append((address, port))
         raise AddressForbidden("private")
 
-    broker = FakeBroker(target(receiver, "a"), Target("b", f"http://localhost:{receiver.server.port}/b", 5.0, 1))
+    broker = FakeBroker(target(receiver, "a"), local("b", f"http://localhost:{receiver.server.port}/b", 5.0, 1))
     broker.put("a", b"x")
     broker.put("b", b"x")
     async with dispatching(broker, address_check=refuse):
@@ -493,7 +503,7 @@ async def test_broken_response(answer: bytes) -> None:
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    broker = FakeBroker(Target("a", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", 5.0, 1))
+    broker = FakeBroker(local("a", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", 5.0, 1))
     broker.put("a", b"")
     async with dispatching(broker):
         await broker.until(lambda: not broker.left("a"))
@@ -542,7 +552,7 @@ async def test_isolation(receiver: Receiver) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         broker = FakeBroker(target(receiver, "slow", timeout=60.0, concurrency_max=2), target(receiver, "healthy"),
-                            Target("dead", f"http://127.0.0.1:{nobody.getsockname()[1]}/", 5.0, 4))
+                            local("dead", f"http://127.0.0.1:{nobody.getsockname()[1]}/", 5.0, 4))
         for i in range(100):
             broker.put("slow", *numbers(2), key=str(i))
             broker.put("dead", *numbers(2), key=str(i))
@@ -664,7 +674,7 @@ async def test_targets_come_change_and_go(receiver: Receiver) -> None:
 
 async def test_unusable_url(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     """A target that cannot be a URL is reported once, not delivered, and disturbs nobody."""
-    broker = FakeBroker(Target("bad", "http://", 5.0, 1), target(receiver, "good"))
+    broker = FakeBroker(local("bad", "http://", 5.0, 1), target(receiver, "good"))
     broker.put("good", *numbers(3))
     async with dispatching(broker):
         await broker.until(lambda: not broker.left("good"))
@@ -689,7 +699,7 @@ async def test_logs_hold_no_content(receiver: Receiver, caplog: pytest.LogCaptur
     caplog.set_level(logging.DEBUG, "spillway")
     answers = [web.Response(status=500, text="body-secret") for _ in range(20)]
     receiver.answers["/a"] += answers
-    broker = FakeBroker(Target("a", receiver.url("/a").replace("://", "://user:url-secret@"), 5.0, 1))
+    broker = FakeBroker(local("a", receiver.url("/a").replace("://", "://user:url-secret@"), 5.0, 1))
     broker.put("a", *[b"payload-secret"] * 200, headers={"X-Key": "header-secret"})
     async with dispatching(broker, summary_seconds=0.0):
         await broker.until(lambda: not broker.left("a"))
@@ -748,10 +758,259 @@ async def test_no_header_blocks_its_message(receiver: Receiver) -> None:
 async def test_password_in_url(receiver: Receiver) -> None:
     """Credentials of the URL go into the Authorization header; they win over a message's own."""
     url = receiver.url("/a").replace("://", "://user:p%40ss@")
-    broker = FakeBroker(Target("a", url, 5.0, 1))
+    broker = FakeBroker(local("a", url, 5.0, 1))
     broker.put("a", b"0", headers={"authorization": "Bearer tenant"})
     broker.put("a", b"1")
     async with dispatching(broker):
         await broker.until(lambda: not broker.left("a"))
     assert [[v for k, v in r.headers.items() if k.lower() == "authorization"] for r in receiver.requests] == [
         ["Basic " + base64.b64encode(b"user:p@ss").decode()]] * 2
+
+
+SECRETS = tuple("whsec_" + base64.b64encode(bytes([i]) * 32).decode() for i in range(2))
+
+
+async def test_changes_take_effect_live(receiver: Receiver) -> None:
+    """A new URL, new headers, new secrets and a permission hold for the next request, without a restart and without a
+    new subscription; what is under way goes on undisturbed."""
+    receiver.handlers["/a"] = receiver.hang
+    broker = FakeBroker(replace(target(receiver, "a"), signing_secrets=SECRETS[:1]))
+    broker.put("a", *numbers(3), key="begun")
+    async with dispatching(broker) as dispatcher:
+        await receiver.until(lambda: len(receiver.requests) == 1)
+        consumer = broker.consumers["a"]
+        broker.known = [replace(broker.known[0], url=receiver.url("/b"), signing_secrets=SECRETS, headers=(("X-New", "1"),))]
+        await spin(lambda: urls(dispatcher).get("a") == receiver.url("/b"))
+        broker.put("a", b"later", key="other")
+        await receiver.until(lambda: len(receiver.requests) == 2)
+        assert receiver.running["/a"] == 1, "the old request is still under way"
+        receiver.unblocked.set()
+        await broker.until(lambda: not broker.left("a"))
+        assert broker.consumers["a"] is consumer
+        assert not [s for s in broker.settlements if s[1] != "ack"]
+        await spin(lambda: not dispatcher._members["a"].retiring)
+    assert receiver.bodies("/a") == [b"0"] and sorted(receiver.bodies("/b")) == [b"1", b"2", b"later"]
+    for request in receiver.requests:
+        new = request.path == "/b"
+        assert (request.headers.get("X-New") == "1") is new
+        for secret, valid in ((SECRETS[0], True), (SECRETS[1], new)):
+            try:
+                Webhook(secret).verify(request.body, request.headers, json_parse=False)
+                assert valid
+            except WebhookVerificationError:
+                assert not valid
+
+
+@pytest.mark.parametrize("status", [308, 429])
+async def test_late_verdict_of_the_old_target(receiver: Receiver, status: int) -> None:
+    """What a request to the target as it was brings, says nothing of the new one: runs that wait are sent there."""
+
+    async def late(request: web.Request) -> web.StreamResponse:
+        await receiver.unblocked.wait()
+        return web.Response(status=status, headers={"Retry-After": "600"})
+
+    receiver.handlers["/a"] = late
+    broker = FakeBroker(target(receiver, "a", concurrency_max=1))
+    for key in "uvw":
+        broker.put("a", b"x", key=key)
+    async with dispatching(broker) as dispatcher:
+        await receiver.until(lambda: len(receiver.requests) == 1)
+        broker.known = [replace(broker.known[0], url=receiver.url("/b"))]
+        await spin(lambda: urls(dispatcher)["a"] == receiver.url("/b"))
+        receiver.unblocked.set()
+        await broker.until(lambda: broker.left("a") == 1)
+        assert shown(dispatcher, "a")["circuit"] == "closed" and shown(dispatcher, "a")["throttled_tenants"] == 0
+        assert dispatcher.counts().spared == 0
+    assert len(receiver.bodies("/a")) == 1 and len(receiver.bodies("/b")) == 2
+
+
+async def test_throttling_of_the_old_target(receiver: Receiver) -> None:
+    """A run that waits for a slot is sent to the new target, though the old one had throttled its tenant."""
+
+    async def hang_for_quiet(request: web.Request) -> web.StreamResponse:
+        if request.headers["Spillway-Tenant"] == "quiet":
+            return await receiver.hang(request)
+        return web.Response(status=429, headers={"Retry-After": "600"})
+
+    receiver.handlers["/a"] = hang_for_quiet
+    broker = FakeBroker(target(receiver, "a", concurrency_max=1))
+    for tenant, key in (("loud", "1"), ("quiet", "1"), ("loud", "2")):
+        broker.put("a", b"x", tenant=tenant, key=key)
+    async with dispatching(broker) as dispatcher:
+        await receiver.until(lambda: len(receiver.requests) == 2)
+        assert shown(dispatcher, "a")["throttled_tenants"] == 1
+        broker.known = [replace(broker.known[0], url=receiver.url("/b"))]
+        await spin(lambda: urls(dispatcher)["a"] == receiver.url("/b"))
+        receiver.unblocked.set()
+        await broker.until(lambda: broker.left("a") == 1)
+        assert dispatcher.counts().spared == 0
+    assert len(receiver.bodies("/b")) == 1
+
+
+async def test_timeout_and_concurrency_change(receiver: Receiver) -> None:
+    """A new timeout and a new concurrency_max hold, too, with a subscription that fits them."""
+    receiver.handlers["/a"] = receiver.hang
+    broker = FakeBroker(target(receiver, "a", concurrency_max=1))
+    async with dispatching(broker):
+        await spin(lambda: "a" in broker.consumers)
+        before = broker.consumers["a"]
+        broker.known = [target(receiver, "a", timeout=60.0, concurrency_max=3)]
+        await spin(lambda: broker.consumers.get("a", before) is not before)
+        assert broker.consumers["a"].credit == 3 * before.credit
+        assert broker.consumers["a"].lease_seconds > 60.0 > before.lease_seconds
+        for i in range(5):
+            broker.put("a", b"x", key=str(i))
+        await receiver.until(lambda: len(receiver.requests) == 3)
+        receiver.unblocked.set()
+        await broker.until(lambda: not broker.left("a"))
+    assert receiver.running_max["/a"] == 3
+
+
+async def test_private_address_parks_until_allowed(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    """A URL that leads to a private address is a mistake of its owner: the destination is parked, no message is lost or
+    has an attempt counted, the log says why; all is delivered once it is allowed."""
+    broker = FakeBroker(replace(target(receiver, "a"), allow_private_addresses=False))
+    broker.put("a", *numbers(3))
+    async with dispatching(broker) as dispatcher:
+        await broker.until(lambda: bool(broker.settlements))
+        assert broker.settlements == [("t", "down", None)] and not receiver.requests
+        await spin(lambda: dispatcher.states()["a"] == "down")
+        broker.known = [target(receiver, "a")]
+        await spin(lambda: dispatcher._members["a"].target == broker.known[0])
+        broker.unpark()
+        await broker.until(lambda: not broker.left("a"))
+    assert receiver.bodies("/a") == numbers(3)
+    assert {r.headers["Spillway-Attempt"] for r in receiver.requests} == {"1"} and not broker.dead
+    assert "state=down was=new circuit=open failures_in_a_row=1 until=backoff: address not allowed: 127.0.0.1 is loopback" in (
+        caplog.text)
+
+
+async def test_change_to_unusable(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    """A secret that is none stops the destination, not the dispatcher; a good one starts it again."""
+    broker = FakeBroker(target(receiver, "a"), target(receiver, "good"))
+    async with dispatching(broker) as dispatcher:
+        await spin(lambda: len(broker.consumers) == 2)
+        broker.known[0] = replace(broker.known[0], signing_secrets=("whsec_none",))
+        await spin(lambda: "a" not in broker.consumers and "a" not in dispatcher.states())
+        broker.put("a", b"0")
+        broker.put("good", b"0")
+        await broker.until(lambda: not broker.left("good"))
+        assert dispatcher.status()["not_delivered"] == [{
+            "destination": "a", "reason": "signing_secrets[0] is not 'whsec_' and base64 of 24 to 64 bytes"}]
+        broker.known[0] = target(receiver, "a")
+        await broker.until(lambda: not broker.left("a"))
+    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 1
+    assert "whsec_none" not in caplog.text
+
+
+def shown(dispatcher: Dispatcher, name: str) -> dict[str, object]:
+    destinations = dispatcher.status()["destinations"]
+    assert isinstance(destinations, list)
+    found, = [one for one in destinations if one["destination"] == name]
+    assert isinstance(found, dict)
+    return found
+
+
+async def test_circuit(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    """The circuit opens when the destination is found down, is half-open while the next message tries it, and closes
+    when that gets through; the status tells of each, and the log of the opening and the closing."""
+    caplog.set_level(logging.INFO, "spillway")
+    looked_up = asyncio.Event()
+    go_on = asyncio.Event()
+    broker = FakeBroker(target(receiver, "a"))
+    async with dispatching(broker) as dispatcher:
+        await spin(lambda: bool(dispatcher.states()))
+        assert (shown(dispatcher, "a").get("circuit", "closed"), shown(dispatcher, "a")["state"]) == ("closed", "new")
+        port = receiver.server.port
+        await receiver.server.close()
+        broker.put("a", *numbers(2))
+        await broker.until(lambda: bool(broker.settlements))
+        await spin(lambda: dispatcher.states()["a"] == "down")
+        one = shown(dispatcher, "a")
+        assert (one["circuit"], one["failures_in_a_row"], one["last_status"], one["down"], one["failed"], one["in_flight"]) == (
+            "open", 1, None, 1, 1, 0)
+        assert one["last_error"] == "no connection: ConnectionRefusedError" and one["last_error_time"] is not None
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            for _ in range(2):
+                await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(1)
+                looked_up.set()
+                await go_on.wait()
+                writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", port)
+        broker.unpark()
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            await looked_up.wait()
+        assert (shown(dispatcher, "a")["circuit"], shown(dispatcher, "a")["in_flight"]) == ("half-open", 1)
+        await spin(lambda: dispatcher._members["a"].circuit == "half-open")
+        go_on.set()
+        await broker.until(lambda: not broker.left("a"))
+        await spin(lambda: dispatcher.states()["a"] == "delivering")
+        one = shown(dispatcher, "a")
+        assert (one["circuit"], one["failures_in_a_row"], one["last_status"], one["delivered"]) == ("closed", 0, 204, 2)
+        server.close()
+    changes = [r.getMessage() for r in caplog.records if "circuit=" in r.getMessage()]
+    assert changes == [
+        "destination=a state=down was=new circuit=open failures_in_a_row=1 until=backoff: no connection: ConnectionRefusedError",
+        "destination=a state=delivering was=down circuit=closed failures_in_a_row=0 until=-"]
+
+
+async def test_status_of_throttled(receiver: Receiver) -> None:
+    """Of throttled tenants the status says how many, and until when the last of them is."""
+    receiver.answers["/a"] += [web.Response(status=429, headers={"Retry-After": str(wait)}) for wait in (600, 60)]
+    broker = FakeBroker(target(receiver, "a", concurrency_max=1))
+    broker.put("a", b"x", tenant="loud")
+    broker.put("a", b"x", tenant="louder")
+    async with dispatching(broker) as dispatcher:
+        await broker.until(lambda: len(broker.settlements) == 2)
+        one = shown(dispatcher, "a")
+        until = datetime.fromisoformat(str(one["throttled_until"])).timestamp()
+    assert (one["circuit"], one["throttled_tenants"], one["last_status"], one["throttled"]) == ("closed", 2, 429, 2)
+    assert 500 < until - time.time() <= 600
+
+
+async def test_status_over_http(receiver: Receiver) -> None:
+    """GET /status on loopback answers what is known as JSON, holds nothing of URLs, secrets and payloads, and only
+    answers whoever asks for this machine."""
+    url = receiver.url("/a").replace("://", "://user:url-secret@")
+    broker = FakeBroker(replace(local("a", url, 5.0, 1), headers=(("X", "header-secret"),), signing_secrets=SECRETS[:1]))
+    broker.put("a", b"payload-secret", headers={"X-Key": "message-secret"}, tenant="tenant-secret")
+    async with dispatching(broker) as dispatcher, status_server(dispatcher.status, 0) as port, ClientSession() as session:
+        await broker.until(lambda: not broker.left("a"))
+        async with session.get(f"http://127.0.0.1:{port}/status") as response:
+            text = await response.text()
+            assert response.status == 200 and response.content_type == "application/json"
+        for host, status in (("localhost", 200), ("evil.example", 403), (f"evil.example:{port}", 403)):
+            async with session.get(f"http://127.0.0.1:{port}/status", headers={"Host": host}) as response:
+                assert response.status == status
+        async with session.get(f"http://127.0.0.1:{port}/") as response:
+            assert response.status == 404
+        with pytest.raises(OSError, match="in use"):
+            async with status_server(dispatcher.status, port):
+                pass
+    found = json.loads(text)
+    assert found["destinations"][0]["delivered"] == found["counts"]["delivered"] == 1
+    assert "secret" not in text and "whsec" not in text and "http" not in text
+
+
+async def test_many_dead_destinations_cost_the_living_nothing(receiver: Receiver) -> None:
+    """Each destination has credit, slots and connections of its own: with fifty that hang, another one has all of its
+    slots at once."""
+    receiver.handlers["/hang"] = receiver.hang
+    dead = [local(f"dead{i}", receiver.url("/hang"), 60.0, 2) for i in range(50)]
+    broker = FakeBroker(*dead, target(receiver, "a", concurrency_max=8))
+    for one in dead:
+        for key in "uvw":
+            broker.put(one.destination, b"x", key=key)
+    receiver.handlers["/a"] = receiver.hang
+    async with dispatching(broker) as dispatcher:
+        await receiver.until(lambda: receiver.running["/hang"] == 100)
+        for i in range(8):
+            broker.put("a", b"x", key=str(i))
+        await receiver.until(lambda: receiver.running["/a"] == 8)
+        assert shown(dispatcher, "a")["in_flight"] == 8 and receiver.running["/hang"] == 100
+        receiver.unblocked.set()
+        await broker.until(lambda: not any(broker.left(one.destination) for one in broker.known))

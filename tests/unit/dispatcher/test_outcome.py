@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 from spillway.client.dispatcher.outcome import Action, Failure, decide, retry_after
 
@@ -18,9 +21,12 @@ IN_A_MINUTE = "Sun, 06 Nov 1994 08:50:37 GMT"
     (204, None, Action.ACK, None),
     (299, None, Action.ACK, None),
     (300, None, Action.REJECT, None),
-    (301, "5", Action.REJECT, None),
+    (301, "5", Action.DOWN, None),
+    (302, None, Action.DOWN, None),
+    (303, None, Action.REJECT, None),
     (304, None, Action.REJECT, None),
-    (307, None, Action.REJECT, None),
+    (307, None, Action.DOWN, None),
+    (308, None, Action.DOWN, None),
     (399, None, Action.REJECT, None),
     (400, None, Action.REJECT, None),
     (401, None, Action.REJECT, None),
@@ -63,6 +69,7 @@ def test_statuses(status: int, header: str | None, action: Action, delay: float 
     (Failure.CONNECT, Action.DOWN),
     (Failure.CONNECT_TIMEOUT, Action.DOWN),
     (Failure.FORBIDDEN, Action.DOWN),
+    (Failure.REDIRECT, Action.DOWN),
     (Failure.TIMEOUT, Action.RETRY),
     (Failure.BROKEN, Action.RETRY),
 ])
@@ -100,6 +107,7 @@ def test_every_failure_is_in_the_table() -> None:
     ("Sun, 06 Nov 1994 08:48:37 GMT", 0.0),
     ("Sun, 06 Nov 1994 09:50:37 +0100", 60.0),
     ("Mon, 07 Nov 2094 08:49:37 GMT", 86_400.0),
+    ("Sun, 06 Nov 1994 08:49:37 GMT", 0.0),
     ("Sun, 99 Nov 1994 08:50:37 GMT", None),
     ("Sun, 06 Nov 10000 08:50:37 GMT", None),
     ("1994-11-06T08:50:37Z", None),
@@ -108,6 +116,27 @@ def test_every_failure_is_in_the_table() -> None:
 def test_retry_after(value: str | None, seconds: float | None) -> None:
     """Seconds and all HTTP date forms are understood, bounded to a day; anything else is as if it were not there."""
     assert retry_after(value, NOW) == seconds
+
+
+DATE_PARTS = st.sampled_from([
+    "Sun,", "Sunday,", "Sun", "06", "6", "99", "-1", "06-Nov-94", "Nov", "Foo", "1994", "0000", "0001", "9999", "99999999999",
+    "08:49:37", "24:00:60", "99:99:99", "08:49", "8:49:37.5", "GMT", "EST", "-0000", "+9999", "+99999999999", "(c", "\0", ""])
+
+
+@given(st.one_of(st.text(max_size=80), st.lists(DATE_PARTS, max_size=8).map(" ".join), st.from_regex(r"[-+0-9.eE_]{0,70}")),
+       st.floats(0, 1e11))
+def test_retry_after_never_fails(value: str, now: float) -> None:
+    """Whatever a receiver writes there, it is a time to wait up to a day, or none."""
+    seconds = retry_after(value, now)
+    assert seconds is None or 0.0 <= seconds <= 86_400.0
+
+
+@given(st.integers(0, 4_000_000_000), st.integers(0, 86_400), st.sampled_from([
+    "%a, %d %b %Y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"]))
+def test_all_dates_are_understood(now: int, wait: int, form: str) -> None:
+    """A date within a day is that many seconds away, whichever form a server writes and whenever that is."""
+    value = datetime.fromtimestamp(now + wait, UTC).strftime(form)
+    assert retry_after(value, now) == wait
 
 
 def test_dates_are_in_gmt(monkeypatch: pytest.MonkeyPatch) -> None:

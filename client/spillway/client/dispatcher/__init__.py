@@ -13,9 +13,11 @@ Spillway-Attempt         1 for the first delivery
 Spillway-Fencing-Token   the lease under which it is sent: grows with every lease of a queue
 Spillway-Gap             count=, first=, last= (sequences) of messages right before this one that went to the
                          dead letters and will not come
+webhook-id, -timestamp,  of targets with signing secrets: see `signing`
+-signature
 =======================  =========================================================================================
 
-What an answer means is in `outcome`.
+What an answer means is in `outcome`, where requests may go in `addresses`. `docs/webhooks.md` is for receivers.
 
 For receivers. Delivery is at least once: a receiver may see a message again, if its answer was lost, came too
 late, or the dispatcher or a broker node died before the acknowledgement was stored. In a queue, what comes again

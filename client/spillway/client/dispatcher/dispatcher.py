@@ -11,10 +11,11 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple, fields
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
-from spillway.client.dispatcher.lane import Counts, Lane
+from spillway.client.dispatcher.lane import CLOSED, Counts, Lane
 from spillway.client.dispatcher.sender import AddressCheck, Resolver, Sender
 from spillway.client.dispatcher.source import Broker, Target
 from spillway.client.errors import SpillwayError
@@ -29,6 +30,7 @@ LANES_MAX = 2048  # each may hold several MiB and has connections of its own; ru
 RESOLVER_THREADS = 64  # as many name servers may hang at a time without anybody else noticing
 NAMES_SHOWN_MAX = 10  # in a summary
 
+BACKOFF = "backoff"  # until when: the broker knows
 DELIVERING, FAILING, THROTTLED, DOWN = "delivering", "failing", "throttled", "down"
 
 
@@ -70,7 +72,10 @@ class _Member:
         self.lane: Lane | None = None
         self.task: asyncio.Task[None] | None = None
         self.leaving = asyncio.Event()
+        self.sender: Sender | None = None
+        self.retiring: set[asyncio.Task[None]] = set()  # senders of the target as it was, with requests under way
         self.state: str | None = None
+        self.circuit = CLOSED
         self.seen = Counts()
 
 
@@ -120,6 +125,18 @@ class Dispatcher:
         """Each destination's state; None: nothing was sent yet."""
         return {name: member.state for name, member in self._members.items()}
 
+    def status(self) -> dict[str, object]:
+        """What is going on now, for people and programs, as JSON has it: `docs/webhooks.md` tells of the fields. There is
+        nothing of messages and targets in it but names, counts and kinds of failure."""
+        return {
+            "time": _moment(time.time()),
+            "stopping": self._stop.is_set(),
+            "broker_reachable": self._reachable,
+            "counts": asdict(self.counts()),
+            "destinations": [_lane_status(name, member) for name, member in sorted(self._members.items())],
+            "not_delivered": [{"destination": target.destination, "reason": why} for target, why in self._unusable.items()],
+        }
+
     def stop(self) -> None:
         """Makes `run` finish. Safe to call twice and from a signal handler of the event loop."""
         self._stop.set()
@@ -166,7 +183,8 @@ class Dispatcher:
         self._reachable = True
         wanted = {target.destination: target for target in targets if self._wanted(target.destination)}
         for name, member in self._members.items():
-            if wanted.get(name) != member.target:
+            target = wanted.get(name)
+            if target != member.target and not (target is not None and self._change(member, target)):
                 member.leaving.set()
         for name, target in wanted.items():
             if name in self._members:
@@ -177,37 +195,66 @@ class Dispatcher:
                               " its own --destination patterns", LANES_MAX)
                 self._crowded = True
                 break
-            if self._unusable.get(target) is None:
+            if target not in self._unusable:
                 self._start(target)
         self._unusable = {target: why for target, why in self._unusable.items() if wanted.get(target.destination) == target}
 
-    def _start(self, target: Target) -> None:
+    def _sender(self, target: Target) -> Sender | None:
+        """A sender for a target; None if it is not usable."""
         try:
-            sender = Sender(target, self._resolver, self._user_agent, self._address_check)
+            return Sender(target, self._resolver, self._user_agent, self._address_check)
         except ValueError as e:
-            self._unusable[target] = str(e)
             log.error("destination=%s is not delivered: %s", target.destination, e)
+            self._unusable[target] = str(e)
+            return None
+
+    def _start(self, target: Target) -> None:
+        sender = self._sender(target)
+        if sender is None:
             return
         member = self._members[target.destination] = _Member(target)
         member.task = asyncio.create_task(self._member(member, sender), name=f"lane {target.destination}")
         log.info("destination=%s started: concurrency_max=%d timeout=%gs", target.destination, target.concurrency_max,
                  target.timeout)
 
+    def _change(self, member: _Member, target: Target) -> bool:
+        """Takes a changed target into use without interrupting deliveries, if that can be."""
+        old, lane = member.target, member.lane
+        if lane is None or member.sender is None or member.leaving.is_set() or (
+                (old.timeout, old.concurrency_max) != (target.timeout, target.concurrency_max)):
+            return False
+        sender = self._sender(target)
+        if sender is None:
+            return False
+        sender.open()
+        retiring = asyncio.create_task(member.sender.retire())
+        member.retiring.add(retiring)
+        retiring.add_done_callback(member.retiring.discard)
+        member.target, member.sender = target, sender
+        lane.change(target, sender)
+        log.info("destination=%s changed", target.destination)
+        return True
+
     async def _member(self, member: _Member, sender: Sender) -> None:
         """One lane from start to end."""
         try:
-            async with sender:
-                lane = member.lane = Lane(member.target, self._broker, sender)
-                running = asyncio.create_task(lane.run())
-                leaving = asyncio.create_task(member.leaving.wait())
-                try:
-                    await asyncio.wait([running, leaving], return_when=asyncio.FIRST_COMPLETED)
-                    await lane.stop(self._grace_seconds)
-                    if running.done():
-                        running.result()
-                finally:
-                    leaving.cancel()
-                    running.cancel()
+            sender.open()
+            member.sender = sender
+            lane = member.lane = Lane(member.target, self._broker, sender)
+            running = asyncio.create_task(lane.run())
+            leaving = asyncio.create_task(member.leaving.wait())
+            try:
+                await asyncio.wait([running, leaving], return_when=asyncio.FIRST_COMPLETED)
+                member.leaving.set()  # from now on it is not changed any more
+                await lane.stop(self._grace_seconds)
+                if running.done():
+                    running.result()
+            finally:
+                leaving.cancel()
+                running.cancel()
+                if member.retiring:
+                    await asyncio.wait(member.retiring)  # nothing is under way any more
+                await member.sender.close()
         except Exception:  # a bug in one lane must not stop the others; the watch starts it again
             log.exception("destination=%s: its lane failed", member.target.destination)
         finally:
@@ -224,15 +271,17 @@ class Dispatcher:
             if lane is None:
                 continue
             counts = Counts(*astuple(lane.counts))
-            state = state_of(difference(counts, member.seen))
+            state = state_of(difference(counts, member.seen)) or member.state
             member.seen = counts
-            if state is None or state == member.state:
+            circuit = lane.circuit
+            if (state, circuit) == (member.state, member.circuit):
                 continue
-            before, member.state = member.state or "new", state
-            if state == DELIVERING:
-                log.info("destination=%s state=%s was=%s", name, state, before)
-            else:
-                log.warning("destination=%s state=%s was=%s: %s", name, state, before, lane.last_failure)
+            # A dead destination's probes are half-open at every turn of its backoff: of interest while it is looked into.
+            level = logging.INFO if state == DELIVERING else logging.WARNING if state != member.state else logging.DEBUG
+            log.log(level, "destination=%s state=%s was=%s circuit=%s failures_in_a_row=%d until=%s%s", name, state,
+                    member.state or "new", circuit, lane.failures_in_a_row, _until(lane),
+                    "" if state == DELIVERING else f": {lane.last_failure}")
+            member.state, member.circuit = state, circuit
 
     def _report_summary(self) -> None:
         counts = self.counts()
@@ -244,3 +293,34 @@ class Dispatcher:
         log.info("destinations=%d %s%s", len(self._members),
                  " ".join(f"{field.name}={getattr(delta, field.name)}" for field in fields(delta)),
                  f"; troubled: {', '.join(troubled[:NAMES_SHOWN_MAX])}{more}" if troubled else "")
+
+
+def _moment(seconds: float | None) -> str | None:
+    """Seconds since 1970 as RFC 3339 has it."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _until(lane: Lane) -> str:
+    """Until when nothing is sent, in a log line: of a throttled destination that is as its last tenant."""
+    if lane.circuit != CLOSED:
+        return BACKOFF
+    throttled = lane.throttled_until()
+    if not throttled:
+        return "-"
+    return _moment(max((seconds for seconds in throttled.values() if seconds is not None), default=None)) or BACKOFF
+
+
+def _lane_status(name: str, member: _Member) -> dict[str, object]:
+    lane = member.lane
+    out: dict[str, object] = {"destination": name, "state": member.state or "new"}
+    if lane is None:
+        return out
+    counts = asdict(lane.counts)
+    throttled = lane.throttled_until()
+    known = [seconds for seconds in throttled.values() if seconds is not None]
+    return {
+        **out, "circuit": lane.circuit, "failures_in_a_row": lane.failures_in_a_row, "last_status": lane.last_status,
+        "last_error": lane.last_failure or None, "last_error_time": _moment(lane.last_failure_at),
+        "throttled_tenants": len(throttled), "throttled_until": _moment(max(known, default=None)),
+        "in_flight": lane.in_flight, "concurrency_max": lane.target.concurrency_max,
+        "failed": counts["retried"] + counts["throttled"] + counts["down"] + counts["rejected"], **counts}

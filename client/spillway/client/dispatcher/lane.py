@@ -35,6 +35,7 @@ LEASE_MARGIN_SECONDS = 5.0  # beyond a request's timeout: for clocks, and for th
 ACK_SECONDS = 0.5  # how much delivered work of a run may at most stand unacknowledged while it goes on
 SETTLE_SECONDS_MAX = 5.0  # how long a stopping lane waits for its last settlements
 TENANTS_REMEMBERED_MAX = 1024  # throttled tenants
+CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"  # a lane's circuit
 RESUBSCRIBE_SECONDS = 1.0  # after a subscription ended with an error
 
 
@@ -69,13 +70,23 @@ class _Progress:
 
 
 class Lane:
-    """Delivers one destination until `stop`."""
+    """Delivers one destination until `stop`.
+
+    Its `circuit` is what requests say of the endpoint: closed while it can be reached; open since one found it down
+    (the broker has parked the destination then, and lets one message through from time to time); half-open while such
+    a message is under way.
+    """
 
     def __init__(self, target: Target, broker: Broker, sender: Sends,
                  wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.target = target
         self.counts = Counts()
         self.last_failure = ""  # reason of the latest outcome that was no success
+        self.last_failure_at: float | None = None  # seconds since 1970
+        self.last_status: int | None = None  # of the latest answer
+        self.failures_in_a_row = 0  # requests without success since the last that had it
+        self._open = False
+        self._probes = 0  # requests under way that began while the circuit was open
         self._broker = broker
         self._sender = sender
         self._wall = wall
@@ -93,6 +104,33 @@ class Lane:
 
     def __repr__(self) -> str:
         return f"<Lane {self.target.destination!r}: {len(self._runs)} runs held, {self.counts}>"
+
+    @property
+    def circuit(self) -> str:
+        """CLOSED, OPEN or HALF_OPEN."""
+        return CLOSED if not self._open else HALF_OPEN if self._probes else OPEN
+
+    @property
+    def in_flight(self) -> int:
+        """Runs that have a slot: each has one request under way, or is about to."""
+        return len(self._sending)
+
+    def throttled_until(self) -> dict[str, float | None]:
+        """The tenants that are throttled, as far as requests showed: until when, in seconds since 1970; None: as the
+        broker's backoff has it."""
+        now, wall = self._monotonic(), self._wall()
+        left = {tenant: outcome.delay and outcome.delay - (now - at) for tenant, (at, outcome) in self._throttled.items()}
+        return {tenant: seconds and wall + seconds for tenant, seconds in left.items() if seconds is None or seconds > 0}
+
+    def change(self, target: Target, sender: Sends) -> None:
+        """Sends everything from now on to this target with this sender; what is under way goes on with the old one. Its
+        timeout and concurrency_max must be as they were: leases and slots depend on them."""
+        assert (target.timeout, target.concurrency_max) == (self.target.timeout, self.target.concurrency_max)
+        self.target = target
+        self._sender = sender
+        self._down = None  # what was known was known of the old one
+        self._throttled.clear()
+        self._open = False
 
     async def run(self) -> None:
         """Delivers until `stop`; a subscription that ends is made again."""
@@ -236,30 +274,51 @@ class Lane:
                 self._ack(run, progress)
 
     async def _request(self, run: Run, message: Message, headers: dict[str, str]) -> Outcome:
-        status, answered, failure, detail = await self._sender.post(message.payload, headers)
+        sender = self._sender
+        probe = self._open
+        self._probes += probe
+        try:
+            status, answered, failure, detail = await sender.post(message.payload, headers)
+        finally:
+            self._probes -= probe
         outcome = decide(status, answered, failure, self._wall(), detail)
         action = outcome.action
+        self._count(outcome, status or None)
+        if sender is not self._sender:
+            return outcome  # it says nothing about the target as it is now
+        self._open = action is Action.DOWN
         if action is Action.ACK:
-            self.counts.delivered += 1
             self._down = None
             if self._throttled:
                 self._throttled.pop(run.tenant, None)
-            return outcome
-        self.last_failure = outcome.reason
-        if action is Action.RETRY:
-            self.counts.retried += 1
-        elif action is Action.REJECT:
-            self.counts.rejected += 1
         elif action is Action.DOWN:
-            self.counts.down += 1
             self._down = (self._monotonic(), outcome)
         elif action is Action.THROTTLED:
-            self.counts.throttled += 1
             self._throttled.pop(run.tenant, None)
             if len(self._throttled) >= TENANTS_REMEMBERED_MAX:
                 del self._throttled[next(iter(self._throttled))]  # the one throttled longest ago
             self._throttled[run.tenant] = (self._monotonic(), outcome)
         return outcome
+
+    def _count(self, outcome: Outcome, status: int | None) -> None:
+        counts, action = self.counts, outcome.action
+        if status is not None:
+            self.last_status = status
+        if action is Action.ACK:
+            counts.delivered += 1
+            self.failures_in_a_row = 0
+            return
+        self.failures_in_a_row += 1
+        self.last_failure = outcome.reason
+        self.last_failure_at = self._wall()
+        if action is Action.RETRY:
+            counts.retried += 1
+        elif action is Action.REJECT:
+            counts.rejected += 1
+        elif action is Action.DOWN:
+            counts.down += 1
+        elif action is Action.THROTTLED:
+            counts.throttled += 1
 
     async def _settle(self, run: Run, progress: _Progress) -> None:
         """Acknowledges what was delivered, then settles the message behind it; returns once that is committed."""

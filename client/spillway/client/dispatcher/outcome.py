@@ -10,8 +10,9 @@ answer                              outcome     why
 other 5xx, anything unheard of      RETRY       the receiver failed; the destination's backoff says when to try again
 timeout after connecting, garbage   RETRY       the receiver may or may not have it
 no connection                       DOWN        nobody got anything: parks the destination, burns no attempt
-3xx                                 REJECT      redirects are not followed: a target is what its owner configured
-other 4xx                           REJECT      the receiver will never want this message
+301, 302, 307, 308 not followed     DOWN        the endpoint is elsewhere: for its owner to configure; the message is good
+address or redirect not allowed     DOWN        likewise
+other 3xx, other 4xx                REJECT      the receiver will never want this message
 ==================================  ==========  ====================================================================
 """
 from __future__ import annotations
@@ -29,6 +30,7 @@ RETRY_AFTER_LENGTH_MAX = 64  # an HTTP date has 29 characters
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?", re.ASCII)
 _DATE = re.compile(r"[A-Za-z]{3,9},? ", re.ASCII)  # all three date forms start with the day's name
 _AGAIN = frozenset((408, 425))
+_MOVED = frozenset((301, 302, 307, 308))
 
 
 class Action(Enum):
@@ -50,6 +52,7 @@ class Failure(Enum):
     TIMEOUT = "timeout"  # sent at least in part
     BROKEN = "broken response"  # sent at least in part; closed early or not HTTP
     FORBIDDEN = "address not allowed"  # our own rule about addresses; nothing was sent
+    REDIRECT = "redirect not followed"  # our own rules about redirects; the answer said that the message was not taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,11 @@ def decide(status: int, headers: Mapping[str, str], failure: Failure | None, now
     """The outcome of one request.
 
     Args:
-        status: the answer's status; ignored if there is a `failure`.
+        status: the answer's status, of the last request if redirects were followed; ignored if there is a `failure`.
         headers: the answer's headers, looked up as "Retry-After" (the mapping handles case).
         failure: why there is no answer, or None.
         now: seconds since 1970, to understand dates.
-        detail: name of the error, for the reason.
+        detail: name of the error, or what was not allowed, for the reason.
     """
     if failure is not None:
         reason = f"{failure.value}: {detail}" if detail else failure.value
@@ -89,9 +92,9 @@ def decide(status: int, headers: Mapping[str, str], failure: Failure | None, now
             # No wait at all would turn into a tight loop: then the destination's backoff decides.
             return Outcome(Action.THROTTLED, delay or None, reason)
         return Outcome(Action.RETRY, None, reason)
-    if 300 <= status <= 399:
-        return Outcome(Action.REJECT, None, f"{reason}: redirects are not followed; set the target to the final URL")
-    if 400 <= status <= 499 and status not in _AGAIN:
+    if status in _MOVED:
+        return Outcome(Action.DOWN, None, f"{reason}: redirects are not followed; set the target to the final URL")
+    if 300 <= status <= 499 and status not in _AGAIN:
         return Outcome(Action.REJECT, None, reason)
     return Outcome(Action.RETRY, None, reason)
 

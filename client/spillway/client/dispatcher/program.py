@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 from spillway.client.client import Client
 from spillway.client.dispatcher.broker import ClientBroker
 from spillway.client.dispatcher.dispatcher import GRACE_SECONDS, Dispatcher
+from spillway.client.dispatcher.status import HOST, status_server
 from spillway.client.errors import SpillwayError
 
 log = logging.getLogger("spillway.dispatcher")
@@ -32,15 +34,22 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--name", default="", help="of this dispatcher, for people")
     out.add_argument("--grace-seconds", type=float, default=GRACE_SECONDS,
                      help="on SIGTERM, how long to wait for requests under way (default: %(default)s)")
+    out.add_argument("--status-port", type=int, metavar="PORT",
+                     help="serve GET /status as JSON on this port of 127.0.0.1; 0: a free one, see the log (default: do not)")
     out.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info",
                      help="(default: %(default)s)")
     return out
 
 
-async def dispatch(addresses: Sequence[str], patterns: Sequence[str], name: str, grace_seconds: float) -> None:
-    """Dispatches until SIGTERM or SIGINT. Raises SpillwayError if the addresses are of no use."""
-    async with Client(addresses) as client:
+async def dispatch(addresses: Sequence[str], patterns: Sequence[str], name: str, grace_seconds: float,
+                   status_port: int | None = None) -> None:
+    """Dispatches until SIGTERM or SIGINT. Raises SpillwayError if the addresses are of no use, OSError if the port for
+    the status is."""
+    async with Client(addresses) as client, AsyncExitStack() as stack:
         dispatcher = Dispatcher(ClientBroker(client, name), patterns, grace_seconds)
+        if status_port is not None:
+            port = await stack.enter_async_context(status_server(dispatcher.status, status_port))
+            log.info("status on http://%s:%d/status", HOST, port)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, dispatcher.stop)
@@ -62,7 +71,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the dispatcher; returns the exit code: 0 after a signal, 2 if the addresses are none. A cluster that cannot
+    """Runs the dispatcher; returns the exit code: 0 after a signal, 2 if the addresses are none or the status's port is
+    taken. A cluster that cannot
     be reached is waited for."""
     options = parser().parse_args(argv)
     logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr,
@@ -70,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     addresses = [address.strip() for address in options.address.split(",") if address.strip()]
     try:
         with asyncio.Runner(loop_factory=_event_loop) as runner:
-            runner.run(dispatch(addresses, options.destination, options.name, options.grace_seconds))
+            runner.run(dispatch(addresses, options.destination, options.name, options.grace_seconds, options.status_port))
     except SpillwayError as e:
         log.error("cannot dispatch from %s: %s", options.address, e)
+        return EXIT_USAGE
+    except (OSError, OverflowError) as e:
+        log.error("cannot serve the status on port %s: %s", options.status_port, e)
         return EXIT_USAGE
     return 0

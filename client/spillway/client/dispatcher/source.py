@@ -6,18 +6,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A destination that is delivered by HTTP."""
+    """A destination that is delivered by HTTP. Its `repr` shows nothing that may be secret."""
 
     destination: str
-    url: str
-    timeout: float  # seconds per request
+    url: str = field(repr=False)
+    timeout: float  # seconds per request, redirects included
     concurrency_max: int
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # sent with every request
+    signing_secrets: tuple[str, ...] = field(default=(), repr=False)  # "whsec_" and base64; none: requests are not signed
+    allow_private_addresses: bool = False
+    redirects_max: int = 0
 
 
 class Message(Protocol):
@@ -126,7 +130,8 @@ class Broker(Protocol):
     """A connection to a broker."""
 
     async def targets(self) -> list[Target]:
-        """All destinations that have an HTTP target. Raises SpillwayError."""
+        """All destinations that have an HTTP target, as they are now; asked for about once a second. Raises
+        SpillwayError."""
 
     def consume(self, destination: str, credit_messages: int, credit_bytes: int, run_messages_max: int,
                 lease_seconds: float) -> AbstractAsyncContextManager[AsyncIterator[Run]]:
