@@ -1,24 +1,48 @@
-"""Destinations and what became of their messages. Any node serves any call; failed calls go to another node."""
+"""Destinations, routes, and what became of messages. Any node serves any call; failed calls go to another node."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
+from spillway.client.admin_wire import (
+    count,
+    dead_letter_from_pb,
+    destination_from_pb,
+    destination_to_pb,
+    duration,
+    explanation_from_pb,
+    gate_from_pb,
+    peeked_from_pb,
+    python_field,
+    route_from_pb,
+    route_to_pb,
+    stats_from_pb,
+)
 from spillway.client.connection import Channels
-from spillway.client.errors import InvalidArgument, Unavailable, from_rpc_error
+from spillway.client.errors import (
+    DestinationNotFound,
+    InvalidArgument,
+    NotFound,
+    RouteNotFound,
+    SpillwayError,
+    Unavailable,
+    from_rpc_error,
+)
 from spillway.client.model import (
     DeadLetter,
-    DeliveryPolicy,
     Destination,
     DestinationStats,
-    HttpTarget,
-    NackPolicy,
+    Explanation,
+    Gate,
+    Peek,
+    Purged,
+    RedriveProgress,
+    Route,
+    TenantStats,
+    TopTenants,
 )
 from spillway.client.retry import Backoff
 from spillway.client.topology import Router
@@ -27,6 +51,9 @@ from spillway.v1 import admin_service_pb2_grpc as rpc
 
 TIMEOUT_SECONDS = 10.0
 ATTEMPT_SECONDS_MAX = 6.0  # of the timeout, for one node: a broker waits up to 5 s for a leader
+PURGE_TIMEOUT_SECONDS = 120.0
+PURGE_ATTEMPT_SECONDS_MAX = 60.0  # a million queues take their time
+REDRIVE_TIMEOUT_SECONDS = 60.0
 PAGE_SIZE = 100
 
 T = TypeVar("T")
@@ -34,87 +61,240 @@ T = TypeVar("T")
 
 class Admin:
     """Calls of AdminService. Every method takes `timeout` in seconds for all attempts together and raises Unavailable
-    when it runs out, besides what its description says."""
+    when it runs out, InvalidArgument naming a field that is refused, and what its description says. Where `tenant` and
+    `key` may be given, None means all of them; a `key` needs a `tenant`."""
 
     def __init__(self, router: Router, channels: Channels) -> None:
         self._router = router
         self._channels = channels
 
-    async def create_destination(self, destination: Destination | str, *, timeout: float = TIMEOUT_SECONDS) -> Destination:
-        """Creates a destination; returns it as stored. Raises AlreadyExists (also if a first attempt had created it
-        and its answer was lost), InvalidArgument."""
-        request = pb.CreateDestinationRequest(destination=_to_pb(destination))
-        response = await self._call(lambda stub, seconds: stub.CreateDestination(request, timeout=seconds), timeout)
-        return _from_pb(response.destination)
+    # -- destinations --------------------------------------------------------------------------------------------
 
-    async def update_destination(self, destination: Destination, *, create: bool = False,
+    async def create_destination(self, destination: Destination | str, *, timeout: float = TIMEOUT_SECONDS) -> Destination:
+        """Creates a destination; returns it as stored, defaults filled in. Raises AlreadyExists (also if a first attempt
+        had created it and its answer was lost)."""
+        request = pb.CreateDestinationRequest(destination=destination_to_pb(destination))
+        response = await self._call(lambda stub, seconds: stub.CreateDestination(request, timeout=seconds), timeout)
+        return destination_from_pb(response.destination)
+
+    async def update_destination(self, destination: Destination | str, *, create: bool = False,
                                  timeout: float = TIMEOUT_SECONDS) -> Destination:
-        """Replaces policy and target (of one that is missing, too, if `create`); returns it as stored. Raises
-        DestinationNotFound, Conflict if its etag is set and not current, InvalidArgument."""
-        request = pb.UpdateDestinationRequest(destination=_to_pb(destination), allow_missing=create)
+        """Replaces policy and target (of one that is missing, too, if `create`); a name alone takes the defaults. Returns
+        it as stored. Raises DestinationNotFound, Conflict if its etag is set and not current."""
+        request = pb.UpdateDestinationRequest(destination=destination_to_pb(destination), allow_missing=create)
         response = await self._call(lambda stub, seconds: stub.UpdateDestination(request, timeout=seconds), timeout)
-        return _from_pb(response.destination)
+        return destination_from_pb(response.destination)
 
     async def get_destination(self, name: str, *, timeout: float = TIMEOUT_SECONDS) -> Destination:
         """One destination. Raises DestinationNotFound."""
         request = pb.GetDestinationRequest(name=name)
         response = await self._call(lambda stub, seconds: stub.GetDestination(request, timeout=seconds), timeout)
-        return _from_pb(response.destination)
+        return destination_from_pb(response.destination)
 
     async def list_destinations(self, *, timeout: float = TIMEOUT_SECONDS) -> AsyncIterator[Destination]:
-        """All destinations, by name, fetched in pages of 100; `timeout` is for each page."""
-        token = ""
-        while True:
-            request = pb.ListDestinationsRequest(page_size=PAGE_SIZE, page_token=token)
-
-            def call(stub: Any, seconds: float, request: pb.ListDestinationsRequest = request) -> Any:
-                return stub.ListDestinations(request, timeout=seconds)
-
-            response = await self._call(call, timeout)
-            for one in response.destinations:
-                yield _from_pb(one)
-            token = response.next_page_token
-            if not token:
-                return
+        """All destinations, by name, without their signing secrets, fetched in pages of 100; `timeout` is for each page."""
+        request = pb.ListDestinationsRequest(page_size=PAGE_SIZE)
+        async for page in self._pages(lambda stub: stub.ListDestinations, request, timeout):
+            for one in page.destinations:
+                yield destination_from_pb(one)
 
     async def destination_stats(self, name: str, *, timeout: float = TIMEOUT_SECONDS) -> DestinationStats:
         """Counts of one destination over all shards. Raises DestinationNotFound."""
         request = pb.GetDestinationStatsRequest(name=name)
         response = await self._call(lambda stub, seconds: stub.GetDestinationStats(request, timeout=seconds), timeout)
-        stats = response.stats
-        return DestinationStats(
-            messages=stats.messages, leased=stats.leased, queues=stats.queues, dead_letters=stats.dead_letters,
-            enqueued_total=stats.enqueued_total, acked_total=stats.acked_total,
-            dead_lettered_total=stats.dead_lettered_total, retried_total=stats.retried_total,
-            expired_total=stats.expired_total,
-            oldest_enqueue_time=_moment(stats.oldest_enqueue_time) if stats.HasField("oldest_enqueue_time") else None,
-            parked_until_time=_moment(stats.parked_until_time) if stats.HasField("parked_until_time") else None,
-            parked_tenants=stats.parked_tenants, shards_missing=tuple(response.shards_missing))
+        return stats_from_pb(response)
+
+    async def top_tenants(self, destination: str, limit: int = 10, *, timeout: float = TIMEOUT_SECONDS) -> TopTenants:
+        """The tenants with the most messages waiting or leased, at most `limit` (1 to 1000). Raises
+        DestinationNotFound."""
+        request = pb.ListTopTenantsRequest(destination=destination, limit=_least_one("limit", limit))
+        response = await self._call(lambda stub, seconds: stub.ListTopTenants(request, timeout=seconds), timeout)
+        return TopTenants(tuple(TenantStats(one.tenant, one.messages, one.message_bytes) for one in response.tenants),
+                          tuple(response.shards_missing))
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    async def explain(self, destination: str, tenant: str | None = None, key: str | None = None, *,
+                      timeout: float = TIMEOUT_SECONDS) -> Explanation:
+        """Why a queue, a tenant or a destination is not moving, and when it will have drained. Raises
+        DestinationNotFound."""
+        request = pb.ExplainRequest(destination=destination, tenant=tenant, key=_key(tenant, key))
+        response = await self._call(lambda stub, seconds: stub.Explain(request, timeout=seconds), timeout)
+        return explanation_from_pb(response)
+
+    async def peek(self, destination: str, tenant: str, key: str, limit: int = 10, *,
+                   timeout: float = TIMEOUT_SECONDS) -> Peek:
+        """The first messages of a queue (at most `limit`, 1 to 100, and about 1 MiB), without leasing them. Raises
+        DestinationNotFound."""
+        request = pb.PeekMessagesRequest(destination=destination, tenant=tenant, key=key, limit=_least_one("limit", limit))
+        response = await self._call(lambda stub, seconds: stub.PeekMessages(request, timeout=seconds), timeout)
+        return Peek(tuple(peeked_from_pb(one) for one in response.messages), response.count)
+
+    async def purge(self, destination: str, tenant: str | None = None, key: str | None = None, *, dry_run: bool = False,
+                    timeout: float = PURGE_TIMEOUT_SECONDS) -> Purged:
+        """Removes all messages for good (dead letters stay); their leases end. Returns how many, of how many queues;
+        `dry_run` only counts. What an attempt had removed whose answer was lost is not counted. Raises
+        DestinationNotFound."""
+        request = pb.PurgeMessagesRequest(destination=destination, tenant=tenant, key=_key(tenant, key),
+                                          validate_only=dry_run)
+        response = await self._call(lambda stub, seconds: stub.PurgeMessages(request, timeout=seconds), timeout,
+                                    PURGE_ATTEMPT_SECONDS_MAX)
+        return Purged(response.messages, response.queues)
+
+    # -- dead letters --------------------------------------------------------------------------------------------
 
     async def list_dead_letters(self, destination: str, *, tenant: str | None = None,
                                 timeout: float = TIMEOUT_SECONDS) -> AsyncIterator[DeadLetter]:
         """Dead letters of a destination (or of one tenant of it), oldest first per shard, in pages of 100; `timeout`
         is for each page. Raises DestinationNotFound."""
-        token = ""
+        request = pb.ListDeadLettersRequest(destination=destination, tenant=tenant, page_size=PAGE_SIZE)
+        async for page in self._pages(lambda stub: stub.ListDeadLetters, request, timeout):
+            for one in page.dead_letters:
+                yield dead_letter_from_pb(one)
+
+    async def purge_dead_letters(self, destination: str, tenant: str | None = None, *, dry_run: bool = False,
+                                 timeout: float = PURGE_TIMEOUT_SECONDS) -> int:
+        """Removes dead letters for good. Returns how many; `dry_run` only counts. What an attempt had removed whose
+        answer was lost is not counted. Raises DestinationNotFound."""
+        request = pb.PurgeDeadLettersRequest(destination=destination, tenant=tenant, validate_only=dry_run)
+        response = await self._call(lambda stub, seconds: stub.PurgeDeadLetters(request, timeout=seconds), timeout,
+                                    PURGE_ATTEMPT_SECONDS_MAX)
+        return int(response.dead_letters)
+
+    async def redrive_dead_letters(self, destination: str, tenant: str | None = None, key: str | None = None, *,
+                                   messages_per_second: float = 100.0, dry_run: bool = False,
+                                   timeout: float = REDRIVE_TIMEOUT_SECONDS) -> AsyncIterator[RedriveProgress]:
+        """Puts dead letters back at the head of their queues, in order, at 0.1 to 100,000 per second, and says how far it
+        is; `dry_run` only counts. It goes on as long as the caller iterates, and stops when the iterator is closed; a
+        later call goes on from there. If the node fails, it goes on at another; `timeout` is for how long no node may
+        answer. Raises DestinationNotFound, also if there is no such dead letter."""
+        if not 0.1 <= messages_per_second <= 100_000:
+            raise InvalidArgument("messages_per_second", f"{messages_per_second:g} is not 0.1 to 100,000")
+        request = pb.RedriveDeadLettersRequest(destination=destination, tenant=tenant, key=_key(tenant, key),
+                                               messages_per_second=messages_per_second, validate_only=dry_run)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        backoff = Backoff(0.05, 1.0)
+        before = so_far = turn = 0  # put back: by streams that broke, and by all
         while True:
-            request = pb.ListDeadLettersRequest(destination=destination, tenant=tenant, page_size=PAGE_SIZE,
-                                                page_token=token)
+            address = self._address(turn)
+            turn += 1
+            call = rpc.AdminServiceStub(self._channels.get(address, "control")).RedriveDeadLetters(request)
+            try:
+                async for response in call:
+                    self._router.health.worked(address)
+                    backoff.reset()
+                    deadline = loop.time() + timeout
+                    so_far = before + response.redriven
+                    yield RedriveProgress(so_far, response.done)
+                    if response.done:
+                        return
+                failure = Unavailable(f"{address} ended the stream before everything was back")
+            except grpc.aio.AioRpcError as error:
+                translated = _translated(error)
+                if isinstance(translated, NotFound) and so_far:
+                    yield RedriveProgress(so_far, True)  # the node that broke had put back the last one
+                    return
+                if not isinstance(translated, Unavailable):
+                    raise translated from None
+                failure = translated
+            finally:
+                call.cancel()
+            if not dry_run:
+                before = so_far
+            if loop.time() > deadline:
+                raise failure
+            self._failed(address)
+            await asyncio.sleep(backoff.next())
 
-            def call(stub: Any, seconds: float, request: pb.ListDeadLettersRequest = request) -> Any:
-                return stub.ListDeadLetters(request, timeout=seconds)
+    # -- gates ---------------------------------------------------------------------------------------------------
 
-            response = await self._call(call, timeout)
-            for one in response.dead_letters:
-                yield DeadLetter(
-                    shard=one.shard, sequence=one.sequence, destination=one.destination, tenant=one.tenant, key=one.key,
-                    attempts=one.attempts, reason=one.reason, enqueue_time=_moment(one.enqueue_time),
-                    dead_time=_moment(one.dead_time), id=one.message.id, headers=dict(one.message.headers),
-                    payload=one.message.payload)
-            token = response.next_page_token
-            if not token:
+    async def pause(self, destination: str, tenant: str | None = None, *, reason: str = "",
+                    timeout: float = TIMEOUT_SECONDS) -> None:
+        """Stops deliveries of a destination, or of one tenant there, until resumed. Leases that are out run on. `reason`
+        is for people; up to 1024 bytes. Raises DestinationNotFound."""
+        request = pb.PauseDeliveryRequest(destination=destination, tenant=tenant, reason=reason)
+        await self._call(lambda stub, seconds: stub.PauseDelivery(request, timeout=seconds), timeout)
+
+    async def resume(self, destination: str, tenant: str | None = None, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """Undoes `pause`. Succeeds if nothing was paused. Raises DestinationNotFound."""
+        request = pb.ResumeDeliveryRequest(destination=destination, tenant=tenant)
+        await self._call(lambda stub, seconds: stub.ResumeDelivery(request, timeout=seconds), timeout)
+
+    async def park(self, destination: str, tenant: str | None = None, *, seconds: float, reason: str = "",
+                   timeout: float = TIMEOUT_SECONDS) -> None:
+        """As `pause`, for a time: 1 ms to 7 days. Raises DestinationNotFound."""
+        request = pb.ParkDeliveryRequest(destination=destination, tenant=tenant, duration=duration("seconds", seconds),
+                                         reason=reason)
+        await self._call(lambda stub, left: stub.ParkDelivery(request, timeout=left), timeout)
+
+    async def unpark(self, destination: str, tenant: str | None = None, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """Ends a parking at once, an operator's or one after THROTTLED or DOWN. Succeeds if nothing was parked. Raises
+        DestinationNotFound."""
+        request = pb.UnparkDeliveryRequest(destination=destination, tenant=tenant)
+        await self._call(lambda stub, seconds: stub.UnparkDelivery(request, timeout=seconds), timeout)
+
+    async def list_gates(self, destination: str, *, timeout: float = TIMEOUT_SECONDS) -> AsyncIterator[Gate]:
+        """Everything that is paused or parked in a destination: its own gate first, then by tenant, in pages of 100;
+        `timeout` is for each page. Raises DestinationNotFound."""
+        request = pb.ListGatesRequest(destination=destination, page_size=PAGE_SIZE)
+        async for page in self._pages(lambda stub: stub.ListGates, request, timeout):
+            for one in page.gates:
+                yield gate_from_pb(one)
+
+    # -- routes --------------------------------------------------------------------------------------------------
+
+    async def create_route(self, route: Route, *, timeout: float = TIMEOUT_SECONDS) -> Route:
+        """Creates a route; returns it as stored. Raises AlreadyExists (also if a first attempt had created it and its
+        answer was lost), InvalidArgument for a filter that does not parse, an unknown target or a cycle."""
+        request = pb.CreateRouteRequest(route=route_to_pb(route))
+        response = await self._call(lambda stub, seconds: stub.CreateRoute(request, timeout=seconds), timeout)
+        return route_from_pb(response.route)
+
+    async def update_route(self, route: Route, *, create: bool = False, timeout: float = TIMEOUT_SECONDS) -> Route:
+        """Replaces a route's targets (of one that is missing, too, if `create`); returns it as stored. Raises
+        RouteNotFound, Conflict if its etag is set and not current, InvalidArgument as `create_route`."""
+        request = pb.UpdateRouteRequest(route=route_to_pb(route), allow_missing=create)
+        response = await self._call_of_route(lambda stub, seconds: stub.UpdateRoute(request, timeout=seconds), timeout)
+        return route_from_pb(response.route)
+
+    async def get_route(self, source: str, *, timeout: float = TIMEOUT_SECONDS) -> Route:
+        """One route. Raises RouteNotFound."""
+        request = pb.GetRouteRequest(source=source)
+        response = await self._call_of_route(lambda stub, seconds: stub.GetRoute(request, timeout=seconds), timeout)
+        return route_from_pb(response.route)
+
+    async def list_routes(self, *, timeout: float = TIMEOUT_SECONDS) -> AsyncIterator[Route]:
+        """All routes, by source, fetched in pages of 100; `timeout` is for each page."""
+        async for page in self._pages(lambda stub: stub.ListRoutes, pb.ListRoutesRequest(page_size=PAGE_SIZE), timeout):
+            for one in page.routes:
+                yield route_from_pb(one)
+
+    async def delete_route(self, source: str, *, etag: str = "", timeout: float = TIMEOUT_SECONDS) -> None:
+        """Removes a route; copies that were promised are still made. Raises RouteNotFound (also if a first attempt had
+        removed it and its answer was lost), Conflict if `etag` is given and not current."""
+        request = pb.DeleteRouteRequest(source=source, etag=etag)
+        await self._call_of_route(lambda stub, seconds: stub.DeleteRoute(request, timeout=seconds), timeout)
+
+    # -- inner ---------------------------------------------------------------------------------------------------
+
+    async def _pages(self, method: Callable[[Any], Any], request: Any, timeout: float) -> AsyncIterator[Any]:
+        """The pages of a list, each with a `timeout` of its own."""
+        while True:
+            page = await self._call(lambda stub, seconds: method(stub)(request, timeout=seconds), timeout)
+            yield page
+            request.page_token = page.next_page_token
+            if not request.page_token:
                 return
 
-    async def _call(self, call: Callable[[Any, float], Awaitable[T]], timeout: float) -> T:
+    async def _call_of_route(self, call: Callable[[Any, float], Awaitable[T]], timeout: float) -> T:
+        try:
+            return await self._call(call, timeout)
+        except DestinationNotFound as error:
+            raise RouteNotFound(str(error)) from None
+
+    async def _call(self, call: Callable[[Any, float], Awaitable[T]], timeout: float,
+                    attempt_seconds_max: float = ATTEMPT_SECONDS_MAX) -> T:
         """One call, at one node after the other while they are UNAVAILABLE."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -126,19 +306,22 @@ class Admin:
             turn += 1
             stub = rpc.AdminServiceStub(self._channels.get(address, "control"))
             try:
-                result = await call(stub, min(left, ATTEMPT_SECONDS_MAX))
+                result = await call(stub, min(left, attempt_seconds_max))
             except grpc.aio.AioRpcError as error:
-                translated = from_rpc_error(error)
+                translated = _translated(error)
                 if not isinstance(translated, Unavailable):
                     raise translated from None
                 last = translated
-                self._router.health.failed(address)
-                self._router.watch.suspect(address)
+                self._failed(address)
                 await asyncio.sleep(min(backoff.next(), max(deadline - loop.time(), 0)))
             else:
                 self._router.health.worked(address)
                 return result
         raise last
+
+    def _failed(self, address: str) -> None:
+        self._router.health.failed(address)
+        self._router.watch.suspect(address)
 
     def _address(self, turn: int) -> str:
         addresses = self._router.watch.addresses
@@ -146,53 +329,19 @@ class Admin:
         return next((a for a in order if self._router.health.is_up(a)), order[0])
 
 
-def _duration(field: str, seconds: float) -> Duration:
-    if seconds < 0:
-        raise InvalidArgument(field, f"{seconds} s is negative")
-    return Duration(seconds=int(seconds), nanos=round((seconds - int(seconds)) * 1e9))
+def _translated(error: grpc.RpcError) -> SpillwayError:
+    """The package's error, its field by the name that the field has in Python."""
+    found = from_rpc_error(error)
+    return InvalidArgument(python_field(found.field), found.description) if isinstance(found, InvalidArgument) else found
 
 
-def _moment(stamp: Timestamp) -> datetime:
-    return stamp.ToDatetime(UTC)
+def _least_one(field: str, value: int) -> int:
+    if value == 0:  # which the protocol has for its default
+        raise InvalidArgument(field, "0 is less than 1")
+    return count(field, value)
 
 
-def _to_pb(destination: Destination | str) -> pb.Destination:
-    if isinstance(destination, str):
-        return pb.Destination(name=destination)
-    out = pb.Destination(name=destination.name, etag=destination.etag)
-    policy = destination.policy
-    out.policy.run_messages_max = policy.run_messages_max or 0
-    out.policy.attempts_max = policy.attempts_max or 0
-    if policy.nack_policy is not None:
-        out.policy.nack_policy = pb.NackPolicy.ValueType(policy.nack_policy.value)
-    for seconds, target, field in ((policy.lease_seconds, out.policy.lease_duration, "lease_seconds"),
-                                   (policy.backoff_base, out.policy.backoff.base, "backoff_base"),
-                                   (policy.backoff_cap, out.policy.backoff.cap, "backoff_cap"),
-                                   (policy.age_max, out.policy.age_max, "age_max")):
-        if seconds is not None:
-            target.CopyFrom(_duration(f"policy.{field}", seconds))
-    if destination.http is not None:
-        out.http.url = destination.http.url
-        out.http.concurrency_max = destination.http.concurrency_max or 0
-        if destination.http.timeout is not None:
-            out.http.timeout.CopyFrom(_duration("http.timeout", destination.http.timeout))
-    return out
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9
-
-
-def _from_pb(found: pb.Destination) -> Destination:
-    policy, http = found.policy, None
-    if found.HasField("http"):
-        http = HttpTarget(found.http.url, _seconds(found.http.timeout) if found.http.HasField("timeout") else None,
-                          found.http.concurrency_max or None)
-    return Destination(found.name, DeliveryPolicy(
-        run_messages_max=policy.run_messages_max or None,
-        lease_seconds=_seconds(policy.lease_duration) if policy.HasField("lease_duration") else None,
-        backoff_base=_seconds(policy.backoff.base) if policy.backoff.HasField("base") else None,
-        backoff_cap=_seconds(policy.backoff.cap) if policy.backoff.HasField("cap") else None,
-        nack_policy=NackPolicy(policy.nack_policy) if policy.nack_policy else None,
-        attempts_max=policy.attempts_max or None,
-        age_max=_seconds(policy.age_max) if policy.HasField("age_max") else None), http, found.etag)
+def _key(tenant: str | None, key: str | None) -> str | None:
+    if key is not None and tenant is None:
+        raise InvalidArgument("key", "needs a tenant")
+    return key

@@ -1,6 +1,6 @@
 """`spillway`: produce, consume, look, and start what other packages plug in.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or a refused argument; 3 no such destination; 4 the cluster cannot be
+Exit codes: 0 done; 1 failed; 2 wrong usage or a refused argument; 3 no such destination or route; 4 the cluster cannot be
 reached, or (status) is not healthy. Results go to standard output, everything else to standard error.
 
 Commands of the entry-point group `spillway.commands` parse their own arguments: `spillway serve --help` reaches them.

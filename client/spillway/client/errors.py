@@ -2,14 +2,17 @@
 
     SpillwayError
     ├── InvalidArgument          the caller's: a field is missing, too long or out of range; `field` names it
-    ├── DestinationNotFound      the caller's: no such destination, and auto-create is off
-    ├── AlreadyExists            the caller's: the destination's name is taken
-    ├── Conflict                 the caller's: someone else changed the destination first (etag)
+    ├── NotFound                 the caller's: what is asked for does not exist
+    │   ├── DestinationNotFound  no such destination, and auto-create is off
+    │   └── RouteNotFound        no such route
+    ├── AlreadyExists            the caller's: the name is taken
+    ├── Conflict                 the caller's: someone else changed the destination or route first (etag)
     ├── PermissionDenied         the caller's: no right to do this
     ├── BufferFull               the caller is faster than the cluster: wait (`send`) or shed load
     ├── Closed                   the caller's: the producer, consumer or client is closed
     ├── Unavailable              the cluster's: nobody can serve this now; retry
     ├── ResourceExhausted        the cluster's: a disk watermark or a quota; nothing was stored, retry later
+    │   └── OverBudget           the destination's, or a tenant's there: too much waits already
     ├── SendTimeout              time ran out; `outcome_unknown` says whether the record may be stored
     ├── OutcomeUnknown           the record may or may not be stored, and no retry can tell
     ├── PartialFailure           some records of a batch failed; `errors` and `receipts` say which
@@ -41,14 +44,23 @@ class InvalidArgument(SpillwayError, ValueError):
     def __init__(self, field: str, description: str) -> None:
         super().__init__(f"{field}: {description}" if field else description)
         self.field = field
+        self.description = description
 
 
-class DestinationNotFound(SpillwayError):
-    """The destination does not exist."""
+class NotFound(SpillwayError):
+    """What was asked for does not exist."""
+
+
+class DestinationNotFound(NotFound):
+    """The destination does not exist, or has nothing of what was asked for."""
+
+
+class RouteNotFound(NotFound):
+    """The source has no route."""
 
 
 class AlreadyExists(SpillwayError):
-    """The destination's name is taken."""
+    """The name is taken, by a destination or a route."""
 
 
 class Conflict(SpillwayError):
@@ -73,6 +85,11 @@ class Unavailable(SpillwayError):
 
 class ResourceExhausted(SpillwayError):
     """A disk watermark or a quota was reached, or a message is too large. Nothing was stored."""
+
+
+class OverBudget(ResourceExhausted):
+    """The destination, or the tenant there, is over its retention budget; the message says which. The record was not stored;
+    records of other destinations go on. Retry when some of what waits has been delivered."""
 
 
 class SendTimeout(SpillwayError, TimeoutError):
@@ -150,6 +167,8 @@ def from_item_error(item: message_pb2.ItemError) -> SpillwayError:
             return Unavailable(text)
         case message_pb2.ERROR_CODE_RESOURCE_EXHAUSTED:
             return ResourceExhausted(text)
+        case message_pb2.ERROR_CODE_OVER_BUDGET:
+            return OverBudget(text)
         case message_pb2.ERROR_CODE_STALE_TOKEN:
             return StaleLease(text)
         case message_pb2.ERROR_CODE_PERMISSION_DENIED:

@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -253,17 +254,18 @@ class Producer:
 
     async def send(self, destination: str, payload: bytes, *, tenant: str = "", key: str = "",
                    headers: Mapping[str, str] | None = None, id: str = "", delay: float | None = None,
+                   deliver_at: datetime | None = None, ttl: float | None = None, dedup_id: str = "",
                    timeout: float | None = None) -> Receipt:
         """Stores one message; returns when a majority of its shard has it on disk.
 
-        `delay` and `timeout` are seconds; without a timeout it waits as long as the cluster is away. Waits while
-        `in_flight_bytes_max` is reached. Raises InvalidArgument, DestinationNotFound or PermissionDenied (it is not
-        stored), SendTimeout (see its `outcome_unknown`), OutcomeUnknown, Closed. If cancelled, a record that did not
-        go out yet is forgotten; one that did may be stored.
+        `delay`, `deliver_at`, `ttl` and `dedup_id` as in `Record`. `timeout` is seconds; without one it waits as long as the
+        cluster is away. Waits while `in_flight_bytes_max` is reached. Raises InvalidArgument, DestinationNotFound,
+        OverBudget or PermissionDenied (it is not stored), SendTimeout (see its `outcome_unknown`), OutcomeUnknown, Closed. If cancelled, a
+        record that did not go out yet is forgotten; one that did may be stored.
         """
         deadline = None if timeout is None else self._loop.time() + timeout
         await self._ready(deadline)
-        lane, body = self._encode(Record(destination, payload, tenant, key, headers, id, delay))
+        lane, body = self._encode(Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id))
         await self._reserve(len(body) + ENTRY_BYTES, deadline)
         future: asyncio.Future[Receipt] = self._loop.create_future()
         entry = self._accept(lane, body, _One(future), 0)
@@ -283,15 +285,15 @@ class Producer:
             raise
 
     def send_nowait(self, destination: str, payload: bytes, *, tenant: str = "", key: str = "",
-                    headers: Mapping[str, str] | None = None, id: str = "",
-                    delay: float | None = None) -> asyncio.Future[Receipt]:
+                    headers: Mapping[str, str] | None = None, id: str = "", delay: float | None = None,
+                    deliver_at: datetime | None = None, ttl: float | None = None, dedup_id: str = "") -> asyncio.Future[Receipt]:
         """As `send`, but returns a future of the receipt at once. Raises BufferFull instead of waiting, and Unavailable
         until the first topology arrived (`Client.wait_ready`)."""
         if self._closed:
             raise Closed("the producer is closed")
         if not self._router.watch.current.shard_count:
             raise Unavailable("the topology is not known yet; await Client.wait_ready() first")
-        lane, body = self._encode(Record(destination, payload, tenant, key, headers, id, delay))
+        lane, body = self._encode(Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id))
         if not self._take_room(len(body) + ENTRY_BYTES):
             raise BufferFull(f"{self._room_max - self._room} bytes are unacknowledged; the limit is {self._room_max}")
         future: asyncio.Future[Receipt] = self._loop.create_future()
@@ -410,12 +412,15 @@ class Producer:
                 raise SendTimeout("no node could be reached in time", outcome_unknown=False)
 
     def _encode(self, record: Record) -> tuple[_Lane, bytes]:
-        destination, payload, tenant, key, headers, id, delay = record
+        destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id = record
+        options = b""
+        if delay is not None or deliver_at is not None or ttl is not None or dedup_id:
+            options = wire.record_options(delay, deliver_at, ttl, dedup_id)
         try:
             lane, name = self._names[destination, tenant, key]
         except KeyError:
             lane, name = self._name_of(destination, tenant, key)
-        return lane, wire.record(name, payload, headers, id, delay, self.payload_bytes_max)
+        return lane, wire.record(name, payload, headers, id, options, self.payload_bytes_max)
 
     def _name_of(self, destination: str, tenant: str, key: str) -> tuple[_Lane, wire.QueueName]:
         name = wire.queue_name(destination, tenant, key, self._router.watch.current.shard_count)

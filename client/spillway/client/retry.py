@@ -50,6 +50,7 @@ VERDICTS = {
     message_pb2.ERROR_CODE_INVALID_ARGUMENT: Verdict.REFUSED,
     message_pb2.ERROR_CODE_DESTINATION_NOT_FOUND: Verdict.REFUSED,
     message_pb2.ERROR_CODE_PERMISSION_DENIED: Verdict.REFUSED,
+    message_pb2.ERROR_CODE_OVER_BUDGET: Verdict.REFUSED,  # tried again, it would hold up other destinations' records
     message_pb2.ERROR_CODE_UNAVAILABLE: Verdict.UNKNOWN,
     message_pb2.ERROR_CODE_RESOURCE_EXHAUSTED: Verdict.NOT_STORED,
     message_pb2.ERROR_CODE_OUT_OF_SEQUENCE: Verdict.OUT_OF_SEQUENCE,

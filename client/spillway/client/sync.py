@@ -15,62 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from spillway.client import client as aio
 from spillway.client import consumer as aio_consumer
 from spillway.client import leases as aio_leases
 from spillway.client import producer as aio_producer
-from spillway.client.admin import TIMEOUT_SECONDS
 from spillway.client.errors import Closed, SpillwayError
-from spillway.client.model import DeadLetter, Destination, DestinationStats, Gap, Receipt, Record
+from spillway.client.loop_thread import LoopThread
+from spillway.client.model import Gap, Receipt, Record
 from spillway.client.settlements import Settlement
+from spillway.client.sync_admin import Admin
 from spillway.client.topology import Topology
 from spillway.contract.limits import PAYLOAD_BYTES_MAX
-
-T = TypeVar("T")
-
-
-class _Loop:
-    """An event loop in a daemon thread."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._main, name="spillway client", daemon=True)
-        self.thread.start()
-
-    def _main(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        self.loop.close()
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine there and waits for it. KeyboardInterrupt cancels it."""
-        if not self.thread.is_alive():
-            coroutine.close()
-            raise Closed("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Calls a function there and waits for it."""
-
-        async def called() -> T:
-            return function(*args, **kwargs)
-
-        return self.run(called())
-
-    def stop(self) -> None:
-        """Ends the thread."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
 
 
 class Client:
@@ -79,10 +39,10 @@ class Client:
     def __init__(self, addresses: str | Sequence[str] = "127.0.0.1:7070", *,
                  payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> None:
         self._client = aio.Client(addresses, payload_bytes_max=payload_bytes_max)
-        self._loop: _Loop | None = None
+        self._loop: LoopThread | None = None
 
     def __enter__(self) -> Client:
-        self._loop = _Loop()
+        self._loop = LoopThread()
         self._loop.run(self._client.__aenter__())
         return self
 
@@ -124,7 +84,7 @@ class Client:
         loop = self._running()
         return Consumer(loop.call(self._client.consumer, destinations, **options), loop)
 
-    def _running(self) -> _Loop:
+    def _running(self) -> LoopThread:
         if self._loop is None:
             raise Closed("the client is not open: use `with Client(...)`")
         return self._loop
@@ -133,7 +93,7 @@ class Client:
 class Producer:
     """See `spillway.client.Producer`."""
 
-    def __init__(self, producer: aio_producer.Producer, loop: _Loop) -> None:
+    def __init__(self, producer: aio_producer.Producer, loop: LoopThread) -> None:
         self._producer = producer
         self._loop = loop
 
@@ -146,18 +106,21 @@ class Producer:
 
     def send(self, destination: str, payload: bytes, *, tenant: str = "", key: str = "",
              headers: Mapping[str, str] | None = None, id: str = "", delay: float | None = None,
+             deliver_at: datetime | None = None, ttl: float | None = None, dedup_id: str = "",
              timeout: float | None = None) -> Receipt:
         """See `spillway.client.Producer.send`."""
         return self._loop.run(self._producer.send(destination, payload, tenant=tenant, key=key, headers=headers, id=id,
-                                                  delay=delay, timeout=timeout))
+                                                  delay=delay, deliver_at=deliver_at, ttl=ttl, dedup_id=dedup_id,
+                                                  timeout=timeout))
 
     def submit(self, destination: str, payload: bytes, *, tenant: str = "", key: str = "",
                headers: Mapping[str, str] | None = None, id: str = "", delay: float | None = None,
+               deliver_at: datetime | None = None, ttl: float | None = None, dedup_id: str = "",
                timeout: float | None = None) -> concurrent.futures.Future[Receipt]:
         """As `send`, but returns a future at once. Futures do not wait for room in the buffer: bound their number."""
         return asyncio.run_coroutine_threadsafe(
             self._producer.send(destination, payload, tenant=tenant, key=key, headers=headers, id=id, delay=delay,
-                                timeout=timeout), self._loop.loop)
+                                deliver_at=deliver_at, ttl=ttl, dedup_id=dedup_id, timeout=timeout), self._loop.loop)
 
     def send_many(self, records: Iterable[Record], *, timeout: float | None = None) -> list[Receipt]:
         """See `spillway.client.Producer.send_many`."""
@@ -175,7 +138,7 @@ class Producer:
 class Consumer:
     """See `spillway.client.Consumer`."""
 
-    def __init__(self, consumer: aio_consumer.Consumer, loop: _Loop) -> None:
+    def __init__(self, consumer: aio_consumer.Consumer, loop: LoopThread) -> None:
         self._consumer = consumer
         self._loop = loop
 
@@ -229,7 +192,7 @@ class _Settles:
     """Outcomes: `wait=True` returns once committed (StaleLease if the lease was lost), else at once."""
 
     _leased: aio_leases.LeasedRun | aio_leases.LeasedMessage
-    _loop: _Loop
+    _loop: LoopThread
 
     def _settle(self, wait: bool, settle: Callable[..., Settlement], *args: Any) -> None:
         async def settled() -> None:
@@ -297,7 +260,7 @@ class _Settles:
 class LeasedRun(_Settles):
     """See `spillway.client.LeasedRun`."""
 
-    def __init__(self, run: aio_leases.LeasedRun, loop: _Loop) -> None:
+    def __init__(self, run: aio_leases.LeasedRun, loop: LoopThread) -> None:
         self._run = self._leased = run
         self._loop = loop
 
@@ -322,7 +285,7 @@ class LeasedRun(_Settles):
 class LeasedMessage(_Settles):
     """See `spillway.client.LeasedMessage`; here it is a plain context manager."""
 
-    def __init__(self, message: aio_leases.LeasedMessage, loop: _Loop) -> None:
+    def __init__(self, message: aio_leases.LeasedMessage, loop: LoopThread) -> None:
         self._message = self._leased = message
         self._loop = loop
 
@@ -364,46 +327,6 @@ class LeasedMessage(_Settles):
     def payload(self) -> bytes:
         """As produced."""
         return self._message.payload
-
-
-class Admin:
-    """See `spillway.client.Admin`. Lists are complete here."""
-
-    def __init__(self, client: aio.Client, loop: _Loop) -> None:
-        self._admin = loop.call(lambda: client.admin)
-        self._loop = loop
-
-    def create_destination(self, destination: Destination | str, *, timeout: float = TIMEOUT_SECONDS) -> Destination:
-        """See `spillway.client.Admin.create_destination`."""
-        return self._loop.run(self._admin.create_destination(destination, timeout=timeout))
-
-    def update_destination(self, destination: Destination, *, create: bool = False,
-                           timeout: float = TIMEOUT_SECONDS) -> Destination:
-        """See `spillway.client.Admin.update_destination`."""
-        return self._loop.run(self._admin.update_destination(destination, create=create, timeout=timeout))
-
-    def get_destination(self, name: str, *, timeout: float = TIMEOUT_SECONDS) -> Destination:
-        """See `spillway.client.Admin.get_destination`."""
-        return self._loop.run(self._admin.get_destination(name, timeout=timeout))
-
-    def list_destinations(self, *, timeout: float = TIMEOUT_SECONDS) -> list[Destination]:
-        """See `spillway.client.Admin.list_destinations`."""
-        async def listed() -> list[Destination]:
-            return [one async for one in self._admin.list_destinations(timeout=timeout)]
-
-        return self._loop.run(listed())
-
-    def destination_stats(self, name: str, *, timeout: float = TIMEOUT_SECONDS) -> DestinationStats:
-        """See `spillway.client.Admin.destination_stats`."""
-        return self._loop.run(self._admin.destination_stats(name, timeout=timeout))
-
-    def list_dead_letters(self, destination: str, *, tenant: str | None = None,
-                          timeout: float = TIMEOUT_SECONDS) -> list[DeadLetter]:
-        """See `spillway.client.Admin.list_dead_letters`."""
-        async def listed() -> list[DeadLetter]:
-            return [one async for one in self._admin.list_dead_letters(destination, tenant=tenant, timeout=timeout)]
-
-        return self._loop.run(listed())
 
 
 __all__ = ["Admin", "Client", "Consumer", "LeasedMessage", "LeasedRun", "Producer", "SpillwayError"]

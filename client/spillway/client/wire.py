@@ -10,11 +10,19 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
+from datetime import datetime
 from typing import NamedTuple
 
 from spillway.client.errors import InvalidArgument
 from spillway.contract.hashing import queue_key, shard_of
-from spillway.contract.limits import DELAY_MS_MAX, FRAME_BYTES_MAX, HEADERS_BYTES_MAX, NAME_BYTES_MAX, REASON_BYTES_MAX
+from spillway.contract.limits import (
+    DELAY_MS_MAX,
+    FRAME_BYTES_MAX,
+    HEADERS_BYTES_MAX,
+    NAME_BYTES_MAX,
+    REASON_BYTES_MAX,
+    TTL_MS_MAX,
+)
 from spillway.v1 import message_pb2
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -79,10 +87,10 @@ def name_bytes(field: str, text: str) -> bytes:
     return encoded
 
 
-def duration(field: str, seconds: float) -> bytes:
-    """A google.protobuf.Duration. Raises InvalidArgument naming the field unless it is 0 to 7 days."""
-    if not 0 <= seconds * 1000 <= DELAY_MS_MAX:
-        raise InvalidArgument(field, f"{seconds} s; it must be 0 to {DELAY_MS_MAX // 1000} s")
+def duration(field: str, seconds: float, ms_max: int = DELAY_MS_MAX) -> bytes:
+    """A google.protobuf.Duration. Raises InvalidArgument naming the field unless it is 0 to 7 days, or another limit."""
+    if not 0 <= seconds * 1000 <= ms_max:
+        raise InvalidArgument(field, f"{seconds} s; it must be 0 to {ms_max // 1000} s")
     whole = int(seconds)
     nanos = round((seconds - whole) * 1e9)
     if nanos == 1_000_000_000:
@@ -90,9 +98,10 @@ def duration(field: str, seconds: float) -> bytes:
     return (b"\x08" + varint(whole) if whole else b"") + (b"\x10" + varint(nanos) if nanos else b"")
 
 
-def record(name: QueueName, payload: bytes, headers: Mapping[str, str] | None, id: str, delay: float | None,
+def record(name: QueueName, payload: bytes, headers: Mapping[str, str] | None, id: str, options: bytes,
            payload_bytes_max: int) -> bytes:
-    """One record of a ProduceRequest but for its number. Raises InvalidArgument naming the field."""
+    """One record of a ProduceRequest but for its number; `options` as of `record_options`. Raises InvalidArgument naming
+    the field."""
     if not isinstance(payload, bytes | bytearray):
         raise InvalidArgument("payload", f"it is {type(payload).__name__}, not bytes")
     size = len(payload)
@@ -101,21 +110,39 @@ def record(name: QueueName, payload: bytes, headers: Mapping[str, str] | None, i
     if not headers and not id:  # the common case: the payload alone
         message = b"\x1a" + _varint(size)
         total = len(message) + size
-        head = name.fields if delay is None else name.fields + _delay_field(delay)
-        head += b"\x32" + _varint(total) + message
+        head = name.fields + options + b"\x32" + _varint(total) + message
         return b"\x12" + _varint(len(head) + size + NUMBER_BYTES) + head + payload
     body = _message(payload, headers, id)
-    head = name.fields if delay is None else name.fields + _delay_field(delay)
-    head += b"\x32" + _varint(len(body))
+    head = name.fields + options + b"\x32" + _varint(len(body))
     total = len(head) + len(body) + NUMBER_BYTES
     if total > RECORD_BYTES_MAX:
         raise InvalidArgument("payload", f"the record has {total} bytes; the limit is {RECORD_BYTES_MAX}")
     return b"\x12" + _varint(total) + head + body
 
 
-def _delay_field(delay: float) -> bytes:
-    encoded = duration("delay", delay)
-    return b"\x2a" + _VARINTS[len(encoded)] + encoded
+def record_options(delay: float | None, deliver_at: datetime | None, ttl: float | None, dedup_id: str) -> bytes:
+    """delay = 5, ttl = 7, dedup_id = 8, deliver_at = 9 of a ProduceRecord. Raises InvalidArgument naming the field."""
+    parts = []
+    if delay is not None:
+        encoded = duration("delay", delay)
+        parts.append(b"\x2a" + _VARINTS[len(encoded)] + encoded)
+    if ttl is not None:
+        if not ttl * 1000 >= 1:
+            raise InvalidArgument("ttl", f"{ttl} s; it must be at least 0.001 s")
+        encoded = duration("ttl", ttl, TTL_MS_MAX)
+        parts.append(b"\x3a" + _VARINTS[len(encoded)] + encoded)
+    if dedup_id:
+        name = name_bytes("dedup_id", dedup_id)
+        parts.append(b"\x42" + _VARINTS[len(name)] + name)
+    if deliver_at is not None:
+        if delay is not None:
+            raise InvalidArgument("deliver_at", "it is given together with delay; give one of them")
+        if deliver_at.tzinfo is None:
+            raise InvalidArgument("deliver_at", "it has no time zone; give an aware datetime")
+        at = max(0.0, deliver_at.timestamp())  # before 1970 is as good as now
+        encoded = duration("deliver_at", at, 1 << 60)  # a Timestamp is encoded as a Duration since 1970
+        parts.append(b"\x4a" + _VARINTS[len(encoded)] + encoded)
+    return b"".join(parts)
 
 
 def _message(payload: bytes, headers: Mapping[str, str] | None, id: str) -> bytes:

@@ -14,13 +14,14 @@ from typing import Any
 
 import grpc
 from spillway.contract.hashing import queue_key, shard_of
-from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1 import admin_service_pb2_grpc as admin_rpc
 from spillway.v1 import cluster_service_pb2 as cluster
 from spillway.v1 import cluster_service_pb2_grpc as cluster_rpc
 from spillway.v1 import message_pb2 as m
 from spillway.v1 import queue_service_pb2 as q
 from spillway.v1 import queue_service_pb2_grpc as queue_rpc
+
+from tests.unit.client.fake_admin import AdminState, FakeAdmin
 
 Refuse = Callable[[q.ProduceRecord], m.ItemError | None]
 
@@ -68,7 +69,7 @@ class FakeCluster:
         self.refuse_settlement: Callable[[q.Settlement], m.ItemError | None] = lambda settlement: None
         self.lease_ms = 30_000
         self.outstanding_high = 0
-        self.destinations: dict[str, admin.Destination] = {}
+        self.admin = AdminState()
         self._numbers = itertools.count(1 << 20)
         self.changed = asyncio.Condition()
         self.revision = 0
@@ -226,11 +227,12 @@ class FakeCluster:
             del self.leases[lease.shard, lease.token]
 
 
-class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceServicer, admin_rpc.AdminServiceServicer):
+class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceServicer, FakeAdmin):
     """One broker process."""
 
     def __init__(self, cluster_: FakeCluster, name: str) -> None:
         self.cluster = cluster_
+        self.admin = cluster_.admin
         self.name = name
         self.port = 0
         self.server: grpc.aio.Server | None = None
@@ -364,47 +366,9 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
             async with self.cluster.changed:
                 await self.cluster.changed.wait_for(lambda seen=revision: self.cluster.revision != seen)  # type: ignore[misc]
 
-    async def CreateDestination(self, request: admin.CreateDestinationRequest,
-                                context: Any) -> admin.CreateDestinationResponse:
-        name = request.destination.name
-        if not name:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "destination.name: must not be empty")
-        if name in self.cluster.destinations:
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{name} exists")
-        self.cluster.destinations[name] = request.destination
-        return admin.CreateDestinationResponse(destination=request.destination)
-
-    async def UpdateDestination(self, request: admin.UpdateDestinationRequest,
-                                context: Any) -> admin.UpdateDestinationResponse:
-        name = request.destination.name
-        if name not in self.cluster.destinations and not request.allow_missing:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"{name} does not exist")
-        if request.destination.etag == "old":
-            await context.abort(grpc.StatusCode.ABORTED, "the etag is not current")
-        self.cluster.destinations[name] = request.destination
-        return admin.UpdateDestinationResponse(destination=request.destination)
-
-    async def GetDestination(self, request: admin.GetDestinationRequest, context: Any) -> admin.GetDestinationResponse:
-        if request.name not in self.cluster.destinations:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.name} does not exist")
-        return admin.GetDestinationResponse(destination=self.cluster.destinations[request.name])
-
-    async def ListDestinations(self, request: admin.ListDestinationsRequest,
-                               context: Any) -> admin.ListDestinationsResponse:
-        names = sorted(self.cluster.destinations)
-        start = int(request.page_token or 0)
-        page = names[start:start + 2]
-        return admin.ListDestinationsResponse(destinations=[self.cluster.destinations[n] for n in page],
-                                              next_page_token=str(start + 2) if start + 2 < len(names) else "")
-
-    async def GetDestinationStats(self, request: admin.GetDestinationStatsRequest,
-                                  context: Any) -> admin.GetDestinationStatsResponse:
-        count = sum(len(v) for k, v in self.cluster.queues.items() if k.startswith(request.name.encode() + b"\0"))
-        return admin.GetDestinationStatsResponse(stats=admin.DestinationStats(messages=count))
-
-    async def ListDeadLetters(self, request: admin.ListDeadLettersRequest, context: Any) -> admin.ListDeadLettersResponse:
-        return admin.ListDeadLettersResponse(dead_letters=[admin.DeadLetter(
-            shard=1, sequence=7, destination=request.destination, reason="broken", message=m.Message(payload=b"dead"))])
+    def waiting(self, destination: str) -> int:
+        """Messages of a destination."""
+        return sum(len(v) for k, v in self.cluster.queues.items() if k.startswith(destination.encode() + b"\0"))
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -1,0 +1,201 @@
+"""Sending and taking messages: produce, consume."""
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from spillway.client.commands.common import ADDRESS, CONNECT_SECONDS, Address, Format, Output, plural, run_async, seconds, with_payload
+
+if TYPE_CHECKING:
+    from spillway.client import Record
+
+BATCH_RECORDS = 1000
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command()(produce)
+    app.command()(consume)
+
+
+def _moment(text: str | datetime) -> datetime:
+    """A moment as RFC 3339 has it."""
+    try:
+        moment = text if isinstance(text, datetime) else datetime.fromisoformat(text)
+    except (ValueError, TypeError):
+        raise typer.BadParameter(f"{text!r} is not a time such as 2030-01-31T08:00:00Z") from None
+    if moment.tzinfo is None:
+        raise typer.BadParameter(f"{text!r} lacks its offset from UTC: add Z or +01:00")
+    return moment
+
+
+def produce(
+    destination: Annotated[str, typer.Argument(help="Where the messages go.")],
+    tenant: Annotated[str, typer.Option(help="Whose messages.")] = "",
+    key: Annotated[str, typer.Option(help="Ordering key inside the tenant.")] = "",
+    header: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A header; may be repeated.")] = None,
+    delay: Annotated[float | None, typer.Option(parser=seconds, metavar="DURATION", help=(
+        "Not delivered before so long: 30s, 5m, or seconds."))] = None,
+    deliver_at: Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help=(
+        "Not delivered before: RFC 3339, 2030-01-31T08:00:00Z."))] = None,
+    ttl: Annotated[float | None, typer.Option(parser=seconds, metavar="DURATION", help="Not delivered after so long.")] = None,
+    dedup_id: Annotated[str, typer.Option(help="A second message of the queue with this id is not stored.")] = "",
+    file: Annotated[Path | None, typer.Option(help="Read from here instead of standard input.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help=(
+        "Each line is a JSON object: payload (text) or payload_base64, and optionally tenant, key, id, headers, delay, "
+        "deliver_at, ttl, dedup_id. Without it each line is a payload."))] = False,
+    whole: Annotated[bool, typer.Option(help="The whole input is one message.")] = False,
+    output: Format = Output.TABLE,
+    address: Address = ADDRESS,
+) -> None:
+    """Sends messages, one per line of input; returns when all are stored."""
+    from spillway.client import Client, Record
+
+    template = Record(destination, b"", tenant, key, _headers(header or []), "", delay, deliver_at, ttl, dedup_id)
+
+    def records() -> Iterator[Record]:
+        source = sys.stdin.buffer if file is None else _opened(file)
+        with source:
+            if whole:
+                yield template._replace(payload=source.read())
+                return
+            for number, line in enumerate(source, 1):
+                line = line.rstrip(b"\r\n")
+                if json_lines:
+                    yield _record(number, line, template)
+                elif line:
+                    yield template._replace(payload=line)
+
+    async def send() -> int:
+        sent = 0
+        async with Client(address) as client:
+            await client.wait_ready(CONNECT_SECONDS)
+            async with client.producer() as producer:
+                for batch in _batches(records()):
+                    for receipt in await producer.send_many(batch):
+                        sent += 1
+                        if output is Output.JSON:
+                            print(json.dumps({"shard": receipt.shard, "sequence": receipt.sequence}))
+        if output is Output.TABLE:
+            print(f"{plural(sent, 'message')} stored", file=sys.stderr)
+        return 0
+
+    run_async(send)
+
+
+def consume(
+    destination: Annotated[list[str], typer.Argument(help="Names, or patterns with '*'.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Stop after so many messages; 0: never.")] = 0,
+    no_ack: Annotated[bool, typer.Option("--no-ack", help=(
+        "Give messages back instead of acknowledging them. Only the head of each queue is seen."))] = False,
+    idle: Annotated[float, typer.Option(help="Stop after so many seconds without a message; 0: never.")] = 0.0,
+    output: Format = Output.TABLE,
+    address: Address = ADDRESS,
+) -> None:
+    """Prints messages as they come, and acknowledges each once it is printed."""
+    from spillway.client import Client
+
+    async def take() -> int:
+        async with Client(address) as client:
+            await client.wait_ready(CONNECT_SECONDS)
+            credit = min(count, 256) if count else 256
+            async with client.consumer(destination, name="spillway consume", credit_messages=credit) as consumer:
+                taken = 0
+                while not count or taken < count:
+                    message = await consumer.next_message(idle or None)
+                    if message is None:
+                        break
+                    taken += 1
+                    if output is Output.JSON:
+                        print(json.dumps(_message(message), ensure_ascii=False), flush=True)
+                    else:
+                        sys.stdout.buffer.write(message.payload + b"\n")
+                        sys.stdout.buffer.flush()
+                    if not no_ack:
+                        message.ack()
+        return 0
+
+    run_async(take)
+
+
+# -- inner ---------------------------------------------------------------------------------------------------------
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        from spillway.client import InvalidArgument
+
+        raise InvalidArgument(str(path), error.strerror or "it cannot be read") from None
+
+
+def _headers(given: list[str]) -> dict[str, str]:
+    headers = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{one!r} is not NAME=VALUE", param_hint="--header")
+        headers[name] = value
+    return headers
+
+
+def _record(number: int, line: bytes, template: Record) -> Record:
+    """One line of JSON; what it does not say is the template's."""
+    from spillway.client import InvalidArgument
+
+    where = f"line {number}"
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InvalidArgument(where, f"it is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InvalidArgument(where, "it is not a JSON object")
+    known = {"payload", "payload_base64", "tenant", "key", "id", "headers", "delay", "deliver_at", "ttl", "dedup_id"}
+    if set(found) - known:
+        raise InvalidArgument(where, f"{sorted(set(found) - known)} are not known; known are {sorted(known)}")
+    try:
+        changes: dict[str, Any] = {name: str(found[name]) for name in ("tenant", "key", "id", "dedup_id") if name in found}
+        changes["payload"] = base64.b64decode(found["payload_base64"], validate=True) if "payload_base64" in found else (
+            str(found.get("payload", "")).encode())
+        changes["headers"] = {**(template.headers or {}), **{str(k): str(v) for k, v in dict(found.get("headers", {})).items()}}
+        if found.keys() & {"delay", "deliver_at"}:  # one stands instead of the other
+            changes["delay"] = changes["deliver_at"] = None
+        for name, parse in (("delay", seconds), ("ttl", seconds), ("deliver_at", _moment)):
+            if found.get(name) is not None:
+                changes[name] = parse(found[name])
+    except typer.BadParameter as error:
+        raise InvalidArgument(f"{where}: {name}", error.message) from None
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(where, str(error)) from None
+    return template._replace(**changes)
+
+
+def _batches(records: Iterable[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == BATCH_RECORDS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _message(message: Any) -> dict[str, Any]:
+    out = {"destination": message.destination, "tenant": message.tenant, "key": message.key, "id": message.id,
+           "headers": dict(message.headers), "shard": message.shard, "sequence": message.sequence,
+           "attempt": message.attempt, "enqueue_time": message.enqueue_time.isoformat()}
+    with_payload(out, message.payload)
+    if message.gap is not None:
+        out["gap"] = dataclasses.asdict(message.gap)
+    return out
+
+
