@@ -1,4 +1,4 @@
-"""`python -m bench [a b c d e]`: runs workloads, prints a table, writes JSON."""
+"""`python -m bench [a b c d e f g]`: runs workloads, prints a table, writes JSON."""
 from __future__ import annotations
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import failover, limits, machine, memory, neighbour, round_trip, throughput
+from bench import failover, isolation, limits, machine, memory, neighbour, pick, round_trip, throughput
 from bench.report import render
 
 DISK_TYPES_REFUSED = ("tmpfs", "ramfs")
@@ -45,15 +45,26 @@ def fail_over(directory: Path, quick: bool) -> dict[str, Any]:
     return failover.measure(directory / "e", 4.0 if quick else 6.0)
 
 
+def picks(_directory: Path, quick: bool) -> list[dict[str, Any]]:
+    """Workload f."""
+    return [pick.measure(queues, 5_000 if quick else 20_000) for queues in (10, 1_000, 100_000, 1_000_000)]
+
+
+def isolations(directory: Path, quick: bool) -> dict[str, Any]:
+    """Workload g."""
+    return isolation.measure(directory / "g", 5.0 if quick else 20.0)
+
+
 WORKLOADS: dict[str, Callable[[Path, bool], Any]] = {
-    "a": throughputs, "b": round_trips, "c": noisy_neighbour, "d": memories, "e": fail_over}
+    "a": throughputs, "b": round_trips, "c": noisy_neighbour, "d": memories, "e": fail_over,
+    "f": picks, "g": isolations}
 
 
 def main(argv: list[str]) -> int:
     """Runs what the arguments say; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD",
-                        help="a throughput, b round trip, c noisy neighbour, d memory, e failover; default: all")
+                        help="a throughput, b round trip, c noisy neighbour, d memory, e failover, f pick, g isolation; default: all")
     parser.add_argument("--quick", action="store_true", help="shorter and smaller: for a look, not for figures")
     parser.add_argument("--out", type=Path, default=Path("build/bench/results.json"), help="where the JSON goes")
     parser.add_argument("--dir", type=Path, default=Path("build/bench"), help="below it the nodes keep their data; a disk")

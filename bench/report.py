@@ -27,7 +27,8 @@ def _text(cell: object) -> str:
 def render(results: dict[str, Any]) -> str:
     """All tables."""
     parts = [_machine(results)]
-    for letter, section in (("a", _throughput), ("b", _round_trip), ("c", _neighbour), ("d", _memory), ("e", _failover)):
+    for letter, section in (("a", _throughput), ("b", _round_trip), ("c", _neighbour), ("d", _memory), ("e", _failover),
+                            ("f", _pick), ("g", _isolation)):
         if letter in results:
             parts.append(section(results))
     parts += [f"Workload {letter} FAILED: {why}" for letter, why in results["failed"].items()]
@@ -120,3 +121,18 @@ def _failover(results: dict[str, Any]) -> str:
         f"Started again after {restart['down_seconds']} s, it answered after {restart['answers_after_seconds']} s and had "
         f"caught up after {restart['caught_up_after_seconds']} s; leaders were back after "
         f"{restart['leaders_back_after_seconds'] or '(not)'} s."])
+
+
+def _pick(results: dict[str, Any]) -> str:
+    rows = [(f"{r['queues']:,} queues ready", r["nanoseconds"], r["fastest_round"], r["slowest_round"],
+             r["nanoseconds"] / results["f"][0]["nanoseconds"]) for r in results["f"]]
+    return "f  The scheduler's work for one lease: picked, charged, settled, its queue ready again\n" + table(
+        ("", "ns", "fastest round", "slowest round", "of the first"), rows)
+
+
+def _isolation(results: dict[str, Any]) -> str:
+    g = results["g"]
+    rows = [(f"{p['dead']} of {g['destinations']} destinations dead", p["per_second"], ratio, p["p50_ms"], p["p99_ms"], p99, p["max_ms"])
+            for p, ratio, p99 in zip(g["phases"], g["throughput_ratio"], g["p99_ratio"], strict=True)]
+    return "g  The five destinations that stay healthy, from send to their endpoint\n" + table(
+        ("", "delivered/s", "of before", "p50 ms", "p99 ms", "times before", "max ms"), rows)

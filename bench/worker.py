@@ -20,6 +20,7 @@ ROLES = {
     "quiet": "bench.neighbour_load", "burst": "bench.neighbour_load", "handle": "bench.neighbour_load",
     "rounds": "bench.round_trip_load",
     "paced": "bench.failover_load", "record": "bench.failover_load",
+    "endpoint": "bench.isolation_load", "events": "bench.isolation_load",
 }
 
 

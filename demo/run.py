@@ -150,7 +150,7 @@ class Demo:
         for name in NAMES:
             await client.admin.create_destination(Destination(
                 name, DeliveryPolicy(backoff_base=0.1, backoff_cap=2.0),
-                HttpTarget(self.urls[name], TIMEOUT_SECONDS, CONCURRENCY_MAX)))
+                HttpTarget(self.urls[name], TIMEOUT_SECONDS, CONCURRENCY_MAX, allow_private_addresses=True)))
 
     async def work(self, client: Client) -> None:
         """Produces, kills a node meanwhile, and waits until all is delivered."""

@@ -257,7 +257,8 @@ async def test_all_nodes_killed_under_load_lose_nothing_and_store_nothing_twice(
                 await run.ack()
                 if sum(map(len, got.values())) >= keys * each:
                     break
-        counts = await client.admin.destination_stats("load")
+        while (counts := await client.admin.destination_stats("load")).shards_missing:
+            await asyncio.sleep(0.1)
     assert got == {f"k{k}": list(range(k, keys * each, keys)) for k in range(keys)}
     assert (counts.enqueued_total, counts.messages) == (keys * each, 0)
 

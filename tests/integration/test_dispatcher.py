@@ -5,6 +5,7 @@ import asyncio
 import os
 import signal
 import sys
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from aiohttp.test_utils import TestServer
 from spillway.client import Client, DeliveryPolicy, Destination, HttpTarget, Record
 from spillway.client.dispatcher.broker import ClientBroker
 from spillway.client.dispatcher.dispatcher import Dispatcher
+from standardwebhooks import Webhook
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -92,6 +94,10 @@ async def dispatching(client: Client) -> AsyncIterator[None]:
             await task
 
 
+def local(url: str) -> HttpTarget:
+    return HttpTarget(url, allow_private_addresses=True)
+
+
 async def produce(client: Client, destination: str, tenant: str, *payloads: str) -> None:
     async with client.producer() as producer:
         await producer.send_many([Record(destination, p.encode(), tenant=tenant, key="k") for p in payloads])
@@ -113,7 +119,7 @@ async def test_delivers_in_order(client: Client, receiver: Receiver) -> None:
     for tenant in ("a", "b"):
         await produce(client, "crm", tenant, *numbers(100))
     async with dispatching(client):
-        await client.admin.update_destination(Destination("crm", POLICY, HttpTarget(str(receiver.server.make_url("/")))))
+        await client.admin.update_destination(Destination("crm", POLICY, local(str(receiver.server.make_url("/")))))
         await settled(client, "crm")
     assert receiver.bodies("a") == receiver.bodies("b") == numbers(100)
 
@@ -134,7 +140,7 @@ async def test_outcomes(client: Client, receiver: Receiver) -> None:
         return None
 
     receiver.answer = answer
-    await client.admin.create_destination(Destination("crm", POLICY, HttpTarget(str(receiver.server.make_url("/")))))
+    await client.admin.create_destination(Destination("crm", POLICY, local(str(receiver.server.make_url("/")))))
     for tenant in ("refused", "failing", "throttled"):
         await produce(client, "crm", tenant, *numbers(3))
     async with dispatching(client):
@@ -155,7 +161,7 @@ async def test_outcomes(client: Client, receiver: Receiver) -> None:
 
 async def test_down_then_up(client: Client, receiver: Receiver) -> None:
     """A destination that refuses connections is parked with all its messages, and goes on once its URL answers."""
-    await client.admin.create_destination(Destination("crm", POLICY, HttpTarget("http://127.0.0.1:9/")))
+    await client.admin.create_destination(Destination("crm", POLICY, local("http://127.0.0.1:9/")))
     await produce(client, "crm", "a", *numbers(20))
     async with dispatching(client):
         async with asyncio.timeout(SECONDS_MAX):
@@ -163,10 +169,34 @@ async def test_down_then_up(client: Client, receiver: Receiver) -> None:
                 pass
         stats = await client.admin.destination_stats("crm")
         assert (stats.messages, stats.retried_total, stats.dead_letters) == (20, 0, 0)
-        await client.admin.update_destination(Destination("crm", POLICY, HttpTarget(str(receiver.server.make_url("/")))))
+        await client.admin.update_destination(Destination("crm", POLICY, local(str(receiver.server.make_url("/")))))
         await settled(client, "crm")
     assert receiver.bodies("a") == numbers(20)
     assert {headers["Spillway-Attempt"] for _, headers in receiver.requests} == {"1"}
+
+
+async def test_refused_then_allowed_and_signed(client: Client, receiver: Receiver) -> None:
+    """A private address parks the destination; once it is allowed, all messages arrive untouched, signed with the secrets
+    and with the headers that the destination has by then: a running dispatcher learns of them."""
+    secret = "whsec_" + b64encode(b"s" * 32).decode()
+    url = str(receiver.server.make_url("/"))
+    await client.admin.create_destination(Destination("crm", POLICY, HttpTarget(url)))
+    await produce(client, "crm", "a", *numbers(20))
+    async with dispatching(client):
+        async with asyncio.timeout(SECONDS_MAX):
+            while (await client.admin.destination_stats("crm")).parked_until_time is None:
+                pass
+        stats = await client.admin.destination_stats("crm")
+        assert (stats.messages, stats.retried_total, stats.dead_letters) == (20, 0, 0) and not receiver.requests
+        await client.admin.update_destination(Destination("crm", POLICY, HttpTarget(
+            url, allow_private_addresses=True, signing_secrets=(secret,), headers={"X-Own": "1"})))
+        await settled(client, "crm")
+    assert receiver.bodies("a") == numbers(20)
+    for body, headers in receiver.requests:
+        Webhook(secret).verify(body, headers)
+        assert (headers["Spillway-Attempt"], headers["X-Own"]) == ("1", "1")
+    listed = [destination async for destination in client.admin.list_destinations()]
+    assert [d.http and d.http.signing_secrets for d in listed] == [()], "lists leave secrets out"
 
 
 async def test_program_stops_gracefully(client: Client, receiver: Receiver, children: Children) -> None:
@@ -179,7 +209,7 @@ async def test_program_stops_gracefully(client: Client, receiver: Receiver, chil
         return None
 
     receiver.answer = answer
-    await client.admin.create_destination(Destination("crm", POLICY, HttpTarget(str(receiver.server.make_url("/")))))
+    await client.admin.create_destination(Destination("crm", POLICY, local(str(receiver.server.make_url("/")))))
     await produce(client, "crm", "a", *numbers(5))
     address = next(iter(client.topology.nodes.values()))
     program = await children.start("dispatcher", *spillway("dispatch"), "--address", address)
