@@ -118,6 +118,7 @@ class World:
         meta.revision += 1
         meta._policies.clear()
         meta.changed()
+        self.node.follow_meta()
 
     def ingest(self, *records: ProduceRecord | bytes, producer_id: str = "") -> Call:
         """One ProduceRequest to destinations that exist."""

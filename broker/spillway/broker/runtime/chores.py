@@ -121,12 +121,12 @@ class Chores:
         state = runtime.state
         budget = SWEEP_QUEUES_MAX
         found = False
-        for destination in list(state.counters):
-            if destination == OUTBOX[:1] or not state.counters[destination].queues:
+        for destination in dict.fromkeys((*runtime.node.ttl_destinations(), *self.expiring)):
+            counters = state.counters.get(destination)
+            if counters is None or not counters.queues:
+                self.expiring.discard(destination)
                 continue
             policy = runtime.node.policy(destination)
-            if not policy.ttl_ms and destination not in self.expiring:
-                continue
             names = state.queue_names(destination + b"\0", self._sweep_at.get(destination, b""), budget)
             if len(names) == budget:
                 self._sweep_at[destination] = names[-1]

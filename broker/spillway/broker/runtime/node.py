@@ -45,6 +45,7 @@ PICKS_PER_TURN_MAX = 512  # leases granted in one turn: a turn stays a few milli
 PICKS_IN_A_ROW = 16  # of them for one subscription before the next one gets some
 TURN_BYTES = 128 << 10  # of messages that a turn takes in, over all shards: bounds what a flood adds to others' latency
 REBUILD_PER_TURN = 2048  # queues that a new leader schedules per turn
+FOLLOW_SECONDS = 0.02  # how late the scheduler may know of a change to a policy
 TICK_SECONDS = 0.005  # how late a timer may be
 TIMERS_PER_TICK_MAX = 2048  # many may be due at one moment, midnight for one; the rest follows a tick later
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
@@ -92,7 +93,10 @@ class Node:
                 host.add_group(number, nodes, runtime)
         host.before_collect = self.before_collect
         self.meta.changed = self._meta_changed
-        self._meta_changed()
+        self._meta_news = True  # destinations or operators' gates changed, and the scheduler does not know
+        self._meta_followed = 0.0  # when it was last told
+        self._ttl_revision = -1
+        self._ttl_destinations: list[bytes] = []
         # What becomes of work for a shard that this node no longer leads; the forwarder sets them.
         self.pass_on: Callable[[int, Batch], None]
         self.pass_on_settlement: Callable[[int, Call, int, Settlement], None]
@@ -139,6 +143,8 @@ class Node:
 
     def before_collect(self) -> None:
         """Between the applies and the proposals of a turn: schedules, then picks as long as there are credit and work."""
+        if self._meta_news and time.monotonic() - self._meta_followed > FOLLOW_SECONDS:
+            self.follow_meta()
         if self.rebuilds:
             self._rebuild_some()
         filling = sum(runtime.leading and runtime.filling for runtime in self.shards.values())
@@ -298,7 +304,14 @@ class Node:
                     self.shares.handed_over(scope, max(until, self.now_ms()))
 
     def _meta_changed(self) -> None:
-        """Destinations or operators' gates changed: tells the scheduler which."""
+        self._meta_news = True
+        self.wake()
+
+    def follow_meta(self) -> None:
+        """Tells the scheduler which destinations' policies and which operators' gates have changed. Looks at all that it has,
+        so a storm of changes is followed now and then and not one by one."""
+        self._meta_news = False
+        self._meta_followed = time.monotonic()
         holds = self.meta.directory.holds
         for scope in self._holds.keys() | holds.keys():
             if self._holds.get(scope) != holds.get(scope):
@@ -310,7 +323,13 @@ class Node:
             if self._policies.get(name) is not policy:
                 self.scheduler.policy_changed(name)
         self._policies = policies
-        self.wake()
+
+    def ttl_destinations(self) -> list[bytes]:
+        """Destinations whose policy has a time to live."""
+        if self._ttl_revision != self.meta.revision:
+            self._ttl_revision = self.meta.revision
+            self._ttl_destinations = [d.name.encode() for d in self.meta.directory.destinations.values() if d.policy.ttl_ms]
+        return self._ttl_destinations
 
     def _hold(self, scope: bytes) -> None:
         hold = self.meta.directory.holds.get(scope)
@@ -390,7 +409,7 @@ class Node:
             now = self.now_ms()
             self.fire_timers(now)
             wake_ms = self.scheduler.next_wake_ms()
-            if wake_ms is not None and wake_ms <= now:
+            if self._meta_news or (wake_ms is not None and wake_ms <= now):
                 self.wake()
             if self._due_checkpoints:
                 self._checkpoint(next(iter(self._due_checkpoints)))
