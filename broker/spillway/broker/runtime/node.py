@@ -45,7 +45,7 @@ PICKS_PER_TURN_MAX = 512  # leases granted in one turn: a turn stays a few milli
 PICKS_IN_A_ROW = 16  # of them for one subscription before the next one gets some
 TURN_BYTES = 128 << 10  # of messages that a turn takes in, over all shards: bounds what a flood adds to others' latency
 REBUILD_PER_TURN = 2048  # queues that a new leader schedules per turn
-FOLLOW_SECONDS = 0.02  # how late the scheduler may know of a change to a policy
+FOLLOW_SECONDS, FOLLOW_REST = 0.002, 20  # telling the scheduler of changes takes longer: then it rests so many times as long
 TICK_SECONDS = 0.005  # how late a timer may be
 TIMERS_PER_TICK_MAX = 2048  # many may be due at one moment, midnight for one; the rest follows a tick later
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
@@ -94,7 +94,7 @@ class Node:
         host.before_collect = self.before_collect
         self.meta.changed = self._meta_changed
         self._meta_news = True  # destinations or operators' gates changed, and the scheduler does not know
-        self._meta_followed = 0.0  # when it was last told
+        self._follow_after = 0.0  # it is told no sooner
         self._ttl_revision = -1
         self._ttl_destinations: list[bytes] = []
         # What becomes of work for a shard that this node no longer leads; the forwarder sets them.
@@ -143,7 +143,7 @@ class Node:
 
     def before_collect(self) -> None:
         """Between the applies and the proposals of a turn: schedules, then picks as long as there are credit and work."""
-        if self._meta_news and time.monotonic() - self._meta_followed > FOLLOW_SECONDS:
+        if self._meta_news and time.monotonic() > self._follow_after:
             self.follow_meta()
         if self.rebuilds:
             self._rebuild_some()
@@ -309,9 +309,9 @@ class Node:
 
     def follow_meta(self) -> None:
         """Tells the scheduler which destinations' policies and which operators' gates have changed. Looks at all that it has,
-        so a storm of changes is followed now and then and not one by one."""
+        so with very many of them a storm of changes is not followed one by one."""
         self._meta_news = False
-        self._meta_followed = time.monotonic()
+        begin = time.monotonic()
         holds = self.meta.directory.holds
         for scope in self._holds.keys() | holds.keys():
             if self._holds.get(scope) != holds.get(scope):
@@ -323,6 +323,8 @@ class Node:
             if self._policies.get(name) is not policy:
                 self.scheduler.policy_changed(name)
         self._policies = policies
+        now = time.monotonic()
+        self._follow_after = now + FOLLOW_REST * (now - begin) if now - begin > FOLLOW_SECONDS else 0.0
 
     def ttl_destinations(self) -> list[bytes]:
         """Destinations whose policy has a time to live."""
