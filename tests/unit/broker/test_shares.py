@@ -147,6 +147,8 @@ async def test_a_limit_is_divided_as_others_tell_their_demand(world: World) -> N
         await world.put("d", b"x", key=str(key))
     world.consumer(0)
     tell(world, 1, SharedScope(scope=b"d", demand=30.0))
+    await world.node.shares.divide_limits()
     assert world.node.scheduler.leases_limit(b"d") == 5
     tell(world, 2, SharedScope(scope=b"d", demand=270.0))
+    await world.node.shares.divide_limits()
     assert world.node.scheduler.leases_limit(b"d") == 1

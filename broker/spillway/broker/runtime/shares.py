@@ -225,15 +225,15 @@ class Shares:
                         part.scopes[scope.scope] = scope
                     else:
                         known.MergeFrom(scope)
-                self._use()
+                self._use_gates()
         response = ShareResponse()
         for asked in request.asked[:ASKED_MAX]:
             if asked.count(b"\0") == 1 and (size := self._bytes_here(asked)):
                 response.scopes.append(SharedScope(scope=asked, message_bytes=size))
         return response
 
-    def _use(self) -> None:
-        """Acts on what the others told: gates and parts of limits."""
+    def _use_gates(self) -> None:
+        """Closes what the others keep closed, and opens what they have opened."""
         node = self._node
         now = node.now_ms()
         closed: dict[bytes, int] = {}
@@ -252,7 +252,14 @@ class Shares:
             self._remote_gates[scope] = now
             # A node that has closed the gate itself probes; were it held by the others, nobody would.
             node.remote_hold(scope, until if node.scheduler.gate(scope) == sched.OPEN else 0)
-        for name, policy in self._policies():
+
+    async def divide_limits(self) -> None:
+        """Takes this node's part of every limit. Lets others have a turn now and then."""
+        node = self._node
+        now = node.now_ms()
+        for i, (name, policy) in enumerate(self._policies()):
+            if i % REPORT_PAGE == REPORT_PAGE - 1:
+                await asyncio.sleep(0)
             if policy.limit == UNLIMITED and policy.tenant_limit == UNLIMITED and policy.adaptive == Adaptive() and not any(
                     t.limit for t in policy.tenants.values()):
                 continue
@@ -292,11 +299,12 @@ class Shares:
                 pass
             self._wake.clear()
             begin = time.monotonic()
+            await self.divide_limits()
             request = await self.report()
             for peer in peers:
                 if peer not in busy or busy[peer].done():
                     busy[peer] = asyncio.get_running_loop().create_task(self._tell(forwarder, peer, request))
-            self._use()
+            self._use_gates()
             # Woken often, it still rests; and with very many destinations it takes a small part of the node's time.
             await asyncio.sleep(min(SHARE_SECONDS_MAX, max(SHARE_SECONDS / 5, 20 * (time.monotonic() - begin))))
 
