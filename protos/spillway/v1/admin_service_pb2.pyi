@@ -1336,7 +1336,7 @@ class PeekMessagesResponse(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """Messages in the queue."""
+    """Messages in the queue; of an unordered one, 10,000 at most are counted."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeekedMessage]:
         """The first messages of the queue; together at most about 1 MiB."""

@@ -26,6 +26,7 @@ CALL_SECONDS = 5.0
 LONG_CALL_SECONDS = 3600.0  # a purge of a million queues takes its time
 PEEK_DEFAULT, PEEK_MAX = 10, 100
 PEEK_BYTES_MAX = 1 << 20
+PEEK_PARTS_MAX = 10_000  # of an unordered queue: beyond it, `count` is no more than this
 TOP_DEFAULT, TOP_MAX = 10, 1000
 PAGE = 256
 SHARDS_METADATA = "spillway-shards"  # of a call between nodes: the shards that it is for, by number, with commas
@@ -495,12 +496,15 @@ def _peek(runtime: ShardRuntime, name: bytes, limit: int) -> pb.PeekMessagesResp
     state = runtime.state
     response = pb.PeekMessagesResponse()
     size = 0
-    for part in parts_of(runtime, name, 1 << 16):
+    for part in parts_of(runtime, name, PEEK_PARTS_MAX):
+        left = limit - len(response.messages)
+        if part != name and (left <= 0 or size > PEEK_BYTES_MAX):
+            response.count += 1  # a part is one message
+            continue
         queue = state.open(part)
         if queue is None:
             continue
         response.count += queue.count
-        left = limit - len(response.messages)
         if left <= 0 or size > PEEK_BYTES_MAX:
             continue
         state.ensure(queue, left, PEEK_BYTES_MAX)
