@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from plain_client import CALL_SECONDS, Open, produce, record, settle
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
-from spillway.v1.message_pb2 import ERROR_CODE_OVER_BUDGET
+from spillway.v1.message_pb2 import ERROR_CODE_OVER_BUDGET, ERROR_CODE_UNAVAILABLE
 from spillway.v1.queue_service_pb2 import (
     OUTCOME_ACK,
     OUTCOME_DOWN,
@@ -21,6 +21,7 @@ from spillway.v1.queue_service_pb2 import (
     Credit,
     LeasedRun,
     LeaseRequest,
+    ProduceRequest,
     Settlement,
     Subscribe,
 )
@@ -97,9 +98,12 @@ class Taker:
 
 
 def stats(channel: grpc.Channel, name: str) -> pb.DestinationStats:
-    """Counts over all nodes."""
-    return AdminServiceStub(channel).GetDestinationStats(
-        pb.GetDestinationStatsRequest(name=name), timeout=CALL_SECONDS).stats
+    """Counts over all nodes, once every shard has told."""
+    while True:
+        answer = AdminServiceStub(channel).GetDestinationStats(pb.GetDestinationStatsRequest(name=name), timeout=CALL_SECONDS)
+        if not answer.shards_missing:
+            return answer.stats
+        time.sleep(0.1)
 
 
 def test_dead_letters_of_all_nodes_are_redriven_and_purged(channels: list[grpc.Channel]) -> None:
@@ -198,6 +202,36 @@ def test_a_rate_limit_is_divided_among_the_nodes(channels: list[grpc.Channel]) -
         counts.append(count)
     taker.close()
     assert 60 <= counts[1] <= 90
+
+
+def test_routes_through_every_node_at_once_do_not_wait_for_each_other(channels: list[grpc.Channel]) -> None:
+    """Each node forwards to the others what waits for copies that the others make on it."""
+    for name in ("a", "b", "c"):
+        destination(channels[0], name)
+    AdminServiceStub(channels[0]).CreateRoute(pb.CreateRouteRequest(route=pb.Route(
+        source="s", targets=[pb.RouteTarget(destination=name) for name in ("a", "b", "c")])), timeout=CALL_SECONDS)
+    problems: list[object] = []
+    unknown = 0  # leaders may still move while the cluster is young, and these producers have no id
+
+    def send(channel: grpc.Channel) -> None:
+        nonlocal unknown
+        requests = (ProduceRequest(records=[record("s", key=f"k{k}") for k in range(KEYS)]) for _ in range(30))
+        try:
+            for response in QueueServiceStub(channel).Produce(requests, timeout=2 * CALL_SECONDS):
+                unknown += sum(e.code == ERROR_CODE_UNAVAILABLE for e in response.errors)
+                problems.extend(e for e in response.errors if e.code != ERROR_CODE_UNAVAILABLE)
+        except grpc.RpcError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=send, args=(channel,)) for channel in channels for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems[0]
+    sent = 6 * 30 * KEYS
+    stored, = {stats(channels[0], name).enqueued_total for name in ("a", "b", "c")}
+    assert sent - unknown <= stored <= sent and unknown < sent / 10
 
 
 def test_a_route_copies_across_nodes_through_the_loss_of_one(cluster: Make) -> None:

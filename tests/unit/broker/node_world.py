@@ -99,6 +99,7 @@ class World:
         self.node.random = lambda: 0.5
         self.forwarder = Forwarder(self.node)
         self.service = QueueService(self.node, self.forwarder)
+        QueueService(self.node, self.forwarder, peer=True)
         self.clock_runs = False  # whether calls may wait for real time
 
     def know(self, *names: str, policy: Policy | None = None) -> None:

@@ -13,15 +13,17 @@ Error = tuple[int, int, str, str]
 class Call:
     """One ProduceRequest or AckRequest: its pieces are done one by one, then it answers as a whole."""
 
-    __slots__ = ("done", "errors", "on_done", "results", "size", "waiting")
+    __slots__ = ("done", "errors", "on_done", "peer", "results", "size", "waiting")
 
-    def __init__(self, count: int, size: int, loop: AbstractEventLoop, on_done: Callable[[Call], None]) -> None:
+    def __init__(self, count: int, size: int, loop: AbstractEventLoop, on_done: Callable[[Call], None],
+                 peer: bool = False) -> None:
         self.results: list[int] = [0] * count
         self.errors: list[Error] = []
         self.size = size  # bytes that it keeps from the node's ingress budget
         self.waiting = 1  # pieces not yet done; one is the handler's own, see `release`
         self.done: Future[None] = loop.create_future()
         self.on_done = on_done
+        self.peer = peer  # another node's: what cannot be done here goes back to it, and not on to a third one
 
     def fail(self, index: int, code: int, field: str, description: str) -> None:
         """Refuses one item."""

@@ -31,7 +31,7 @@ from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
 from spillway.v1.admin_service_pb2 import CreateDestinationRequest
 from spillway.v1.admin_service_pb2 import Destination as DestinationProto
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
-from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE
+from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE, ItemError
 from spillway.v1.queue_service_pb2 import (
     SETTLEMENT_RESULT_REFUSED,
     AckRequest,
@@ -128,11 +128,14 @@ class PeerLink:
         self.admin = AdminServiceStub(self.channel)
         self.share = ShareServiceStub(self.channel)
         self.produce = _Stream(self, "Produce", _produced, _produce_lost)
+        # Copies of routes have a stream of their own: what is forwarded on the other may wait for copies that come back here.
+        self.copies = _Stream(self, "Produce", _produced, _produce_lost)
         self.ack = _Stream(self, "Ack", _acked, _acks_lost)
 
     async def close(self) -> None:
         """Ends all calls."""
         self.produce.stop()
+        self.copies.stop()
         self.ack.stop()
         await self.channel.close()
 
@@ -145,8 +148,10 @@ class Forwarder:
         self._links: dict[str, PeerLink] = {}
         self._leaderless: dict[int, deque[Callable[[str | None], None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        node.pass_on = self.produce
-        node.pass_on_settlement = lambda shard, call, index, settlement: self.ack(shard, call, {index: settlement})
+        # Takes in a ProduceRequest of another node: (stream, bytes) -> Call or an awaitable of one. The peers' service sets it.
+        self.local: Callable[[int, bytes], Any]
+        node.pass_on = self._pass_on
+        node.pass_on_settlement = self._pass_on_settlement
 
     def link(self, node_id: str) -> PeerLink:
         """The link to another node."""
@@ -190,6 +195,30 @@ class Forwarder:
 
     # -- Produce and Ack -----------------------------------------------------------------------------------------
 
+    def _pass_on(self, shard: int, batch: Batch) -> None:
+        """A batch for a shard that this node leads no more, of which nothing is stored, or which may be repeated. Another node's
+        goes back to that one, which asks the new leader: streams answer in order, so two nodes that passed on to each
+        other what they had from each other could wait for ever."""
+        if not batch.call.peer:
+            self.produce(shard, batch)
+            return
+        # The sender takes it that nothing is stored. If only a part of its request comes back, and nobody would recognise the
+        # rest, it must not send all of it again.
+        certain = batch.producer or len(batch.positions) == len(batch.call.results)
+        for position in batch.positions:
+            batch.call.fail(position, ERROR_CODE_UNAVAILABLE, NOT_LEADER if certain else "",
+                            f"shard {shard}: the leader changed; the outcome is unknown")
+        batch.call.release()
+
+    def _pass_on_settlement(self, shard: int, call: Call, index: int, settlement: Settlement) -> None:
+        """As `_pass_on`, of a settlement; it may always be repeated."""
+        if not call.peer:
+            self.ack(shard, call, {index: settlement})
+            return
+        call.results[index] = SETTLEMENT_RESULT_REFUSED
+        call.fail(index, ERROR_CODE_UNAVAILABLE, NOT_LEADER, f"this node does not lead shard {shard}")
+        call.release()
+
     def produce(self, shard: int, batch: Batch) -> None:
         """Sends a batch to its shard's leader; answers through its call."""
         now = asyncio.get_running_loop().time()
@@ -203,12 +232,32 @@ class Forwarder:
             if leader is None:
                 _produce_failed(batch, f"shard {shard} has no leader")
             elif leader == self.node.config.node_id:
-                self.node.shards[shard].enqueue(0, batch)
-                self.node.host.wake(shard)
+                if batch.copies is None and batch.promised is None:
+                    self._take_in(shard, batch)
+                else:
+                    self.node.shards[shard].enqueue(0, batch)
+                    self.node.host.wake(shard)
             else:
-                self.link(leader).produce.send(self._encode(batch), (self, shard, batch))
+                link = self.link(leader)
+                (link.produce if batch.copies is None else link.copies).send(self._encode(batch), (self, shard, batch))
 
         self._with_leader(shard, act)
+
+    def _take_in(self, shard: int, batch: Batch) -> None:
+        """This node has come to lead the shard since the batch was made: takes it in as another node's, as what only the leader
+        decides (routes, budgets) was not decided for it."""
+        taken = self.local(0, self._encode(batch))
+
+        async def answer() -> None:
+            call = taken if isinstance(taken, Call) else await taken
+            await call.done
+            errors = [ItemError(index=i, code=code, field=field, description=text)
+                      for i, code, field, text in sorted(call.errors)]
+            _produced((self, shard, batch), ProduceResponse(sequences=call.results, errors=errors).SerializeToString())
+
+        task = asyncio.get_running_loop().create_task(answer())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _encode(self, batch: Batch) -> bytes:
         request = ProduceRequestView(producer_id=batch.producer)
@@ -294,13 +343,14 @@ class Forwarder:
             raise Unavailable("the meta group has no leader")
         return leader
 
-    async def ensure_destination(self, name: str) -> Destination:
-        """The destination, created with defaults if need be, and known on this node. Raises Unavailable or RequestError."""
+    async def ensure_destination(self, name: str) -> Destination | None:
+        """The destination, created with defaults if need be, and known on this node; None if it is the source of a route, of
+        which this node had not heard. Raises Unavailable or RequestError."""
         node = self.node
         deadline = asyncio.get_running_loop().time() + LEADER_WAIT_SECONDS
         while True:
             known = node.meta.get(name)
-            if known is not None:
+            if known is not None or name in node.meta.directory.routes:
                 return known
             try:
                 leader = self.meta_leader()

@@ -97,7 +97,7 @@ class Intake:
             check_name("producer_id", producer)
             if len(producer) > PRODUCER_ID_BYTES_MAX:
                 raise RequestError("producer_id", f"has {len(producer)} bytes; at most {PRODUCER_ID_BYTES_MAX}")
-        call = Call(count, len(data), self._loop, node.call_done)
+        call = Call(count, len(data), self._loop, node.call_done, self.peer)
         node.ingress_bytes += len(data)
         if node.disk_full:
             for i in range(count):
@@ -204,7 +204,7 @@ class Intake:
             batch.size += size + len(name) + RECORD_BYTES
         closed += batches.items()
         if unknown:
-            return self._create_then_submit(stream, call, closed, unknown)
+            return self._create_then_submit(stream, call, closed, unknown, data)
         self._submit(stream, call, closed)
         return call
 
@@ -254,7 +254,7 @@ class Intake:
 
     def _ingest_copies(self, stream: int, view: ProduceRequestView, size: int) -> Call:
         """Copies that another node makes of what was produced to a route's source: checked and decided there."""
-        call = Call(len(view.records), size, self._loop, self.node.call_done)
+        call = Call(len(view.records), size, self._loop, self.node.call_done, self.peer)
         self.node.ingress_bytes += size
         batch = Batch(call, view.producer_id, view.copy_previous)
         batch.epoch = view.copy_epoch
@@ -278,12 +278,17 @@ class Intake:
 
     # -- destinations that do not exist --------------------------------------------------------------------------
 
-    async def _create_then_submit(self, stream: int, call: Call, batches: list[tuple[int, Batch]], unknown: set[str]) -> Call:
+    async def _create_then_submit(self, stream: int, call: Call, batches: list[tuple[int, Batch]], unknown: set[str],
+                                  data: bytes) -> Call:
         try:
             refused = await self._create(unknown)
         except BaseException:  # the client hung up: the call counts as done, or its bytes would never be free again
             call.release()
             raise
+        if not unknown.isdisjoint(self.node.meta.directory.routes):  # they are no destinations: looked at anew, as routes
+            call.release()
+            again = self.ingest(stream, data)
+            return again if isinstance(again, Call) else await again
         if refused:
             batches = [(shard, left) for shard, batch in batches for left in _without(batch, refused)]
         self._submit(stream, call, batches)

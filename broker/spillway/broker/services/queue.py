@@ -71,6 +71,8 @@ class QueueService:
         self._loop = asyncio.get_running_loop()
         self._streams = itertools.count(1)
         self._intake = Intake(node, forwarder, peer)
+        if peer:
+            forwarder.local = self._intake.ingest
         self._sinks: set[Sink] = set()
         self.open_streams = 0
 
@@ -162,7 +164,7 @@ class QueueService:
         count = len(settlements)
         if not 0 < count <= SETTLEMENTS_PER_REQUEST_MAX:
             raise RequestError("settlements", f"has {count} settlements; it must have 1 to {SETTLEMENTS_PER_REQUEST_MAX}")
-        call = Call(count, len(data), self._loop, self._ack_done)
+        call = Call(count, len(data), self._loop, self._ack_done, self.peer)
         node = self.node
         shards = node.shards
         woken: set[int] = set()
