@@ -10,7 +10,6 @@ import ctypes
 import logging
 import random
 import shutil
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,6 +29,7 @@ from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.shares import Shares
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
+from spillway.cluster.clock import Clock, SystemClock
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
@@ -60,8 +60,10 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; ct
 class Node:
     """Composed by `app`; services call it."""
 
-    def __init__(self, config: NodeConfig, store: StateStore, host: RaftHost, placement: dict[int, list[str]]) -> None:
+    def __init__(self, config: NodeConfig, store: StateStore, host: RaftHost, placement: dict[int, list[str]],
+                 clock: Clock | None = None) -> None:
         self.config = config
+        self.clock = clock or SystemClock()
         self.members: dict[str, Peer] = members_of(config)
         self.store = store
         self.host = host
@@ -78,7 +80,7 @@ class Node:
         self.revision = 0  # of the topology
         self._topology_event = asyncio.Event()
         self._due_checkpoints: dict[ShardRuntime, None] = {}
-        self._trimmed = time.monotonic()
+        self._trimmed = self.clock.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
         self._policies: dict[bytes, Policy] = {}  # those that the scheduler uses
@@ -105,7 +107,7 @@ class Node:
 
     def now_ms(self) -> int:
         """Milliseconds since 1970: the time that goes into log entries."""
-        return time.time_ns() // 1_000_000
+        return self.clock.unix_ms()
 
     def shard_of(self, queue: bytes) -> int:
         """The shard of a queue."""
@@ -143,7 +145,7 @@ class Node:
 
     def before_collect(self) -> None:
         """Between the applies and the proposals of a turn: schedules, then picks as long as there are credit and work."""
-        if self._meta_news and time.monotonic() > self._follow_after:
+        if self._meta_news and self.clock.monotonic() > self._follow_after:
             self.follow_meta()
         if self.rebuilds:
             self._rebuild_some()
@@ -311,7 +313,7 @@ class Node:
         """Tells the scheduler which destinations' policies and which operators' gates have changed. Looks at all that it has,
         so with very many of them a storm of changes is not followed one by one."""
         self._meta_news = False
-        begin = time.monotonic()
+        begin = self.clock.monotonic()
         holds = self.meta.directory.holds
         for scope in self._holds.keys() | holds.keys():
             if self._holds.get(scope) != holds.get(scope):
@@ -323,7 +325,7 @@ class Node:
             if self._policies.get(name) is not policy:
                 self.scheduler.policy_changed(name)
         self._policies = policies
-        now = time.monotonic()
+        now = self.clock.monotonic()
         self._follow_after = now + FOLLOW_REST * (now - begin) if now - begin > FOLLOW_SECONDS else 0.0
 
     def ttl_destinations(self) -> list[bytes]:
@@ -440,18 +442,18 @@ class Node:
 
     async def _upkeep(self) -> None:
         """Periodic checkpoints, syncs, sweeps, disk watermark."""
-        last_checkpoint = last_sample = busy_at = time.monotonic()
+        last_checkpoint = last_sample = busy_at = self.clock.monotonic()
         rested = True
         committed = {n: r.rows.applied_index for n, r in self.shards.items()}
         while True:
             await asyncio.sleep(SYNC_SECONDS)
-            if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
-                last_checkpoint = time.monotonic()
+            if self.clock.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
+                last_checkpoint = self.clock.monotonic()
                 for runtime in self.shards.values():
                     self._checkpoint(runtime)
                     await asyncio.sleep(0)
-            if time.monotonic() - last_sample > SAMPLE_SECONDS:
-                last_sample = time.monotonic()
+            if self.clock.monotonic() - last_sample > SAMPLE_SECONDS:
+                last_sample = self.clock.monotonic()
                 for runtime in self.shards.values():
                     if runtime.leading:
                         runtime.sample(self.now_ms())
@@ -460,9 +462,9 @@ class Node:
             if now != committed or self.meta.rows.applied_index != self.meta.rows.durable_index:
                 await self.store.sync()
                 committed = now
-                busy_at = time.monotonic()
+                busy_at = self.clock.monotonic()
                 rested = False
-            elif not rested and time.monotonic() - busy_at > QUIET_SECONDS:
+            elif not rested and self.clock.monotonic() - busy_at > QUIET_SECONDS:
                 rested = True
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(None, self.store.rest)
@@ -474,7 +476,7 @@ class Node:
 
     async def _trim_memory(self) -> None:
         """Gives memory that a burst left behind back to the system: the allocator alone keeps it for ever."""
-        now = time.monotonic()
+        now = self.clock.monotonic()
         if _malloc_trim is not None and now - self._trimmed > TRIM_SECONDS:
             self._trimmed = now
             await asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)
