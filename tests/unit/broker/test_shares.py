@@ -79,6 +79,26 @@ async def test_a_node_that_closed_a_gate_itself_probes_though_another_has_closed
     assert [(s.scope, s.opened) for s in request.scopes] == [(b"d", True)]
 
 
+async def test_a_half_open_gate_without_a_probe_holds_up_no_other_node(world: World) -> None:
+    """The node that closed it may have no message left to probe with: the others then go on, and find out for themselves."""
+    consumer = world.consumer(100)
+    await world.put("d", b"x")
+    run, = await world.take(consumer)
+    world.settle(run, OUTCOME_DOWN)
+    world.node.scheduler.unsubscribe(consumer)
+
+    async def closed() -> bool:
+        report = await world.node.shares.report()
+        return any(scope.scope == b"d" and scope.parked_until_unix_ms > world.now for scope in report.scopes)
+
+    assert await closed()
+    until, _ = world.node.gates[b"d"]
+    world.tick(until - world.now + 1)
+    assert await closed(), "a probe may come in a moment"
+    world.tick(shares.PROBE_MS)
+    assert not await closed()
+
+
 async def test_a_gate_handed_over_stays_closed_until_the_new_keeper_speaks(world: World) -> None:
     """Its shard is led by another node now."""
     consumer = world.consumer(100)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ FORGET_MS = 3_000  # without news of a node
 # A gate that nobody speaks of any more is kept closed for so long: its shard may be changing hands.
 GATE_LINGER_MS = 1_500
 GATE_GRACE_MS = 2_000  # a gate of another node is kept closed here this much longer than it is there, unless it tells
+PROBE_MS = 1_000  # a gate that has been half-open here for so long without a probe is nothing to the other nodes
 ASKED_MAX = 4_096
 USAGE_MAX = 65_536  # scopes remembered
 USAGE_MS = 50  # how long a sum over the shards is used before it is made again
@@ -201,7 +201,7 @@ class Shares:
                     if scope.startswith(name + b"\0"):
                         request.scopes.append(SharedScope(scope=scope, oldest_unix_ms=oldest))
         for scope, (until, _) in node.gates.items():
-            if node.scheduler.gate(scope) != sched.OPEN:
+            if self._closes(scope, until, now):
                 request.scopes.append(SharedScope(scope=scope, parked_until_unix_ms=max(until, now) + GATE_GRACE_MS))
         self._opened = {scope: at for scope, at in self._opened.items() if now - at < FORGET_MS and scope not in node.gates}
         request.scopes.extend(SharedScope(scope=scope, opened=True) for scope in self._opened)
@@ -209,6 +209,12 @@ class Shares:
         self._answers = {scope: self._answers[scope] for scope in fresh}
         request.asked.extend(fresh)
         return request
+
+    def _closes(self, scope: bytes, until: int, now: int) -> bool:
+        """Whether the others must not deliver to a scope because of its gate here. A half-open gate waits for a probe, and if this
+        node has nothing to probe with, or no consumer, that may be for ever: then the others find out for themselves."""
+        gate = self._node.scheduler.gate(scope)
+        return gate != sched.OPEN and not (gate == sched.HALF_OPEN and now > until + PROBE_MS)
 
     def told(self, request: ShareRequest) -> ShareResponse:
         """Another node's part."""
@@ -298,7 +304,7 @@ class Shares:
             except TimeoutError:
                 pass
             self._wake.clear()
-            begin = time.monotonic()
+            begin = node.clock.monotonic()
             await self.divide_limits()
             request = await self.report()
             for peer in peers:
@@ -306,7 +312,7 @@ class Shares:
                     busy[peer] = asyncio.get_running_loop().create_task(self._tell(forwarder, peer, request))
             self._use_gates()
             # Woken often, it still rests; and with very many destinations it takes a small part of the node's time.
-            await asyncio.sleep(min(SHARE_SECONDS_MAX, max(SHARE_SECONDS / 5, 20 * (time.monotonic() - begin))))
+            await asyncio.sleep(min(SHARE_SECONDS_MAX, max(SHARE_SECONDS / 5, 20 * (node.clock.monotonic() - begin))))
 
     async def _tell(self, forwarder: Forwarder, peer: str, request: ShareRequest) -> None:
         try:
