@@ -19,7 +19,7 @@ from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.share import ShareService
-from spillway.cluster.errors import StoreRefused
+from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.placement import place
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
@@ -51,7 +51,7 @@ async def serve_until_stopped(config: NodeConfig) -> int:
     """Runs a node until SIGTERM or SIGINT; returns the exit code."""
     try:
         app = App(config)
-    except (DataDirError, StoreRefused, ConfigError) as error:
+    except (DataDirError, StoreRefused, StorageFailed, ConfigError) as error:
         print(f"spillway serve: {error}", file=sys.stderr)
         return EXIT_DATA
     stop = asyncio.Event()
@@ -85,7 +85,7 @@ class App:
     """One node, wired."""
 
     def __init__(self, config: NodeConfig) -> None:
-        """Opens the stores. Raises DataDirError, StoreRefused or ConfigError; then nothing is left open."""
+        """Opens the stores. Raises DataDirError, StoreRefused, StorageFailed or ConfigError."""
         self.config = config
         members = members_of(config)
         for setting in ("listen", "peer_listen"):

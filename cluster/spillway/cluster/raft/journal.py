@@ -20,7 +20,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 from rocksdict import DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
@@ -31,6 +31,7 @@ FORMAT = 1
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
 WAL_BYTES_MAX = 64 << 20  # a quiet group must not keep the write-ahead log of busy ones
 ENTRY_OVERHEAD_BYTES = 64  # what an entry costs beside its command, roughly
+REPLACE = "If the disk is sound, replace this node by an empty one: the others will bring it up to date"
 NODE_KEY = b"\xff\xff\xff\xffN"
 _KEY = struct.Struct(">IcQ")
 _TERM = struct.Struct("<Q")
@@ -72,10 +73,10 @@ class Disk(Protocol):
         """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
 
     def get(self, key: bytes) -> bytes | None:
-        """A row."""
+        """A row. Raises StorageFailed."""
 
     def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
-        """Rows of [begin, end), in order."""
+        """Rows of [begin, end), in order. Raises StorageFailed: damage is not an end."""
 
     def close(self) -> None:
         """Releases it."""
@@ -102,8 +103,7 @@ class RocksDisk:
             if "lock" in str(e).lower():
                 raise StoreRefused(f"{path} is in use by another process; stop that one, or name another directory"
                                    ) from None
-            raise StoreRefused(f"{path} cannot be opened: {e}. If the disk is sound, replace this node by an empty one: the "
-                               "others will bring it up to date") from None
+            raise StoreRefused(f"{path} cannot be opened: {e}. {REPLACE}") from None
 
     def batch(self) -> Any:
         """See Disk."""
@@ -132,7 +132,10 @@ class RocksDisk:
 
     def get(self, key: bytes) -> bytes | None:
         """See Disk."""
-        value: bytes | None = self._db.get(key)
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as e:
+            raise StorageFailed(f"the log cannot be read: {e}") from e
         return value
 
     def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
@@ -145,6 +148,10 @@ class RocksDisk:
         while rows.valid():
             found.append((rows.key(), rows.value()))
             rows.next()
+        try:
+            rows.status()
+        except Exception as e:
+            raise StorageFailed(f"the log cannot be read: {e}") from e
         return found
 
     def close(self) -> None:
@@ -179,7 +186,10 @@ class JournalStore:
         self._batch = self.disk.batch()
         self.batch_bytes = 0
         self.groups: dict[int, GroupJournal] = {}
-        row = self.disk.get(NODE_KEY)
+        try:
+            row = self.disk.get(NODE_KEY)
+        except StorageFailed as e:
+            self._refuse(f"{e}. {REPLACE}")
         if row is None:
             self.node = NodeRow(FORMAT, cluster, node_id, incarnation())
             self._put_node()
@@ -187,7 +197,7 @@ class JournalStore:
         try:
             self.node = msgspec.msgpack.decode(row, type=NodeRow)
         except msgspec.MsgspecError:
-            self._refuse("its node row is damaged; replace this node by an empty one")
+            self._refuse(f"its node row is damaged. {REPLACE}")
         if self.node.format > FORMAT:
             self._refuse(f"it has format {self.node.format}, written by a newer Spillway, and this one reads up to "
                          f"{FORMAT}; start the newer version")
@@ -195,7 +205,7 @@ class JournalStore:
             self._refuse(f"it belongs to node {self.node.node_id!r} of cluster {self.node.cluster!r}, not to {node_id!r} of "
                          f"{cluster!r}; start that node, or name another directory")
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         self.disk.close()
         raise StoreRefused(f"the Raft log of this directory is not usable: {why}")
 
@@ -211,8 +221,11 @@ class JournalStore:
         self._put_node()
 
     def journal(self, group: int, tail_bytes_max: int = 2 << 20) -> GroupJournal:
-        """The log of a group. Raises StoreRefused if entries are missing from it."""
-        journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
+        """The log of a group. Raises StoreRefused if it is damaged."""
+        try:
+            journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
+        except StorageFailed as e:
+            raise StoreRefused(f"the log of group {group} is not usable: {e}. {REPLACE}") from None
         return journal
 
     def put(self, key: bytes, value: bytes) -> None:
@@ -293,11 +306,10 @@ class GroupJournal(Journal):  # type: ignore[misc]
         for key, value in disk.scan(self._key(0), self._key(_INDEX_MAX)):
             index = int.from_bytes(key[-8:], "big")
             if self.last and index != self.last + 1:
-                raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}; "
-                                   "replace this node by an empty one")
+                raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}. {REPLACE}")
             self._append((value[8:], index, _TERM.unpack_from(value)[0]))
         if self.last > 1 and not hard:
-            raise StoreRefused(f"term and vote of group {self.group} are lost; replace this node by an empty one")
+            raise StoreRefused(f"term and vote of group {self.group} are lost. {REPLACE}")
         self.synced = self.last
         intent = disk.get(self._name + b"I")
         self.install_above: int | None = None if intent is None else _TERM.unpack(intent)[0]

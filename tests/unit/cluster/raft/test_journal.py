@@ -166,7 +166,7 @@ def test_a_hole_in_the_log_is_refused(store: JournalStore) -> None:
     journal = _filled(store)
     assert isinstance(store.disk, SimDisk)
     del store.disk.rows[journal._key(5)]
-    with pytest.raises(StoreRefused, match="lacks the entries 5 to 5; replace this node"):
+    with pytest.raises(StoreRefused, match=r"lacks the entries 5 to 5\. If the disk is sound, replace"):
         JournalStore(store.disk, "c", "n").journal(3)
 
 
@@ -225,6 +225,25 @@ def test_a_flipped_bit_in_the_write_ahead_log_is_refused(tmp_path: Path) -> None
     wal.write_bytes(raw)
     with pytest.raises(StoreRefused, match="replace this node by an empty one"):
         JournalStore(copy, "c", "n")
+
+
+def test_a_flipped_bit_in_the_middle_of_the_log_is_no_end_of_it(tmp_path: Path) -> None:
+    """R18: an iterator that meets damage stops as at the end of the rows; what lies behind it was acknowledged."""
+    disk = RocksDisk(tmp_path / "log")
+    store = JournalStore(disk, "c", "n")
+    journal = store.journal(3)
+    journal.setCurrentTerm(1, None)
+    for index in range(1, 200):
+        journal.add(b"\0" + random.Random(index).randbytes(500), index, 1)
+    _turn(store)
+    disk.rest()  # into a file
+    store.close()
+    file = max((tmp_path / "log").glob("*.sst"), key=lambda f: f.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(StoreRefused, match=r"log of group 3 is not usable.*replace this node by an empty one"):
+        JournalStore(tmp_path / "log", "c", "n").journal(3)
 
 
 def test_both_disks_behave_alike(tmp_path: Path) -> None:
