@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from node_world import Problem, World, payloads
+from spillway.broker.core import queue, state
 from spillway.broker.core.directory import Target
 from spillway.broker.core.outbox import OUTBOX
 from spillway.broker.core.policy import Policy, Retention
@@ -254,3 +255,20 @@ async def test_large_messages_to_many_targets_are_copied_piece_by_piece(world: W
     await settle_down(world)
     assert {world.totals(name).enqueued for name in names} == {3} and outboxes(world) == 0
     assert world.host.largest < 2 << 20
+
+
+async def test_an_outbox_that_was_put_away_is_still_emptied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint between the copies and their removal takes the outbox out of memory."""
+    monkeypatch.setattr(state, "CACHE_BYTES_MAX", 0)
+    world.route("s", "a", "b")
+    copy = copier.Copier._copy
+
+    async def then_save(self: copier.Copier, messages: list[queue.Message]) -> bool:
+        done = await copy(self, messages)
+        for runtime in world.node.shards.values():
+            runtime.checkpoint()
+        return done
+    monkeypatch.setattr(copier.Copier, "_copy", then_save)
+    call = world.ingest(ProduceRecord(destination="s", message=Message(payload=b"x")))
+    await settle_down(world)
+    assert call.done.done() and outboxes(world) == 0

@@ -180,7 +180,10 @@ class Copier:
         """Proposes to remove what is copied."""
         state = self._runtime.state
         queue = state.open(OUTBOX)
-        if self._trimming or queue is None or not queue.front or queue.front[0][0] > self._done:
+        if self._trimming or queue is None:
+            return
+        state.ensure(queue, 1)  # a checkpoint may have put all of it away
+        if queue.front[0][0] > self._done:
             return
         count = bisect_right(queue.front, self._done, key=_sequence)
         overflows: dict[bytes, int] = {}
