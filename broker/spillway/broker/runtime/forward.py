@@ -520,11 +520,10 @@ class LeaseProxy:
             self._changed.clear()
             splitter = self._splitter
             timeout = None
-            if splitter is not None:
+            if splitter is not None and self._messages > 0 and self._bytes > 0:  # else there is nothing to split until there is more
                 now = self._loop.time()
-                if self._messages > 0 and self._bytes > 0:
-                    for change in splitter.plan(now):
-                        await self._give(change.node, change.messages, change.bytes)
+                for change in splitter.plan(now):
+                    await self._give(change.node, change.messages, change.bytes)
                 wake = splitter.wake_time(now)
                 timeout = None if wake is None else max(0.001, wake - now)
             try:
