@@ -130,7 +130,7 @@ class StateStore:
     def export(self, group_id: int, bytes_per_second: int = EXPORT_BYTES_PER_SECOND) -> Exporter:
         """A group's state as of now, in chunks; see Exporter."""
         rows = self.group(group_id)
-        exporter = Exporter(self.db.snapshot(), rows.prefix, group_id, rows.applied_index, rows.applied_term,
+        exporter = Exporter(self.db, rows.prefix, group_id, rows.applied_index, rows.applied_term,
                             bytes_per_second)
         self._exporters.add(exporter)
         return exporter
