@@ -5,6 +5,8 @@ import struct
 from typing import TYPE_CHECKING
 
 from spillway.cluster.machine import Role
+from spillway.cluster.raft.seam import LEADER as RAFT_LEADER
+from spillway.cluster.transport.base import Handlers, PeerHello
 from spillway.peer.v1.raft_pb2 import RaftFrame
 
 if TYPE_CHECKING:
@@ -59,6 +61,60 @@ class OneLeader:
             known = self._leaders.setdefault((group, term), node.name)
             if known != node.name:
                 raise Violation(f"{node.name} and {known} lead group {group} in term {term}")
+
+
+class ElectedByMajority:
+    """Whoever leads in a term has the votes of a majority, on their disks."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[str, int, int]] = set()
+
+    def look(self, node: SimNode) -> None:
+        """After a turn."""
+        for number, group in node.host.groups.items():
+            term = group.engine.term
+            if group.engine.state != RAFT_LEADER or (node.name, number, term) in self._known:
+                continue
+            self._known.add((node.name, number, term))
+            others = [node.world.nodes[name] for name in group.members]
+            refused = [other.name for other in others if self._voted_otherwise(other, number, term, node.name)]
+            if 2 * (len(others) - len(refused)) <= len(others):
+                raise Violation(f"{node.name} leads group {number} in term {term}; {refused} did not vote for it")
+
+    @staticmethod
+    def _voted_otherwise(other: SimNode, group: int, term: int, candidate: str) -> bool:
+        """Whether a node certainly gave no vote: what it has on its disk is of this term."""
+        hard = other.disk.durable.get(group.to_bytes(4, "big") + b"H")
+        if hard is None:
+            return other.stores == 1  # an empty disk may be a new one
+        known = struct.unpack_from("<Q", hard)[0]
+        return known < term or (known == term and hard[8:].decode() != candidate)
+
+
+class NothingStale:
+    """What comes from an older connection is not taken in (R8)."""
+
+    def __init__(self) -> None:
+        self._epochs: dict[tuple[str, int, str], int] = {}  # (node, life, peer) -> epoch of the present connection
+
+    def watch(self, node: SimNode, handlers: Handlers) -> Handlers:
+        """Handlers of a node, seen through."""
+        life = node.life
+
+        def connected(peer: str, epoch: int, hello: PeerHello) -> None:
+            self._epochs[node.name, life, peer] = epoch
+            handlers.connected(peer, epoch, hello)
+
+        def frame(peer: str, epoch: int, data: bytes) -> None:
+            waiting = len(node.host._input)
+            handlers.frame(peer, epoch, data)
+            if self._epochs.get((node.name, life, peer)) != epoch and len(node.host._input) > waiting:
+                raise Violation(f"{node.name} takes in a frame of {peer} of an older connection")
+
+        def disconnected(peer: str, epoch: int) -> None:
+            self._epochs.pop((node.name, life, peer), None)
+            handlers.disconnected(peer, epoch)
+        return Handlers(connected, frame, disconnected)
 
 
 class CommittedStays:

@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from spillway.cluster.raft.recovery import Recovery
 from spillway.peer.v1.raft_pb2 import RaftFrame
 
 from tests.simulation.raft.world import World
+
+logging.getLogger("spillway").setLevel(logging.ERROR)
 
 Mutation = Callable[[], Any]
 

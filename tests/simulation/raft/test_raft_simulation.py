@@ -32,11 +32,19 @@ def test_nothing_is_lost_in_many_seeds(first: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "first"), [
-    ("release before sync", 0), ("compact applied", 0), ("apply again", 1), ("never trim", 8), ("trim without clamp", 1),
-    ("trim without claim", 33), ("wiped is fresh", 3), ("forget install", 2)])
+    ("release before sync", 0),  # R2
+    ("compact applied", 0),  # R5
+    ("apply again", 1),  # R6
+    ("any epoch", 0),  # R8
+    ("never trim", 1), ("trim without clamp", 39), ("trim without claim", 2),  # R10
+    ("every vote", 140),  # R11
+    ("forget install", 7),  # R16
+    ("wiped is fresh", 3),  # R18
+])
 def test_a_missing_rule_is_seen(name: str, first: int) -> None:
-    """Without the rule the simulation fails, soon. Scenarios that chance hardly finds are in tests/unit/cluster/raft."""
-    assert first_failure(name, seeds=40, first=first) is not None
+    """Without the rule the simulation fails, within twenty seeds from here. From seed 0 on it takes up to 141. Scenarios that chance
+    hardly finds are in tests/unit/cluster/raft."""
+    assert first_failure(name, seeds=20, first=first) is not None
 
 
 def test_a_seed_is_a_run() -> None:

@@ -16,11 +16,15 @@ from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.transport.base import Handlers
-from spillway.cluster.transport.memory import MemoryNetwork, MemoryTransport
+from spillway.cluster.transport.memory import MemoryTransport
+from spillway.peer.v1.raft_pb2 import RaftFrame
 
+from tests.simulation.network import RoughNetwork
 from tests.simulation.raft.checkers import (
     CommittedStays,
+    ElectedByMajority,
     NothingLost,
+    NothingStale,
     NothingUnsynced,
     OneLeader,
     SameHistory,
@@ -43,6 +47,11 @@ class Options:
     delay: float = 0.002
     faults_per_second: float = 1.5
     wipes: bool = True
+    twice: float = 0.0
+    """How many frames come twice, and (`ghosts`) late frames of connections that are gone."""
+    ghosts: float = 0.0
+    spite: float = 0.0
+    """How often a candidate's requests reach one voter only."""
     limits: Limits = field(default_factory=Limits)
 
     @classmethod
@@ -53,7 +62,8 @@ class Options:
         append = rnd.choice((60, 200, 1000)) if small else 1 << 20
         return cls(nodes=rnd.choice((1, 3, 3, 3, 5)), groups=rnd.choice((1, 1, 2)), seconds=rnd.uniform(10, 30),
                    delay=delay, faults_per_second=rnd.choice((0.5, 1.5, 4.0)),
-                   wipes=rnd.random() < 0.4,
+                   wipes=rnd.random() < 0.4, twice=rnd.choice((0.0, 0.02, 0.3)), ghosts=rnd.choice((0.0, 1.0)),
+                   spite=rnd.choice((0.0, 0.0, 0.5)),
                    limits=Limits(append=append, window=append * rnd.choice((1, 3)), tail=rnd.choice((0, 500, 1 << 20)),
                                  keep=rnd.choice((0, 1000, 1 << 20)), hold=rnd.choice((1000, 1 << 20))))
 
@@ -139,6 +149,7 @@ class SpyTransport(MemoryTransport):
     def send(self, peer: str, epoch: int, frame: bytes) -> None:
         """See PeerTransport."""
         self.node.world.unsynced.frame(self.node, peer, frame)
+        self.node.world.spite(self.node, peer, frame)
         super().send(peer, epoch, frame)
 
 
@@ -193,7 +204,8 @@ class SimNode:
                 if life == self.life:
                     self.kick()
             return handle
-        self.transport.start(Handlers(then_turn(host.connected), then_turn(host.frame), then_turn(host.disconnected)))
+        seen = world.stale.watch(self, host)
+        self.transport.start(Handlers(then_turn(seen.connected), then_turn(seen.frame), then_turn(seen.disconnected)))
         self.host.start(world.now)
         self.kick()
         self._beat(life)
@@ -247,6 +259,7 @@ class SimNode:
     def _finish(self) -> None:
         self.host.finish()
         self.world.committed.look(self)
+        self.world.elected.look(self)
         while self.host.fetches:
             group, peer = self.host.fetches.popitem()
             self._fetch(group, peer, self.life)
@@ -309,13 +322,16 @@ class World:
         self.counts: Counter[str] = Counter()
         self.history, self.lost, self.leaders = SameHistory(), NothingLost(), OneLeader()
         self.committed, self.unsynced = CommittedStays(), NothingUnsynced()
+        self._heard_by: dict[tuple[str, int, int], str | None] = {}
+        self.elected, self.stale = ElectedByMajority(), NothingStale()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self._serial = 0
         self.calm = False
         self.lags: dict[tuple[str, str], float] = {}  # seconds, of a direction
         self.names = [f"n{i}" for i in range(self.options.nodes)]
-        self.network = MemoryNetwork(self.later, lambda: self.now, self._delay)
+        self.network = RoughNetwork(self.later, lambda: self.now, self._delay, random.Random(seed), self.options.twice,
+                                    self.options.ghosts)
         self.nodes = {n: self.node_class(self, n) for n in self.names}
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -396,6 +412,21 @@ class World:
         else:
             return
         self.counts[kind] += 1
+
+    def spite(self, node: SimNode, peer: str, frame: bytes) -> None:
+        """Takes a candidate's requests for votes away from all peers but one, with the rest of these connections."""
+        if self.calm or not self.options.spite:
+            return
+        for m in RaftFrame.FromString(frame).messages:
+            if m.WhichOneof("body") == "vote_request":
+                candidacy = node.name, m.group, m.term
+                if candidacy not in self._heard_by:
+                    self._heard_by[candidacy] = None if self.rnd.random() > self.options.spite else self.rnd.choice(
+                        [n for n in self.names if n != node.name])
+                if self._heard_by[candidacy] not in (None, peer):
+                    self.counts["requests for votes lost"] += 1
+                    self.network.cut(node.name, peer)
+                    self.later(self.rnd.uniform(0.1, 1.0), lambda: self._reconnect(node.name, peer))
 
     def _reconnect(self, a: str, b: str) -> None:
         self.network.disconnect(a, b)
