@@ -1,0 +1,389 @@
+"""Producers, consumers and operators: what they do comes from the seed, what they are told is checked at once.
+
+They are plain clients of the public protocol. A producer with an id sends again, in order, whatever was not acknowledged; one
+without sends each message once.
+"""
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from spillway.contract.hashing import queue_key, shard_of
+from spillway.v1 import admin_service_pb2 as admin
+from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
+from spillway.v1.message_pb2 import ERROR_CODE_OUT_OF_SEQUENCE, Message
+from spillway.v1.queue_service_pb2 import (
+    OUTCOME_ACK,
+    OUTCOME_DOWN,
+    OUTCOME_EXTEND,
+    OUTCOME_REJECT,
+    OUTCOME_RELEASE,
+    OUTCOME_RETRY,
+    OUTCOME_THROTTLED,
+    SETTLEMENT_RESULT_OK,
+    SETTLEMENT_RESULT_REFUSED,
+    AckRequest,
+    AckResponse,
+    Credit,
+    HeldLease,
+    LeasedRun,
+    LeaseRequest,
+    LeaseResponse,
+    ProduceRecord,
+    ProduceRequest,
+    ProduceResponse,
+    Settlement,
+    Subscribe,
+)
+
+from tests.simulation.cluster.loop import Process
+from tests.simulation.cluster.rpc import EOF, Channel
+from tests.simulation.cluster.violation import Violation
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster.world import World
+
+BROKEN = (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError)
+REPLY_SECONDS = 15.0  # a client gives an answer up then
+CREDIT_BYTES = 1 << 20
+
+
+class Sent:
+    """A record of a producer."""
+
+    __slots__ = ("body", "number", "queue", "record", "shard")
+
+    def __init__(self, record: ProduceRecord, shards: int) -> None:
+        self.record = record
+        self.queue = queue_key(record.destination, record.tenant, record.key)
+        self.shard = shard_of(self.queue, shards)
+        self.body = record.message.SerializeToString()
+        self.number = 0
+
+
+class Client:
+    """What all have: a name, a process of their own, channels."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.rnd = random.Random(world.rnd.getrandbits(64))
+        self.process = Process(name)
+        self.channels = {node: Channel(world.rpc, self.process, f"{node}:1") for node in world.names}
+
+    def channel(self) -> Channel:
+        """To any node."""
+        return self.channels[self.rnd.choice(self.world.names)]
+
+    def start(self, coroutine: Any) -> None:
+        """Runs it as this process."""
+        task = self.world.loop.spawn(self.process, coroutine)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.world.failed(error)
+
+
+class Producer(Client):
+    """See the module. `plan` are the queues that it sends to."""
+
+    def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int, producer_id: str) -> None:
+        super().__init__(world, name)
+        self.queues = queues
+        self.left = count
+        self.producer_id = producer_id
+        self.numbers: dict[int, int] = {}
+        self.pending: deque[Sent] = deque()
+        self.serial = 0
+
+    @property
+    def done(self) -> bool:
+        """Everything is acknowledged, or given up."""
+        return not self.left and not self.pending
+
+    def _new(self, count: int) -> None:
+        rnd, world = self.rnd, self.world
+        for _ in range(min(count, self.left)):
+            self.left -= 1
+            self.serial += 1
+            destination, tenant, key = rnd.choice(self.queues)
+            payload = f"{destination}/{self.process.name}/{self.serial}".encode() + b"." * rnd.choice((0, 0, 20, 300))
+            record = ProduceRecord(destination=destination, tenant=tenant, key=key, message=Message(payload=payload))
+            if rnd.random() < world.options.delayed:
+                record.delay.FromMilliseconds(rnd.choice((5, 300, 4000)))
+            sent = Sent(record, world.options.shards)
+            if self.producer_id:
+                sent.number = self.numbers[sent.shard] = self.numbers.get(sent.shard, 0) + 1
+                record.producer_sequence = sent.number
+            self.pending.append(sent)
+            world.counts["messages sent"] += 1
+
+    async def run(self) -> None:
+        """Until all is sent."""
+        rnd = self.rnd
+        while not self.done:
+            call = self.channel().stream_stream("/spillway.v1.QueueService/Produce")()
+            try:
+                for _ in range(rnd.choice((3, 10, 40))):
+                    if self.done:
+                        break
+                    if not self.world.calm:
+                        await asyncio.sleep(rnd.expovariate(1 / self.world.options.pause))
+                    if not self.pending or (self.producer_id and len(self.pending) < 20):
+                        self._new(rnd.choice((1, 1, 3, 12)))
+                    if not await self._send(call):
+                        await asyncio.sleep(rnd.uniform(0.02, 0.3))
+                        break
+            except BROKEN:
+                await asyncio.sleep(rnd.uniform(0.01, 0.5))
+            finally:
+                call.cancel()
+
+    async def _send(self, call: Any) -> bool:
+        """Some requests at once, as many as chance wants, and their answers; false if something has to be sent again."""
+        records = list(self.pending)
+        size = max(1, self.rnd.choice((1, 4, 16, 64)))
+        batches = [records[i:i + size] for i in range(0, len(records), size)][:4]
+        if not self.producer_id:
+            for batch in batches:
+                for _ in batch:
+                    self.pending.popleft()  # whose outcome is unknown is not sent again
+        for batch in batches:
+            await call.write(ProduceRequest(producer_id=self.producer_id, records=[s.record for s in batch]).SerializeToString())
+        good = True
+        for batch in batches:
+            async with asyncio.timeout(REPLY_SECONDS):
+                data = await call.read()
+            if data is EOF:
+                return False
+            good &= self._answered(batch, ProduceResponse.FromString(data))
+        return good
+
+    def _answered(self, batch: list[Sent], response: ProduceResponse) -> bool:
+        world = self.world
+        if len(response.sequences) != len(batch):
+            raise Violation("bug", f"{len(response.sequences)} answers to {len(batch)} records")
+        for sent, sequence in zip(batch, response.sequences, strict=True):
+            if sequence:
+                world.acknowledged(self, sent, sequence)
+                if self.producer_id and sent in self.pending:
+                    self.pending.remove(sent)
+        for error in response.errors:
+            world.counts[f"produce error {error.code}"] += 1
+            if error.code == ERROR_CODE_OUT_OF_SEQUENCE and not self.producer_id:
+                raise Violation("bug", "a record without a producer is out of sequence")
+        return not response.errors
+
+
+class Held:
+    """A lease that a consumer has."""
+
+    def __init__(self, run: LeasedRun) -> None:
+        self.run = run
+        self.done = 0  # messages whose acknowledgement was sent
+
+
+class Consumer(Client):
+    """Leases from some destinations and settles with outcomes from the seed. Once the world is calm it acknowledges all."""
+
+    def __init__(self, world: World, name: str, patterns: list[str], session: bool) -> None:
+        super().__init__(world, name)
+        self.patterns = patterns
+        self.session = f"s-{name}" if session else ""
+        self.held: dict[tuple[int, int], Held] = {}
+
+    async def run(self) -> None:
+        """For ever."""
+        rnd = self.rnd
+        while True:
+            lease = self.channel().stream_stream("/spillway.v1.QueueService/Lease")()
+            ack = self.channel().stream_stream("/spillway.v1.QueueService/Ack")()
+            try:
+                await self._consume(lease, ack)
+            except BROKEN:
+                self.world.counts["streams broken"] += 1
+            finally:
+                lease.cancel()
+                ack.cancel()
+            if not self.session or rnd.random() < 0.3:
+                self.held.clear()  # forgotten: they expire, or, with a session, are given back
+            await asyncio.sleep(rnd.uniform(0.01, 0.4))
+
+    async def _consume(self, lease: Any, ack: Any) -> None:
+        rnd, world = self.rnd, self.world
+        calm = world.calm
+        subscribe = Subscribe(destinations=self.patterns, consumer=self.process.name, session=self.session,
+                              credit=Credit(messages=200 if calm else rnd.choice((1, 5, 40)), bytes=CREDIT_BYTES),
+                              run_messages_max=0 if calm else rnd.choice((0, 0, 1, 3)))
+        subscribe.lease_duration.FromMilliseconds(rnd.choice((1000, 2000, 5000)))
+        if self.session:
+            subscribe.held.extend(HeldLease(shard=s, fencing_token=t) for s, t in self.held)
+        await lease.write(LeaseRequest(subscribe=subscribe).SerializeToString())
+        for held in list(self.held.values()):  # of an earlier stream
+            await self._work(held, ack)
+        patience = 12.0 if world.calm else rnd.choice((2.0, 6.0, 12.0))
+        for _ in range(rnd.choice((5, 30, 100))):
+            if world.calm and not calm:
+                return  # to take more at a time
+            async with asyncio.timeout(patience):
+                data = await lease.read()
+            if data is EOF:
+                return
+            response = LeaseResponse.FromString(data)
+            messages = 0
+            for run in response.runs:
+                world.delivered(self, run)
+                held = self.held[run.shard, run.fencing_token] = Held(run)
+                messages += len(run.messages)
+            if world.calm:
+                await self._acknowledge_all(ack)
+            for run in response.runs:
+                held = self.held.get((run.shard, run.fencing_token))
+                if held is not None:
+                    await self._work(held, ack)
+            if messages:
+                await lease.write(LeaseRequest(credit=Credit(messages=messages, bytes=CREDIT_BYTES)).SerializeToString())
+
+    async def _acknowledge_all(self, ack: Any) -> None:
+        """Whatever is held, in one request: a calm consumer keeps up."""
+        settlements = [Settlement(shard=held.run.shard, fencing_token=held.run.fencing_token, sequence=held.run.messages[-1].sequence,
+                                  outcome=OUTCOME_ACK) for held in self.held.values()]
+        self.held.clear()
+        if settlements:
+            await ack.write(AckRequest(settlements=settlements).SerializeToString())
+            async with asyncio.timeout(REPLY_SECONDS):
+                data = await ack.read()
+            if data is not EOF:
+                for settlement, result in zip(settlements, AckResponse.FromString(data).results, strict=True):
+                    if result == SETTLEMENT_RESULT_OK:
+                        self.world.settled(self, settlement)
+
+    async def _work(self, held: Held, ack: Any) -> None:
+        """Settles a lease, message by message or some at a time; or lets it hang."""
+        rnd, world = self.rnd, self.world
+        run = held.run
+        key = run.shard, run.fencing_token
+        calm = world.calm
+        if not calm and rnd.random() < world.options.hang:
+            self.held.pop(key, None)
+            world.counts["leases left to expire"] += 1
+            return
+        at = held.done
+        while at < len(run.messages):
+            if not calm:
+                await asyncio.sleep(rnd.choice((0.0, 0.001, 0.02, 0.2 if rnd.random() < 0.1 else 0.0)))
+            step = len(run.messages) - at if calm else rnd.randint(1, len(run.messages) - at)
+            at += step
+            outcome = OUTCOME_ACK if calm or rnd.random() < world.options.success else rnd.choice(
+                (OUTCOME_RETRY, OUTCOME_RETRY, OUTCOME_THROTTLED, OUTCOME_DOWN, OUTCOME_REJECT, OUTCOME_RELEASE, OUTCOME_EXTEND))
+            first, last = run.messages[held.done], run.messages[at - 1]
+            message = last if outcome == OUTCOME_ACK else first
+            settlement = Settlement(shard=run.shard, fencing_token=run.fencing_token, sequence=message.sequence, outcome=outcome,
+                                    reason="simulated" if outcome in (OUTCOME_RETRY, OUTCOME_REJECT) else "")
+            if outcome in (OUTCOME_RETRY, OUTCOME_THROTTLED, OUTCOME_DOWN) and rnd.random() < 0.7:
+                settlement.delay.FromMilliseconds(rnd.choice((1, 50, 1000)))
+            world.counts[f"outcome {outcome}"] += 1
+            result = await self._settle(ack, settlement, run)
+            if outcome == OUTCOME_EXTEND and result != SETTLEMENT_RESULT_REFUSED:
+                at = held.done
+                if rnd.random() < 0.5:
+                    continue
+            held.done = at
+            if result == SETTLEMENT_RESULT_REFUSED or outcome != OUTCOME_ACK:
+                break
+        self.held.pop(key, None)
+
+    async def _settle(self, ack: Any, settlement: Settlement, run: LeasedRun) -> int:
+        again = 2 if self.rnd.random() < 0.05 else 1
+        for _ in range(again):
+            await ack.write(AckRequest(settlements=[settlement]).SerializeToString())
+        result = 0
+        for number in range(again):
+            async with asyncio.timeout(REPLY_SECONDS):
+                data = await ack.read()
+            if data is EOF:
+                raise TimeoutError
+            response = AckResponse.FromString(data)
+            if len(response.results) != 1:
+                raise Violation("bug", f"{len(response.results)} answers to one settlement")
+            if not number:
+                result = response.results[0]
+            if response.results[0] == SETTLEMENT_RESULT_OK:
+                self.world.settled(self, settlement)
+        return result
+
+
+class Operator(Client):
+    """Creates destinations, changes policies, pauses, purges and redrives."""
+
+    async def call(self, method: str, request: Any) -> Any:
+        """One call, again until it is answered; None if it was refused."""
+        while True:
+            try:
+                call = getattr(AdminServiceStub(self.channel()), method)(request, timeout=10.0)
+                if method == "RedriveDeadLetters":
+                    return [part async for part in call]
+                return await call
+            except grpc.aio.AioRpcError as error:
+                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+                    if self.world.calm or method == "CreateDestination":
+                        await asyncio.sleep(self.rnd.uniform(0.05, 0.5))
+                        continue
+                    return None
+                if error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+                    raise Violation("bug", f"{method}: {error.code().name}: {error.details()}") from None
+                return None
+
+    async def create(self, destinations: list[admin.Destination], routes: list[admin.Route]) -> None:
+        """What the run needs."""
+        for destination in destinations:
+            await self.call("CreateDestination", admin.CreateDestinationRequest(destination=destination))
+        for route in routes:
+            await self.call("CreateRoute", admin.CreateRouteRequest(route=route))
+
+    async def run(self) -> None:
+        """Something now and then, until the world is calm."""
+        rnd, world = self.rnd, self.world
+        self.idle = False
+        names = [d.name for d in world.destinations]
+        while not world.calm:
+            await asyncio.sleep(rnd.expovariate(0.7))
+            name = rnd.choice(names)
+            what = rnd.choice(("update", "update", "pause", "resume", "redrive", "redrive", "purge", "unpark", "stats", "peek", "explain"))
+            world.counts[f"operator: {what}"] += 1
+            if what == "update":
+                await self.call("UpdateDestination", admin.UpdateDestinationRequest(destination=world.draw_destination(rnd, name)))
+            elif what == "pause":
+                await self.call("PauseDelivery", admin.PauseDeliveryRequest(destination=name, reason="simulated"))
+            elif what == "resume":
+                await self.call("ResumeDelivery", admin.ResumeDeliveryRequest(destination=name))
+            elif what == "redrive":
+                await self.call("RedriveDeadLetters", admin.RedriveDeadLettersRequest(destination=name, messages_per_second=1000))
+            elif what == "purge" and world.options.purges:
+                world.purged.add(name)
+                await self.call("PurgeMessages", admin.PurgeMessagesRequest(destination=name))
+            elif what == "unpark":
+                await self.call("UnparkDelivery", admin.UnparkDeliveryRequest(destination=name))
+            elif what == "stats":
+                await self.call("GetDestinationStats", admin.GetDestinationStatsRequest(name=name))
+            elif what == "peek":
+                await self.call("PeekMessages", admin.PeekMessagesRequest(destination=name, tenant="t0", key="k0"))
+            elif what == "explain":
+                await self.call("Explain", admin.ExplainRequest(destination=name))
+        self.idle = True
+
+    async def finish(self) -> None:
+        """Opens what is closed, and lifts all limits: what is left is to be delivered soon."""
+        while not self.idle:
+            await asyncio.sleep(0.05)
+        for destination in self.world.destinations:
+            plain = admin.Destination(name=destination.name, policy=admin.DeliveryPolicy(ordering=destination.policy.ordering))
+            await self.call("UpdateDestination", admin.UpdateDestinationRequest(destination=plain))
+            await self.call("ResumeDelivery", admin.ResumeDeliveryRequest(destination=destination.name))
+        self.finished = True
+
+    idle = True
+    finished = False

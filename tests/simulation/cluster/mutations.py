@@ -1,0 +1,158 @@
+"""Switches that break one rule each, in test code only: the simulation must see that it is broken, soon.
+
+`python -m tests.simulation.cluster.mutations [SEEDS] [NAME...]` says with which seed each is seen, and by which checker.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+from spillway.broker.core.queue import Queue
+from spillway.broker.core.shard import Shard
+from spillway.broker.runtime import shard as shard_module
+from spillway.broker.runtime.calls import Batch
+from spillway.broker.runtime.node import Node
+from spillway.broker.runtime.shard import ShardRuntime
+from spillway.broker.runtime.wire import run_parts
+
+from tests.properties import test_shard_mutants as shards
+from tests.simulation.cluster.violation import Violation
+from tests.simulation.cluster.world import World
+from tests.simulation.raft import mutations as raft
+
+Mutation = Callable[[], Any]
+
+
+def _answer_early() -> Any:
+    """I1: producers are told as soon as their messages are on their way into the log."""
+    collect = ShardRuntime.collect
+
+    def early(self: ShardRuntime) -> bytes | None:
+        command = collect(self)
+        if command is not None:
+            for batch in self._in_flight[-1][1]:
+                if batch.producer:
+                    for position in batch.positions:
+                        batch.call.results[position] = 1
+                    batch.call.release()
+                    batch.call.waiting += 1
+        return command
+    return patch.object(ShardRuntime, "collect", early)
+
+
+def _deliver_backwards() -> Any:
+    """I2: a run reaches its consumer in another order than it has in the queue."""
+    def backwards(self: Node, runtime: ShardRuntime, pick: Any, queue: Queue) -> bool:
+        sink = pick.consumer.sink
+        if sink is None or sink.closed:
+            return False
+        runtime.state.ensure(queue, queue.lease_size)
+        sink.push(*run_parts(runtime.number, queue, queue.front[:queue.lease_size][::-1]))
+        if sink.tap is not None:
+            sink.tap(pick.messages, pick.bytes)
+        return True
+    return patch.object(Node, "deliver", backwards)
+
+
+def _deliver_again() -> Any:
+    """I4: a run begins with a message that was acknowledged."""
+    last: dict[bytes, Any] = {}
+
+    def again(self: Node, runtime: ShardRuntime, pick: Any, queue: Queue) -> bool:
+        sink = pick.consumer.sink
+        if sink is None or sink.closed:
+            return False
+        runtime.state.ensure(queue, queue.lease_size)
+        run = queue.front[:queue.lease_size]
+        before = last.get(queue.key)
+        last[queue.key] = run[-1]
+        sink.push(*run_parts(runtime.number, queue, [before, *run] if before is not None and before[0] < run[0][0] else run))
+        return True
+    return patch.object(Node, "deliver", again)
+
+
+def _forget_producers() -> Any:
+    """I5: producers' numbers are not looked at."""
+    enqueue = ShardRuntime.enqueue
+
+    def anonymous(self: ShardRuntime, stream: int, batch: Batch) -> None:
+        if batch.copies is None:
+            batch.producer = ""
+        enqueue(self, stream, batch)
+    return patch.object(ShardRuntime, "enqueue", anonymous)
+
+
+def _own_clock() -> Any:
+    """I6: each replica takes the time from its own clock."""
+    apply = Shard.apply
+
+    def timely(self: Any, index: int, entry: Any, effects: Any = None) -> None:
+        entry.now_ms += id(self) // 64 % 7
+        apply(self, index, entry, effects)
+    return patch.object(Shard, "apply", timely)
+
+
+def _miscount() -> Any:
+    """I7: the last message of a run is not counted when it is acknowledged."""
+    ack = Shard._ack
+
+    def short(self: Any, queue: Queue, count: int, sequence: int, effects: Any) -> None:
+        ack(self, queue, count, sequence, effects)
+        if count > 1:
+            queue.counters.acked -= 1
+    return patch.object(Shard, "_ack", short)
+
+
+def _shard(mutant: type[Shard]) -> Mutation:
+    def mutate() -> Any:
+        return patch.object(shard_module, "Shard", mutant)
+    return mutate
+
+
+SEEN: dict[str, Mutation] = {
+    "I1, answered before it is replicated": _answer_early,
+    "I2, a run backwards": _deliver_backwards,
+    "I2, retries behind others": _shard(shards.RetriesBehindOthers),
+    "I3, two leases of a queue": _shard(shards.LeasesTwice),
+    "I3, tokens used again": _shard(shards.ReusesTokens),
+    "I4, delivered after its acknowledgement": _deliver_again,
+    "I4, rows of what is acknowledged stay": _shard(shards.ForgetsToDeleteRows),
+    "I5, producers are forgotten": _forget_producers,
+    "I6, a clock of one's own": _own_clock,
+    "I7, a counter that is short": _miscount,
+    "R2, released before it is synced": raft.SEEN["release before sync"],
+    "R2, counted before it is synced": raft.SEEN["apply unsynced"],
+    "R5, compacted up to what is applied": raft.SEEN["compact applied"],
+    "R6, applied again after a restart": raft.SEEN["apply again"],
+    "R8, frames of old connections": raft.SEEN["any epoch"],
+    "R10, appends are not trimmed": raft.SEEN["never trim"],
+    "R10, the commit index is not clamped": raft.SEEN["trim without clamp"],
+    "R10, claims more than was verified": raft.SEEN["trim without claim"],
+    "R10a, every reset counts": raft.SEEN["every reset"],
+    "R10b, answers to any term count": raft.SEEN["any term"],
+    "R11, votes count twice": raft.SEEN["every vote"],
+    "R16, an install is forgotten": raft.SEEN["forget install"],
+    "R18, a wiped node is a fresh one": raft.SEEN["wiped is fresh"],
+    "R18, admitted at once": raft.SEEN["no barrier"],
+}
+
+
+def first_failure(name: str, seeds: int, first: int = 0) -> tuple[int, str] | None:
+    """The first seed that fails without the rule, and how; None if all pass."""
+    with SEEN[name]():
+        for seed in range(first, first + seeds):
+            try:
+                World(seed).run()
+            except Violation as violation:
+                return seed, violation.rule
+            except Exception as error:
+                return seed, type(error).__name__
+    return None
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[2:] or SEEN:
+        found = first_failure(wanted, int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+        print(f"{wanted:40} {'NOT SEEN' if found is None else f'seed {found[0]}: {found[1]}'}", flush=True)
