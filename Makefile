@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help run demo test lint protos bench clean venv dev
+.PHONY: help run demo test sim lint protos bench clean venv dev
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,6 +22,9 @@ demo: venv  ## three nodes, five HTTP destinations, 20,000 events, one node kill
 
 test: dev  ## all tests (ARGS="-k name" to choose)
 	@$(PY) -m pytest $(ARGS)
+
+sim: dev  ## 2,000 seeds of a simulated cluster under faults (ARGS="--seeds 100 --first 7" or "--seed 7")
+	@$(PY) -m tests.simulation $(ARGS)
 
 lint: dev  ## ruff, mypy --strict, import contracts, generated code
 	@.venv/bin/ruff check .
