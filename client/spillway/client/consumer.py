@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 import secrets
 import time
@@ -44,6 +45,7 @@ FORWARD_SECONDS = 2.0  # how long a leader may be unreachable before another nod
 RESUBSCRIBE_SECONDS = 0.25  # after a shard moved to a node: for what its old leader granted and did not deliver
 CLOSE_READ_SECONDS = 1.0  # how long a closing stream may still deliver
 EXTEND_TICK_SECONDS = 0.25
+EXTENSION_SECONDS_MIN = 1.0  # of a lease that was nearly over when it came
 DRAINING_SECONDS = 1.0  # before a node that is stopping is asked again
 
 
@@ -68,6 +70,7 @@ class _Stream:
         self.address = address
         self.local_only = local_only
         self.open = False
+        self.number = 0  # of the call, in the session
         self.failing_since: float | None = None
         self.owed_messages = 0  # credit planned and not sent
         self.owed_bytes = 0
@@ -89,7 +92,8 @@ class _Stream:
         self._credit.set()
 
     def resubscribe(self) -> None:
-        """Opens the stream anew."""
+        """Opens the stream anew. What the old call still brings is not taken."""
+        self.consumer.delivering.discard(self.number)
         self._again.set()
 
     async def close(self) -> None:
@@ -142,10 +146,11 @@ class _Stream:
         call = self._call = channel.stream_stream(METHOD, pb.LeaseRequest.SerializeToString, pb.LeaseResponse.FromString)()
         consumer.replan_now()
         subscribe = consumer.subscription(self.owed_messages, self.owed_bytes, self.local_only)
+        number = self.number = subscribe.subscribe.stream
         self.owed_messages = self.owed_bytes = 0
         started = self.heard_at = self._loop.time()
         tasks: list[asyncio.Task[Any]] = [
-            asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call, subscribe)),
+            asyncio.create_task(self._read(call, number)), asyncio.create_task(self._write(call, subscribe)),
             asyncio.create_task(self._again.wait())]
         try:
             while True:
@@ -163,6 +168,7 @@ class _Stream:
                         self.failing_since = started
                         consumer.stream_failed(self, Unavailable(f"{self.address} cannot be reached"))
         finally:
+            consumer.delivering.discard(number)
             call.cancel()
             for task in tasks:
                 task.cancel()
@@ -176,7 +182,7 @@ class _Stream:
         for result in ended:
             if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
                 raise result  # a bug
-        if ended[2] is True:
+        if self._again.is_set():
             return "again"
         return "draining" if ended[0] is True else Unavailable(f"{self.address} ended the stream")
 
@@ -197,12 +203,12 @@ class _Stream:
                 self.owed_messages = self.owed_bytes = 0
                 await call.write(pb.LeaseRequest(credit=pb.Credit(messages=messages, bytes=bytes_)))
 
-    async def _read(self, call: _Call) -> bool:
+    async def _read(self, call: _Call, number: int) -> bool:
         """Returns whether the node is draining."""
         consumer = self.consumer
         while True:
             response: Any = await call.read()
-            if response is grpc.aio.EOF:
+            if response is grpc.aio.EOF or number not in consumer.delivering:
                 return False
             self.heard_at = self._loop.time()
             if not self.open:
@@ -230,6 +236,10 @@ class Consumer:
         self.name = name
         self.session = secrets.token_hex(16)
         self.credits: CreditSplitter[_Stream] = CreditSplitter(credit_messages, credit_bytes)
+        self.delivering: set[int] = set()
+        """Numbers of the calls whose deliveries are taken. Brokers are told of them with every new call: what comes over the
+        others never becomes a lease that this consumer holds, so it may be given back."""
+        self._calls = itertools.count(1)
         self.on_stale = on_stale
         self._router = router
         self._run_messages_max = run_messages_max
@@ -245,6 +255,7 @@ class Consumer:
         self._closing_streams: set[asyncio.Task[None]] = set()
         self._buffer: deque[LeasedRun] = deque()  # delivered, not handed out
         self._live: set[LeasedRun] = set()  # delivered, not settled for certain
+        self._doubtful: set[LeasedRun] = set()  # of these, not handed out before it is known that they are not over
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._partly: deque[LeasedMessage] = deque()  # of a run handed out in part, to iterators over messages
         self._replanning = False
@@ -252,7 +263,7 @@ class Consumer:
         self._extend_timer: asyncio.TimerHandle | None = None
         self._extend_due = 0.0
         self._resubscribe_timer: asyncio.TimerHandle | None = None
-        self._moved_to: set[str] = set()
+        self._moved: set[str] = set()
         self._shortest_lease = lease_seconds or 30.0
         self._fatal: SpillwayError | None = None
         self._closed = False
@@ -351,13 +362,15 @@ class Consumer:
     # -- streams -------------------------------------------------------------------------------------------------
 
     def subscription(self, messages: int, bytes: int, local_only: bool) -> pb.LeaseRequest:
-        """The first request of a stream."""
+        """The first request of a call, which delivers from now on."""
         subscribe = pb.Subscribe(destinations=self.destinations, consumer=self.name,
                                  credit=pb.Credit(messages=max(messages, 0), bytes=max(bytes, 0)),
                                  run_messages_max=self._run_messages_max, local_only=local_only, session=self.session,
+                                 stream=next(self._calls), streams_open=self.delivering,
                                  held=[pb.HeldLease(shard=r.shard, fencing_token=r.fencing_token) for r in self._live])
         if self._lease_seconds is not None:
             subscribe.lease_duration.FromMilliseconds(round(self._lease_seconds * 1000))
+        self.delivering.add(subscribe.stream)
         return pb.LeaseRequest(subscribe=subscribe)
 
     def _topology_changed(self, old: Topology, new: Topology) -> None:
@@ -365,17 +378,18 @@ class Consumer:
         if old.shard_count == new.shard_count:
             for before, after in zip(old.leaders, new.leaders, strict=True):
                 # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
-                if before != after and after in self._streams:
-                    self._moved_to.add(after)
+                # The old leader's stream, too, begins anew: what is on its way there would be taken for lost, and come.
+                if before != after:
+                    self._moved.update(node for node in (before, after) if node in self._streams)
             self._resubscribe_soon()
 
     def _resubscribe_soon(self) -> None:
-        if self._moved_to and self._resubscribe_timer is None and not self._closed:
+        if self._moved and self._resubscribe_timer is None and not self._closed:
             self._resubscribe_timer = self._loop.call_later(RESUBSCRIBE_SECONDS, self._resubscribe_moved)
 
     def _resubscribe_moved(self) -> None:
         self._resubscribe_timer = None
-        moved, self._moved_to = self._moved_to, set()
+        moved, self._moved = self._moved, set()
         for node in moved:
             if node in self._streams:
                 self._streams[node].resubscribe()
@@ -417,7 +431,7 @@ class Consumer:
 
     def _stand_in_closed(self, _: asyncio.Task[None]) -> None:
         """What other nodes granted to the stand-in and it did not deliver is lost on the way: ask each for it anew."""
-        self._moved_to.update(self._streams)
+        self._moved.update(self._streams)
         self._resubscribe_soon()
 
     def _close_stream(self, stream: _Stream) -> asyncio.Task[None]:
@@ -495,18 +509,23 @@ class Consumer:
         total = self._lease_total_max
         messages_all = bytes_all = 0
         runs: list[LeasedRun] = []
+        doubtful: list[LeasedRun] = []
         for one in response.runs:
             messages = one.messages
             count = len(messages)
             size = messages[0].message.ByteSize() if count == 1 else sum([m.message.ByteSize() for m in messages])
             messages_all += count
             bytes_all += size
-            seconds = lease or max(one.expire_unix_ms / 1000 - wall, 1.0)
-            run = LeasedRun(self, one, count, size, now, seconds, total)
+            left = one.expire_unix_ms / 1000 - wall
+            seconds = lease or max(left, EXTENSION_SECONDS_MIN)
+            run = LeasedRun(self, one, count, size, now, min(left, seconds), seconds, total)
             if seconds < self._shortest_lease:
                 self._shortest_lease = seconds
             live.add(run)
-            runs.append(run)
+            if left > 0:
+                runs.append(run)
+            else:
+                doubtful.append(run)
         credits = self.credits
         credits.delivered(stream, messages_all, bytes_all, now)
         if credits.surplus > 0 or self._closed:
@@ -522,12 +541,25 @@ class Consumer:
         buffer.extend(runs)
         if self._waiters:
             self._wake(len(runs))
+        for run in doubtful:
+            if self._closed:
+                run.release()
+            else:
+                self._make_sure(run)
         if self._extend_timer is None:
             self._schedule_extend()
         self.replan()
 
+    def _make_sure(self, run: LeasedRun) -> None:
+        """A lease that seems to be over came late, or this clock is ahead of the broker's: an extension tells, and only then it is
+        handed out."""
+        self._doubtful.add(run)
+        run.extend_at = float("inf")  # until it is answered
+        self.submit(Settlement(run, EXTEND, 0, 0, run.lease_seconds, ""))
+
     def submit(self, settlement: Settlement) -> None:
         """Sends a settlement. For runs."""
+        settlement.at = self._loop.time()
         self._settler.submit(settlement)
 
     def _finished(self, settlement: Settlement, error: SpillwayError | None) -> None:
@@ -536,8 +568,12 @@ class Consumer:
             if settlement.outcome == EXTEND:
                 assert settlement.delay is not None
                 now = self._loop.time()
-                run.expire_at = max(run.expire_at, now + settlement.delay)
+                run.expire_at = max(run.expire_at, settlement.at + settlement.delay)  # the broker counts from then, or later
                 run.extend_at = now + (run.expire_at - now) / 2
+                if run in self._doubtful:
+                    self._doubtful.discard(run)
+                    self._buffer.append(run)
+                    self._wake(1)
                 return
             upto = settlement.upto if settlement.outcome == ACK else run.count
             count = upto - run.credited
@@ -559,7 +595,9 @@ class Consumer:
             self.credits.settled(run.count - run.credited, run.bytes)
             run.credited, run.bytes = run.count, 0
             self.replan()
-        if not settlement.awaited and not self._closed:
+        if run in self._doubtful:
+            self._doubtful.discard(run)  # nobody has it
+        elif not settlement.awaited and not self._closed:
             self._report_stale(run, error)
 
     def _report_stale(self, run: LeasedRun, error: SpillwayError) -> None:
@@ -590,7 +628,7 @@ class Consumer:
                     log.warning("%r has been held for lease_total_max; it will expire", run)
                     continue
                 run.extend_at = float("inf")  # until it is answered; the settler retries
-                self._settler.submit(Settlement(run, EXTEND, 0, 0, run.lease_seconds, ""))
+                self.submit(Settlement(run, EXTEND, 0, 0, run.lease_seconds, ""))
         self._extend_timer = None
         if self._live and not self._closed:
             self._schedule_extend()

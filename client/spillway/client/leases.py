@@ -35,8 +35,8 @@ class LeasedRun:
     __slots__ = ("_consumer", "_later", "_messages", "_pb", "bytes", "count", "credited", "ended", "expire_at",
                  "extend_at", "fencing_token", "given_up_at", "lease_seconds", "settled", "shard", "unsure")
 
-    def __init__(self, consumer: Consumer, run: pb.LeasedRun, count: int, bytes: int, now: float, lease_seconds: float,
-                 total_seconds: float) -> None:
+    def __init__(self, consumer: Consumer, run: pb.LeasedRun, count: int, bytes: int, now: float, seconds_left: float,
+                 lease_seconds: float, total_seconds: float) -> None:
         self._consumer = consumer
         self._pb = run
         self._messages: Sequence[LeasedMessage] | None = None
@@ -49,9 +49,9 @@ class LeasedRun:
         self.credited = 0  # how many gave their credit back
         self.ended = False  # nothing more can be settled
         self.unsure = 0  # settlements sent whose outcome is not certain
-        self.lease_seconds = lease_seconds
-        self.expire_at = now + lease_seconds  # by the loop's clock
-        self.extend_at = now + lease_seconds / 2
+        self.lease_seconds = lease_seconds  # of an extension
+        self.expire_at = now + seconds_left  # by the loop's clock
+        self.extend_at = now + seconds_left / 2
         self.given_up_at = now + total_seconds
 
     def __repr__(self) -> str:

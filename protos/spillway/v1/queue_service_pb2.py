@@ -27,17 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from spillway.v1 import message_pb2 as spillway_dot_v1_dot_message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fspillway/v1/queue_service.proto\x12\x0bspillway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19spillway/v1/message.proto\"R\n\x0eProduceRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12+\n\x07records\x18\x02 \x03(\x0b\x32\x1a.spillway.v1.ProduceRecord\"\x97\x02\n\rProduceRecord\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x19\n\x11producer_sequence\x18\x04 \x01(\x06\x12(\n\x05\x64\x65lay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x07message\x18\x06 \x01(\x0b\x32\x14.spillway.v1.Message\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64\x65\x64up_id\x18\x08 \x01(\t\x12.\n\ndeliver_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\x0fProduceResponse\x12\x11\n\tsequences\x18\x01 \x03(\x06\x12&\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x16.spillway.v1.ItemError\"m\n\x0cLeaseRequest\x12+\n\tsubscribe\x18\x01 \x01(\x0b\x32\x16.spillway.v1.SubscribeH\x00\x12%\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x13.spillway.v1.CreditH\x00\x42\t\n\x07request\"\xf0\x01\n\tSubscribe\x12\x14\n\x0c\x64\x65stinations\x18\x01 \x03(\t\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12#\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x13.spillway.v1.Credit\x12\x18\n\x10run_messages_max\x18\x04 \x01(\r\x12\x31\n\x0elease_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nlocal_only\x18\x06 \x01(\x08\x12\x0f\n\x07session\x18\x07 \x01(\t\x12$\n\x04held\x18\x08 \x03(\x0b\x32\x16.spillway.v1.HeldLease\"1\n\tHeldLease\x12\r\n\x05shard\x18\x01 \x01(\x07\x12\x15\n\rfencing_token\x18\x02 \x01(\x06\")\n\x06\x43redit\x12\x10\n\x08messages\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"G\n\rLeaseResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.spillway.v1.LeasedRun\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"\xc8\x01\n\tLeasedRun\x12\r\n\x05shard\x18\x01 \x01(\x07\x12\x15\n\rfencing_token\x18\x02 \x01(\x06\x12\x16\n\x0e\x65xpire_unix_ms\x18\x03 \x01(\x06\x12\x13\n\x0b\x64\x65stination\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0b\n\x03key\x18\x06 \x01(\t\x12,\n\x08messages\x18\x07 \x03(\x0b\x32\x1a.spillway.v1.LeasedMessage\x12\x1d\n\x03gap\x18\x08 \x01(\x0b\x32\x10.spillway.v1.Gap\"r\n\rLeasedMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x06\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x07\x12\x17\n\x0f\x65nqueue_unix_ms\x18\x03 \x01(\x06\x12%\n\x07message\x18\x04 \x01(\x0b\x32\x14.spillway.v1.Message\"C\n\x03Gap\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_sequence\x18\x02 \x01(\x06\x12\x15\n\rlast_sequence\x18\x03 \x01(\x06\":\n\nAckRequest\x12,\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x17.spillway.v1.Settlement\"\xa5\x01\n\nSettlement\x12\r\n\x05shard\x18\x01 \x01(\x07\x12\x15\n\rfencing_token\x18\x02 \x01(\x06\x12\x10\n\x08sequence\x18\x03 \x01(\x06\x12%\n\x07outcome\x18\x04 \x01(\x0e\x32\x14.spillway.v1.Outcome\x12(\n\x05\x64\x65lay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x06 \x01(\t\"e\n\x0b\x41\x63kResponse\x12.\n\x07results\x18\x01 \x03(\x0e\x32\x1d.spillway.v1.SettlementResult\x12&\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x16.spillway.v1.ItemError*\xac\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0f\n\x0bOUTCOME_ACK\x10\x01\x12\x11\n\rOUTCOME_RETRY\x10\x02\x12\x15\n\x11OUTCOME_THROTTLED\x10\x03\x12\x10\n\x0cOUTCOME_DOWN\x10\x04\x12\x12\n\x0eOUTCOME_REJECT\x10\x05\x12\x13\n\x0fOUTCOME_RELEASE\x10\x06\x12\x12\n\x0eOUTCOME_EXTEND\x10\x07*\x95\x01\n\x10SettlementResult\x12!\n\x1dSETTLEMENT_RESULT_UNSPECIFIED\x10\x00\x12\x18\n\x14SETTLEMENT_RESULT_OK\x10\x01\x12%\n!SETTLEMENT_RESULT_ALREADY_SETTLED\x10\x02\x12\x1d\n\x19SETTLEMENT_RESULT_REFUSED\x10\x03\x32\xda\x01\n\x0cQueueService\x12H\n\x07Produce\x12\x1b.spillway.v1.ProduceRequest\x1a\x1c.spillway.v1.ProduceResponse(\x01\x30\x01\x12\x42\n\x05Lease\x12\x19.spillway.v1.LeaseRequest\x1a\x1a.spillway.v1.LeaseResponse(\x01\x30\x01\x12<\n\x03\x41\x63k\x12\x17.spillway.v1.AckRequest\x1a\x18.spillway.v1.AckResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fspillway/v1/queue_service.proto\x12\x0bspillway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19spillway/v1/message.proto\"R\n\x0eProduceRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12+\n\x07records\x18\x02 \x03(\x0b\x32\x1a.spillway.v1.ProduceRecord\"\x97\x02\n\rProduceRecord\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x19\n\x11producer_sequence\x18\x04 \x01(\x06\x12(\n\x05\x64\x65lay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x07message\x18\x06 \x01(\x0b\x32\x14.spillway.v1.Message\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64\x65\x64up_id\x18\x08 \x01(\t\x12.\n\ndeliver_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\x0fProduceResponse\x12\x11\n\tsequences\x18\x01 \x03(\x06\x12&\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x16.spillway.v1.ItemError\"m\n\x0cLeaseRequest\x12+\n\tsubscribe\x18\x01 \x01(\x0b\x32\x16.spillway.v1.SubscribeH\x00\x12%\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x13.spillway.v1.CreditH\x00\x42\t\n\x07request\"\x96\x02\n\tSubscribe\x12\x14\n\x0c\x64\x65stinations\x18\x01 \x03(\t\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12#\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x13.spillway.v1.Credit\x12\x18\n\x10run_messages_max\x18\x04 \x01(\r\x12\x31\n\x0elease_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nlocal_only\x18\x06 \x01(\x08\x12\x0f\n\x07session\x18\x07 \x01(\t\x12$\n\x04held\x18\x08 \x03(\x0b\x32\x16.spillway.v1.HeldLease\x12\x0e\n\x06stream\x18\t \x01(\x06\x12\x14\n\x0cstreams_open\x18\n \x03(\x06\"1\n\tHeldLease\x12\r\n\x05shard\x18\x01 \x01(\x07\x12\x15\n\rfencing_token\x18\x02 \x01(\x06\")\n\x06\x43redit\x12\x10\n\x08messages\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"G\n\rLeaseResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.spillway.v1.LeasedRun\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"\xc8\x01\n\tLeasedRun\x12\r\n\x05shard\x18\x01 \x01(\x07\x12\x15\n\rfencing_token\x18\x02 \x01(\x06\x12\x16\n\x0e\x65xpire_unix_ms\x18\x03 \x01(\x06\x12\x13\n\x0b\x64\x65stination\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0b\n\x03key\x18\x06 \x01(\t\x12,\n\x08messages\x18\x07 \x03(\x0b\x32\x1a.spillway.v1.LeasedMessage\x12\x1d\n\x03gap\x18\x08 \x01(\x0b\x32\x10.spillway.v1.Gap\"r\n\rLeasedMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x06\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x07\x12\x17\n\x0f\x65nqueue_unix_ms\x18\x03 \x01(\x06\x12%\n\x07message\x18\x04 \x01(\x0b\x32\x14.spillway.v1.Message\"C\n\x03Gap\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_sequence\x18\x02 \x01(\x06\x12\x15\n\rlast_sequence\x18\x03 \x01(\x06\":\n\nAckRequest\x12,\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x17.spillway.v1.Settlement\"\xa5\x01\n\nSettlement\x12\r\n\x05shard\x18\x01 \x01(\x07\x12\x15\n\rfencing_token\x18\x02 \x01(\x06\x12\x10\n\x08sequence\x18\x03 \x01(\x06\x12%\n\x07outcome\x18\x04 \x01(\x0e\x32\x14.spillway.v1.Outcome\x12(\n\x05\x64\x65lay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x06 \x01(\t\"e\n\x0b\x41\x63kResponse\x12.\n\x07results\x18\x01 \x03(\x0e\x32\x1d.spillway.v1.SettlementResult\x12&\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x16.spillway.v1.ItemError*\xac\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0f\n\x0bOUTCOME_ACK\x10\x01\x12\x11\n\rOUTCOME_RETRY\x10\x02\x12\x15\n\x11OUTCOME_THROTTLED\x10\x03\x12\x10\n\x0cOUTCOME_DOWN\x10\x04\x12\x12\n\x0eOUTCOME_REJECT\x10\x05\x12\x13\n\x0fOUTCOME_RELEASE\x10\x06\x12\x12\n\x0eOUTCOME_EXTEND\x10\x07*\x95\x01\n\x10SettlementResult\x12!\n\x1dSETTLEMENT_RESULT_UNSPECIFIED\x10\x00\x12\x18\n\x14SETTLEMENT_RESULT_OK\x10\x01\x12%\n!SETTLEMENT_RESULT_ALREADY_SETTLED\x10\x02\x12\x1d\n\x19SETTLEMENT_RESULT_REFUSED\x10\x03\x32\xda\x01\n\x0cQueueService\x12H\n\x07Produce\x12\x1b.spillway.v1.ProduceRequest\x1a\x1c.spillway.v1.ProduceResponse(\x01\x30\x01\x12\x42\n\x05Lease\x12\x19.spillway.v1.LeaseRequest\x1a\x1a.spillway.v1.LeaseResponse(\x01\x30\x01\x12<\n\x03\x41\x63k\x12\x17.spillway.v1.AckRequest\x1a\x18.spillway.v1.AckResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spillway.v1.queue_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=1825
-  _globals['_OUTCOME']._serialized_end=1997
-  _globals['_SETTLEMENTRESULT']._serialized_start=2000
-  _globals['_SETTLEMENTRESULT']._serialized_end=2149
+  _globals['_OUTCOME']._serialized_start=1863
+  _globals['_OUTCOME']._serialized_end=2035
+  _globals['_SETTLEMENTRESULT']._serialized_start=2038
+  _globals['_SETTLEMENTRESULT']._serialized_end=2187
   _globals['_PRODUCEREQUEST']._serialized_start=140
   _globals['_PRODUCEREQUEST']._serialized_end=222
   _globals['_PRODUCERECORD']._serialized_start=225
@@ -47,25 +47,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEASEREQUEST']._serialized_start=584
   _globals['_LEASEREQUEST']._serialized_end=693
   _globals['_SUBSCRIBE']._serialized_start=696
-  _globals['_SUBSCRIBE']._serialized_end=936
-  _globals['_HELDLEASE']._serialized_start=938
-  _globals['_HELDLEASE']._serialized_end=987
-  _globals['_CREDIT']._serialized_start=989
-  _globals['_CREDIT']._serialized_end=1030
-  _globals['_LEASERESPONSE']._serialized_start=1032
-  _globals['_LEASERESPONSE']._serialized_end=1103
-  _globals['_LEASEDRUN']._serialized_start=1106
-  _globals['_LEASEDRUN']._serialized_end=1306
-  _globals['_LEASEDMESSAGE']._serialized_start=1308
-  _globals['_LEASEDMESSAGE']._serialized_end=1422
-  _globals['_GAP']._serialized_start=1424
-  _globals['_GAP']._serialized_end=1491
-  _globals['_ACKREQUEST']._serialized_start=1493
-  _globals['_ACKREQUEST']._serialized_end=1551
-  _globals['_SETTLEMENT']._serialized_start=1554
-  _globals['_SETTLEMENT']._serialized_end=1719
-  _globals['_ACKRESPONSE']._serialized_start=1721
-  _globals['_ACKRESPONSE']._serialized_end=1822
-  _globals['_QUEUESERVICE']._serialized_start=2152
-  _globals['_QUEUESERVICE']._serialized_end=2370
+  _globals['_SUBSCRIBE']._serialized_end=974
+  _globals['_HELDLEASE']._serialized_start=976
+  _globals['_HELDLEASE']._serialized_end=1025
+  _globals['_CREDIT']._serialized_start=1027
+  _globals['_CREDIT']._serialized_end=1068
+  _globals['_LEASERESPONSE']._serialized_start=1070
+  _globals['_LEASERESPONSE']._serialized_end=1141
+  _globals['_LEASEDRUN']._serialized_start=1144
+  _globals['_LEASEDRUN']._serialized_end=1344
+  _globals['_LEASEDMESSAGE']._serialized_start=1346
+  _globals['_LEASEDMESSAGE']._serialized_end=1460
+  _globals['_GAP']._serialized_start=1462
+  _globals['_GAP']._serialized_end=1529
+  _globals['_ACKREQUEST']._serialized_start=1531
+  _globals['_ACKREQUEST']._serialized_end=1589
+  _globals['_SETTLEMENT']._serialized_start=1592
+  _globals['_SETTLEMENT']._serialized_end=1757
+  _globals['_ACKRESPONSE']._serialized_start=1759
+  _globals['_ACKRESPONSE']._serialized_end=1860
+  _globals['_QUEUESERVICE']._serialized_start=2190
+  _globals['_QUEUESERVICE']._serialized_end=2408
 # @@protoc_insertion_point(module_scope)

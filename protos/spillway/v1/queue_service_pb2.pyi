@@ -284,6 +284,8 @@ class Subscribe(_message.Message):
     LOCAL_ONLY_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    STREAMS_OPEN_FIELD_NUMBER: _builtins.int
     consumer: _builtins.str
     """A name for people and `explain`; up to 255 bytes."""
     run_messages_max: _builtins.int
@@ -296,6 +298,11 @@ class Subscribe(_message.Message):
     """Names this consumer across reconnects: at most 64 bytes, unique to one
     running consumer. Empty: a lease whose delivery was lost with a connection
     or a leader waits until it expires.
+    """
+    stream: _builtins.int
+    """With a session: the number of this stream, higher than that of any stream
+    that the consumer opened before. 0: the node gives it one by its clock, and
+    all earlier streams of the session count as ended.
     """
     @_builtins.property
     def destinations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -316,8 +323,15 @@ class Subscribe(_message.Message):
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
         """With a session: the leases that it still holds. Other leases of the session
-        on shards that the node leads were lost on the way; they are given back at
-        once, without counting an attempt.
+        on shards that the node leads, granted over streams that have ended, were
+        lost on the way; they are given back at once, without counting an attempt.
+        """
+
+    @_builtins.property
+    def streams_open(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With `stream`: the numbers of the session's other streams that may still
+        deliver. A stream is left out only once the consumer takes nothing more from
+        it, and before it looks which leases it holds.
         """
 
     def __init__(
@@ -331,10 +345,12 @@ class Subscribe(_message.Message):
         local_only: _builtins.bool = ...,
         session: _builtins.str = ...,
         held: _abc.Iterable[Global___HeldLease] | None = ...,
+        stream: _builtins.int = ...,
+        streams_open: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "credit", b"credit", "destinations", b"destinations", "held", b"held", "lease_duration", b"lease_duration", "local_only", b"local_only", "run_messages_max", b"run_messages_max", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "credit", b"credit", "destinations", b"destinations", "held", b"held", "lease_duration", b"lease_duration", "local_only", b"local_only", "run_messages_max", b"run_messages_max", "session", b"session", "stream", b"stream", "streams_open", b"streams_open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,11 +29,12 @@ Refuse = Callable[[q.ProduceRecord], m.ItemError | None]
 class Lease:
     """One live lease."""
 
-    def __init__(self, token: int, shard: int, queue: bytes, session: str, sequences: list[int]) -> None:
+    def __init__(self, token: int, shard: int, queue: bytes, session: str, stream: int, sequences: list[int]) -> None:
         self.token = token
         self.shard = shard
         self.queue = queue
         self.session = session
+        self.stream = stream
         self.sequences = sequences  # unsettled
         self.settled: list[int] = []
 
@@ -171,7 +172,7 @@ class FakeCluster:
                     stream.messages -= 1
                     stream.bytes -= message.ByteSize()
                 self.leases[shard, run.fencing_token] = Lease(run.fencing_token, shard, name, stream.subscribe.session,
-                                                              [x.sequence for x in run.messages])
+                                                              stream.subscribe.stream, [x.sequence for x in run.messages])
                 self.outstanding_high = max(self.outstanding_high, sum(len(x.sequences) for x in self.leases.values()))
                 stream.node.streams.remove(stream)
                 stream.node.streams.append(stream)  # the next takes the next
@@ -243,6 +244,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.swallow_acks = 0
         self.hang = asyncio.Event()  # clear: Produce waits
         self.hang.set()
+        self.flowing = asyncio.Event()  # clear: what is leased stays on its way
+        self.flowing.set()
         self.requests: list[q.ProduceRequest] = []
         self.subscriptions: list[q.Subscribe] = []
         self.ack_requests = 0
@@ -332,7 +335,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         cluster_ = self.cluster
         for (shard, token), lease in list(cluster_.leases.items()):
             if lease.session == stream.subscribe.session and cluster_.leaders.get(shard) == self.name and (
-                    shard, token) not in stream.held:
+                    shard, token) not in stream.held and (not stream.subscribe.stream or (
+                    lease.stream < stream.subscribe.stream and lease.stream not in stream.subscribe.streams_open)):
                 del cluster_.leases[shard, token]
         self.streams.append(stream)
 
@@ -349,6 +353,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
             await context.write(q.LeaseResponse())
             await cluster_.pump()
             while (response := await stream.out.get()) is not None:
+                await self.flowing.wait()
                 await context.write(response)
         finally:
             reader.cancel()

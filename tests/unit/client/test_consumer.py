@@ -24,6 +24,7 @@ from spillway.client import (
     StaleLease,
     Throttled,
 )
+from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import message_pb2 as m
 from spillway.v1 import queue_service_pb2 as q
 
@@ -310,7 +311,7 @@ async def test_extension_ends_at_lease_total_max(caplog: pytest.LogCaptureFixtur
     """A handler that hangs does not keep its message for ever."""
     async with serving() as (cluster, client):
         await send(client, 1)
-        async with client.consumer("d", lease_seconds=1.0, lease_total_max=0.1) as consumer:
+        async with client.consumer("d", lease_seconds=4.0, lease_total_max=0.1) as consumer:
             run = await consumer.next_run(5)
             assert run is not None
             await until(lambda: "lease_total_max" in caplog.text)
@@ -386,6 +387,76 @@ async def test_a_shard_that_moves_is_consumed_at_its_new_leader() -> None:
         await until(lambda: len(cluster.nodes["n2"].subscriptions) == 2)
 
 
+@pytest.mark.parametrize("moves", [1, 2])
+async def test_a_delivery_that_a_move_overtakes_is_no_lease(moves: int) -> None:
+    """What an old leader granted and still brings, when the new one was asked for it already, is not handed out: that lease is
+    given back, and somebody else may have the message. A shard that moves to and fro changes nothing of that."""
+    async with serving(2) as (cluster, client), client.producer() as producer, client.consumer("d") as consumer:
+        await until(lambda: consumer.state is ConsumerState.CONSUMING)
+        shard, slow = 1, cluster.nodes["n1"]
+        assert cluster.leaders[shard] == "n1"
+        key = next(str(i) for i in range(100) if shard_of(queue_key("d", "", str(i)), 4) == shard)
+        slow.flowing.clear()
+        await producer.send("d", b"x", key=key)
+        await until(lambda: cluster.leases)
+        for leader in ("n2", "n1")[:moves]:
+            opened = len(cluster.nodes[leader].subscriptions)
+            await cluster.move(shard, leader)
+            await until(lambda node=cluster.nodes[leader], n=opened: len(node.subscriptions) > n)  # type: ignore[misc]
+        slow.flowing.set()
+        run = await consumer.next_run(5)
+        assert run is not None and (run.shard, run.fencing_token) in cluster.leases
+        await run.ack()
+        assert await consumer.next_run(0.2) is None and not cluster.leases
+
+
+async def test_a_lease_that_arrives_after_its_end_is_not_handed_out() -> None:
+    """A node that stood still delivers what it had granted before: somebody else has it by then."""
+    async with serving() as (cluster, client), client.consumer("d") as consumer:
+        await until(lambda: consumer.state is ConsumerState.CONSUMING)
+        cluster.lease_ms = 50
+        cluster.nodes["n1"].flowing.clear()
+        await send(client, 1)
+        await until(lambda: cluster.leases)
+        late = next(iter(cluster.leases))
+        await asyncio.sleep(0.06)  # its time passes
+        cluster.expire()
+        cluster.lease_ms = 30_000
+        await cluster.pump()
+        cluster.nodes["n1"].flowing.set()
+        run = await consumer.next_run(5)
+        assert run is not None and (run.shard, run.fencing_token) != late
+        await run.ack()
+        assert not consumer._live and consumer.credits.messages_out == 0
+
+
+async def test_a_lease_that_seems_to_be_over_is_made_sure_of() -> None:
+    """Where the client's clock is ahead of the broker's, every lease looks as if it had ended: it is extended, then handed out."""
+    async with serving() as (cluster, client), client.consumer("d") as consumer:
+        cluster.lease_ms = -10_000
+        await send(client, 1)
+        run = await consumer.next_run(5)
+        assert run is not None and committed(cluster, q.OUTCOME_EXTEND)
+        await run.ack()
+        assert not consumer._live and consumer.credits.messages_out == 0
+
+
+async def test_an_extension_counts_from_when_it_was_asked_for() -> None:
+    """The answer may take its time; the broker counts from when it was asked, or later."""
+    async with serving() as (cluster, client):
+        await send(client, 1)
+        async with client.consumer("d") as consumer:
+            run = await consumer.next_run(5)
+            assert run is not None
+            cluster.refuse_settlement = lambda s: m.ItemError(code=m.ERROR_CODE_UNAVAILABLE)
+            extension = run.extend(100.0)
+            asked = consumer.time()
+            await asyncio.sleep(0.2)
+            cluster.refuse_settlement = lambda s: None
+            await extension
+            assert run.expire_at <= asked + 100.0
+
+
 async def test_a_draining_node_is_left() -> None:
     """Its leases can be settled, and the consumer goes on elsewhere."""
     async with serving(2) as (cluster, client), client.producer() as producer, client.consumer("d") as consumer:
@@ -444,7 +515,8 @@ async def test_gaps_are_told() -> None:
     """What went to the dead letters before a message."""
     async with serving() as (cluster, client), client.consumer("d") as consumer:
         await until(lambda: cluster.nodes["n1"].streams)
-        run = q.LeasedRun(shard=1, fencing_token=9, destination="d", gap=q.Gap(count=2, first_sequence=3, last_sequence=4))
+        run = q.LeasedRun(shard=1, fencing_token=9, expire_unix_ms=1 << 50, destination="d",
+                          gap=q.Gap(count=2, first_sequence=3, last_sequence=4))
         run.messages.add(sequence=5, message=m.Message(payload=b"a"))
         run.messages.add(sequence=6, message=m.Message(payload=b"b"))
         cluster.nodes["n1"].streams[0].out.put_nowait(q.LeaseResponse(runs=[run]))

@@ -7,6 +7,21 @@ from collections.abc import Callable
 from spillway.broker.core.scheduler import Consumer
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX
 
+_STREAM = "\n"  # between a session and the number of its stream; no session has control characters
+
+
+def session_of(session: str, stream: int) -> str:
+    """How leases name the stream of a session over which they were granted."""
+    return f"{session}{_STREAM}{stream}"
+
+
+def stream_of(consumer: str, session: str) -> int | None:
+    """The stream over which a lease of the session was granted, 0 if that was not noted; None: it is another session's."""
+    found, separator, stream = consumer.partition(_STREAM)
+    if found != session:
+        return None
+    return int(stream) if separator else 0
+
 
 class Sink:
     """Encoded runs on their way to one consumer. Bounded by the credit that the consumer gave: the scheduler sends

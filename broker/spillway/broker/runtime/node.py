@@ -23,7 +23,7 @@ from spillway.broker.core.policy import Policy, park_ms
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick, Scheduler
 from spillway.broker.runtime.calls import Batch, Call
-from spillway.broker.runtime.consumers import Sink
+from spillway.broker.runtime.consumers import Sink, stream_of
 from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.shares import Shares
@@ -240,12 +240,14 @@ class Node:
         self.scheduler.settled(pick, self.now_ms(), None)
         self.scheduler.credit(pick.consumer, pick.messages, pick.bytes)
 
-    def release_lost(self, session: str, held: set[tuple[int, int]]) -> None:
-        """Gives back leases of a session that its consumer does not have: their delivery was lost."""
+    def release_lost(self, session: str, stream: int, open_: set[int], held: set[tuple[int, int]]) -> None:
+        """Gives back leases of a session that its consumer does not have, and that nothing can bring to it any more: their
+        stream is an earlier one than `stream`, and not among those that are open."""
         for runtime in self.shards.values():
             if runtime.leading:
                 for token, queue in runtime.state.leases.items():
-                    if queue.consumer == session and (runtime.number, token) not in held:
+                    if (queue.consumer.startswith(session) and (runtime.number, token) not in held
+                            and (of := stream_of(queue.consumer, session)) is not None and of < stream and of not in open_):
                         runtime.release_lease(token)
                         self.host.wake(runtime.number)
 

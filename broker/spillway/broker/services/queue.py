@@ -18,7 +18,7 @@ from spillway.broker.core import entry as e
 from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import RequestError
 from spillway.broker.runtime.calls import Call
-from spillway.broker.runtime.consumers import Sink
+from spillway.broker.runtime.consumers import Sink, session_of
 from spillway.broker.runtime.forward import NOT_LEADER, Forwarder, LeaseProxy
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.names import check_name, duration_ms
@@ -236,14 +236,17 @@ class QueueService:
             lease_ms = 0
             if subscribe.HasField("lease_duration"):
                 lease_ms = duration_ms("subscribe.lease_duration", subscribe.lease_duration, LEASE_MS_MIN, LEASE_MS_MAX)
-            session = subscribe.session or "~" + secrets.token_hex(8)
+            node = self.node
+            if subscribe.session and not subscribe.stream:
+                subscribe.stream = node.now_ms()
+            session = session_of(subscribe.session, subscribe.stream) if subscribe.session else "~" + secrets.token_hex(8)
             consumer = Consumer(subscribe.consumer, subscribe.run_messages_max, lease_ms, session)
             sink = Sink(consumer)
             consumer.sink = sink
             self._sinks.add(sink)
-            node = self.node
             if subscribe.session:
-                node.release_lost(session, {(h.shard, h.fencing_token) for h in subscribe.held})
+                node.release_lost(subscribe.session, subscribe.stream, set(subscribe.streams_open),
+                                  {(h.shard, h.fencing_token) for h in subscribe.held})
             if not subscribe.local_only and not self.peer and len(node.members) > 1:
                 proxy = LeaseProxy(self.forwarder, subscribe, consumer, sink, self._credit)
                 proxy.start()

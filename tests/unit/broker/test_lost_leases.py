@@ -1,0 +1,111 @@
+"""Which leases a consumer that subscribes again gives back: those that can never arrive, and no others."""
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from node_world import Context, World, payloads
+from spillway.v1.queue_service_pb2 import Credit, HeldLease, LeasedRun, LeaseRequest, LeaseResponse, Subscribe
+
+SESSION = "s1"
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A node that leads everything."""
+    made = World(tmp_path)
+    made.know("d")
+    made.host.lead()
+    yield made
+    await made.forwarder.close()
+    made.store.close()
+
+
+class Stream(Context):
+    """A Lease stream as the node sees it."""
+
+    def __init__(self, world: World, messages: int = 1, **subscribe: object) -> None:
+        self.runs: list[LeasedRun] = []
+        self._first = LeaseRequest(subscribe=Subscribe(
+            destinations=["d"], session=SESSION, credit=Credit(messages=messages, bytes=1 << 20), **subscribe))  # type: ignore[arg-type]
+        self._end = asyncio.Event()
+        self._task = asyncio.ensure_future(world.service.lease(self._requests(), self))
+
+    async def _requests(self) -> AsyncIterator[bytes]:
+        yield self._first.SerializeToString()
+        await self._end.wait()
+
+    async def write(self, frame: bytes) -> None:
+        """As gRPC's context."""
+        self.runs += LeaseResponse.FromString(frame).runs
+
+    async def close(self) -> None:
+        """The client hangs up."""
+        self._end.set()
+        await asyncio.wait_for(self._task, 5)
+
+
+async def turns(world: World) -> None:
+    """Everything that is under way comes to rest."""
+    for _ in range(6):
+        world.host.turn()
+        for _ in range(6):
+            await asyncio.sleep(0)
+
+
+async def leased(world: World, stream: Stream, payload: bytes, key: str) -> LeasedRun:
+    """Produces a message, which the stream gets."""
+    await world.put("d", payload, key=key)
+    await turns(world)
+    assert payloads(stream.runs) == [payload]
+    return stream.runs[0]
+
+
+def live(world: World, run: LeasedRun) -> bool:
+    """Whether a lease stands."""
+    return run.fencing_token in world.node.shards[run.shard].state.leases
+
+
+async def test_a_lease_of_a_stream_that_still_delivers_is_not_lost(world: World) -> None:
+    """A consumer has a stream to each node. A lease that is on its way over one of them when another one is opened, so that it is
+    not among the held, stays its own; once its stream has ended, it is given back."""
+    first = Stream(world, stream=1)
+    run = await leased(world, first, b"a", "1")
+    second = Stream(world, messages=0, stream=2, streams_open=[1])
+    await turns(world)
+    assert live(world, run)
+    third = Stream(world, messages=0, stream=3, streams_open=[2])
+    await turns(world)
+    assert not live(world, run)
+    for one in (first, second, third):
+        await one.close()
+
+
+async def test_a_subscription_that_comes_late_takes_nothing_from_later_streams(world: World) -> None:
+    """What was leased over a stream that the consumer opened after the one that subscribes now cannot be known to it."""
+    later = Stream(world, stream=8)
+    run = await leased(world, later, b"a", "1")
+    earlier = Stream(world, messages=0, stream=7)
+    await turns(world)
+    assert live(world, run)
+    for one in (later, earlier):
+        await one.close()
+
+
+async def test_a_consumer_that_counts_no_streams_has_one_at_a_time(world: World) -> None:
+    """Without numbers, each stream takes the place of the one before: what that delivered and is not held was lost."""
+    first = Stream(world, messages=2)
+    await world.put("d", b"a", key="1")
+    await world.put("d", b"b", key="2")
+    await turns(world)
+    assert sorted(payloads(first.runs)) == [b"a", b"b"]
+    await first.close()
+    world.now += 10
+    held, lost = first.runs
+    second = Stream(world, held=[HeldLease(shard=held.shard, fencing_token=held.fencing_token)])
+    await turns(world)
+    assert live(world, held) and not live(world, lost)
+    assert [(r.key, r.messages[0].attempt) for r in second.runs] == [(lost.key, 1)]
+    await second.close()
