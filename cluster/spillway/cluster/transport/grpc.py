@@ -199,6 +199,11 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                 log.error("refused: %s", error)
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
                 pass
+            except asyncio.CancelledError:
+                # A reader that times out cancels the call, and a write that is stuck in it then raises this, too.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
             finally:
                 if call is not None:
                     call.cancel()
