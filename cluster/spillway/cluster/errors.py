@@ -4,11 +4,15 @@ ClusterError
 ├── UntestedLibrary   the operator's: another pysyncobj than the one that was reviewed
 ├── StoreRefused      the operator's: a store that this node must not open; says what to do
 ├── StorageFailed     the machine's: a write or sync failed; fatal, nothing later can be trusted
+│   └── StorageDamaged    also a StoreRefused: what is on the disk is not what was written; starting again does not help
 ├── SnapshotInvalid   the peer's: a snapshot is damaged, out of order or too old; fetch again
 ├── PeerRefused       the peer's: another cluster, protocol or node id
 └── WireInvalid       the peer's: bytes that are no message of ours; close the connection
 """
 from __future__ import annotations
+
+REPLACE_HINT = ("If the disk is sound, replace this node by an empty one: the others will bring it up to date (a cluster of one has no "
+                "others: restore a backup of the whole directory)")
 
 
 class ClusterError(Exception):
@@ -27,6 +31,10 @@ class StorageFailed(ClusterError):
     """A write or a sync failed."""
 
 
+class StorageDamaged(StorageFailed, StoreRefused):
+    """What is on the disk is not what was written."""
+
+
 class SnapshotInvalid(ClusterError):
     """A snapshot cannot be installed."""
 
@@ -37,3 +45,8 @@ class PeerRefused(ClusterError):
 
 class WireInvalid(ClusterError):
     """Bytes of unknown shape."""
+
+
+def is_damage(text: str) -> bool:
+    """Whether an error of RocksDB says that something on the disk is changed or gone."""
+    return "Corruption" in text or "No such file or directory" in text

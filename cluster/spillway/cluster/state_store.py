@@ -37,7 +37,7 @@ from rocksdict import (
     ReadOptions,
     WriteBatch,
 )
-from spillway.cluster.errors import StorageFailed, StoreRefused
+from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused, is_damage
 from spillway.cluster.snapshots import EXPORT_BYTES_PER_SECOND, Exporter, Installer
 
 FORMAT = 1
@@ -49,7 +49,6 @@ INSTALL_SYNC_BYTES = 8 << 20  # of a snapshot between two syncs, so that none is
 _BUFFERS_MAX = 4  # one is filled while others are written; only a disk that is too slow ever needs more than two
 _BUFFER_BYTES_FACTOR = 4  # RocksDB's own limit of a buffer, in ours: out of reach
 _FORMAT_KEY = b"F"
-_REPLACE = "If the disk is sound, replace this node by an empty one: the others will bring it up to date"
 _META = struct.Struct("<BIQQ")
 _META_KEY = struct.Struct(">cI")
 _PREFIX = struct.Struct(">cII")
@@ -79,9 +78,12 @@ class StateStore:
         try:
             self._check_format()
             self._drop_unfinished()
+        except StorageDamaged:
+            self.db.close()
+            raise
         except (StorageFailed, struct.error, IndexError) as error:
             self.db.close()
-            raise StoreRefused(f"{path} is damaged: {error}. {_REPLACE}") from None
+            raise StoreRefused(f"{path} is damaged: {error}. {REPLACE_HINT}") from None
         except BaseException:
             self.db.close()
             raise
@@ -248,7 +250,9 @@ class StateStore:
     def _fail(self, what: str, error: Exception) -> StorageFailed:
         """After one failed write or sync, later ones may succeed and still mean nothing: the first failure is for good."""
         text = str(error)
-        if _disk_full(text):
+        if is_damage(text):
+            failed: StorageFailed = StorageDamaged(f"the state in {self.path} cannot be {what}: {text}. {REPLACE_HINT}")
+        elif _disk_full(text):
             failed = StorageFailed(f"the state cannot be {what}: the disk of {self.path} is full; free space, then start "
                                    f"again ({text})")
         else:
@@ -421,7 +425,7 @@ def _unpack_meta(path: Path, group_id: int, meta: bytes) -> tuple[int, int, int]
                            f"one reads up to {FORMAT}: start the newer version")
     if len(meta) != _META.size:
         raise StoreRefused(f"the state of group {group_id} in {path} is damaged: its meta row has {len(meta)} bytes. "
-                           f"{_REPLACE}")
+                           f"{REPLACE_HINT}")
     _, generation, index, term = _META.unpack(meta)
     return generation, index, term
 
@@ -435,4 +439,4 @@ def _why_not_opened(path: Path, text: str) -> str:
         return f"{path} is in use by another process; stop that one, or name another directory"
     if _disk_full(text):
         return f"{path} cannot be opened: its disk is full; free space, then start again ({text})"
-    return f"{path} cannot be opened: {text}. {_REPLACE}"
+    return f"{path} cannot be opened: {text}. {REPLACE_HINT}"

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from spillway.cluster.errors import StorageFailed, StoreRefused
-from spillway.cluster.state_store import GroupRows, StateStore
+from spillway.cluster.errors import StorageDamaged, StorageFailed, StoreRefused
+from spillway.cluster.state_store import BLOB_BYTES_MIN, GroupRows, StateStore
 
 ALL = b"", b"\xff" * 8
 
@@ -238,6 +238,37 @@ def test_a_store_in_use_is_refused(tmp_path: Path) -> None:
     (path / "CURRENT").write_text("damaged")
     with pytest.raises(StoreRefused, match="cannot be opened"):
         StateStore(path)
+
+
+@pytest.mark.parametrize("what", ["table", "blob", "missing blob"])
+def test_damage_that_shows_when_it_is_read_is_a_reason_to_look(tmp_path: Path, what: str) -> None:
+    """Starting again would end the same way: it is refused, with the remedy, and not merely fatal."""
+    store = StateStore(tmp_path)
+    size = 200 if what == "table" else BLOB_BYTES_MIN
+    store.group(1).commit(7, 2, [(b"%03d" % n, Random(n).randbytes(size)) for n in range(400)], [], [])
+    store.rest()
+    store.close()
+    file = max(tmp_path.glob("*.sst" if what == "table" else "*.blob"), key=lambda f: f.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    if what == "missing blob":
+        file.unlink()
+    else:
+        file.write_bytes(raw)
+
+    def read() -> None:
+        store = StateStore(tmp_path)
+        try:
+            rows = store.group(1)
+            with pytest.raises(StorageDamaged):
+                rows.get_many([b"%03d" % n for n in range(400)])
+            rows_of(rows)
+        finally:
+            store.close()
+
+    with pytest.raises(StorageDamaged, match=r"cannot be read.*replace this node by an empty one") as raised:
+        read()
+    assert isinstance(raised.value, StoreRefused) and isinstance(raised.value, StorageFailed)
 
 
 def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:

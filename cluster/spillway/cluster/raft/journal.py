@@ -1,6 +1,7 @@
 """The durable log: entries, term and vote of every group of a node in one store, one batch and one sync per turn.
 
     FF FF FF FF N             node row: format, cluster, node id, incarnation, formed, recovering, founders (msgpack)
+    FF FF FF FF W             number of the last write (8 bytes); see `SyncMark`
     <group> H                 hard state: term (8 bytes), vote
     <group> E <index>         entry: term (8 bytes), command
     <group> I                 a snapshot is being installed: the applied index before it (8 bytes)
@@ -15,26 +16,29 @@ entry that is committed or applied. These are bugs, so they raise LogViolation a
 from __future__ import annotations
 
 import bisect
+import os
 import secrets
 import struct
+import zlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import msgspec
 from rocksdict import DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
-from spillway.cluster.errors import StorageFailed, StoreRefused
+from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused, is_damage
 from spillway.cluster.raft.seam import NO_OP, Journal
 
 FORMAT = 1
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
 WAL_BYTES_MAX = 64 << 20  # a quiet group must not keep the write-ahead log of busy ones
 ENTRY_OVERHEAD_BYTES = 64  # what an entry costs beside its command, roughly
-REPLACE = "If the disk is sound, replace this node by an empty one: the others will bring it up to date"
 NODE_KEY = b"\xff\xff\xff\xffN"
+_WRITE_KEY = b"\xff\xff\xff\xffW"
 _KEY = struct.Struct(">IcQ")
 _TERM = struct.Struct("<Q")
+_MARK = struct.Struct("<QI")
 _INDEX_MAX = (1 << 64) - 1
 
 LogEntry = tuple[bytes, int, int]  # command with its type byte, index, term: the library's order
@@ -73,13 +77,37 @@ class Disk(Protocol):
         """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
 
     def get(self, key: bytes) -> bytes | None:
-        """A row. Raises StorageFailed."""
+        """A row."""
 
     def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
-        """Rows of [begin, end), in order. Raises StorageFailed: damage is not an end."""
+        """Rows of [begin, end), in order."""
 
     def close(self) -> None:
         """Releases it."""
+
+
+class SyncMark:
+    """How many writes were synced, in a file beside the store.
+
+    RocksDB takes a write-ahead log that ends early for one whose last write was torn by a crash, and forgets what is missing.
+    What was synced was acknowledged, and no crash tears it: that is damage. The mark is written after each sync and not synced
+    itself: it may be behind, after a power cut, but never ahead. One that cannot be read counts for nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        raw = os.pread(self._fd, _MARK.size, 0)
+        value, checksum = _MARK.unpack(raw) if len(raw) == _MARK.size else (0, 0)
+        self.value: int = value if zlib.crc32(raw[:8]) == checksum else 0
+
+    def set(self, value: int) -> None:
+        """So many writes are synced. Raises OSError."""
+        raw = value.to_bytes(8, "little")
+        os.pwrite(self._fd, _MARK.pack(value, zlib.crc32(raw)), 0)
+
+    def close(self) -> None:
+        """Releases the file."""
+        os.close(self._fd)
 
 
 class RocksDisk:
@@ -103,7 +131,24 @@ class RocksDisk:
             if "lock" in str(e).lower():
                 raise StoreRefused(f"{path} is in use by another process; stop that one, or name another directory"
                                    ) from None
-            raise StoreRefused(f"{path} cannot be opened: {e}. {REPLACE}") from None
+            if "No space left on device" in str(e):
+                raise StoreRefused(f"{path} cannot be opened: its disk is full; free space, then start again ({e})") from None
+            raise StoreRefused(f"{path} cannot be opened: {e}. {REPLACE_HINT}") from None
+        self._path = path
+        mark = path.with_name(f"{path.name}.synced")
+        try:
+            self._mark = SyncMark(mark)
+        except OSError as e:
+            self._db.close()
+            raise StoreRefused(f"{mark} cannot be used: {e.strerror}") from None
+        try:
+            self._written = int.from_bytes(self.get(_WRITE_KEY) or b"", "little")
+            if self._written < self._mark.value:
+                raise StoreRefused(f"{path} has lost writes that were synced: it ends with number {self._written}, and "
+                                   f"{self._mark.value} were synced. {REPLACE_HINT}")
+        except StoreRefused:
+            self.close()
+            raise
 
     def batch(self) -> Any:
         """See Disk."""
@@ -111,6 +156,8 @@ class RocksDisk:
 
     def write(self, batch: Any) -> None:
         """See Disk."""
+        self._written += 1
+        batch.put(_WRITE_KEY, self._written.to_bytes(8, "little"))
         try:
             self._db.write(batch)
         except Exception as e:
@@ -118,8 +165,10 @@ class RocksDisk:
 
     def sync(self) -> None:
         """See Disk. Releases the GIL, which `write` does not."""
+        written = self._written
         try:
             self._db.flush_wal(True)
+            self._mark.set(written)
         except Exception as e:
             raise StorageFailed(f"the log cannot be synced: {e}") from e
 
@@ -131,18 +180,18 @@ class RocksDisk:
             raise StorageFailed(f"the log cannot be written: {e}") from e
 
     def get(self, key: bytes) -> bytes | None:
-        """See Disk."""
+        """See Disk. Raises StorageDamaged, StorageFailed."""
         try:
             value: bytes | None = self._db.get(key)
         except Exception as e:
-            raise StorageFailed(f"the log cannot be read: {e}") from e
+            raise self._unreadable(e) from e
         return value
 
     def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
-        """See Disk."""
+        """See Disk. Raises StorageDamaged, StorageFailed: damage is not an end."""
         read = ReadOptions()
         read.set_iterate_upper_bound(end)
-        rows = self._db.iter(read)
+        rows: Any = self._db.iter(read)
         rows.seek(begin)
         found = []
         while rows.valid():
@@ -151,12 +200,18 @@ class RocksDisk:
         try:
             rows.status()
         except Exception as e:
-            raise StorageFailed(f"the log cannot be read: {e}") from e
+            raise self._unreadable(e) from e
         return found
+
+    def _unreadable(self, error: Exception) -> StorageFailed:
+        if is_damage(str(error)):
+            return StorageDamaged(f"{self._path} cannot be read: {error}. {REPLACE_HINT}")
+        return StorageFailed(f"{self._path} cannot be read: {error}")
 
     def close(self) -> None:
         """See Disk."""
         self._db.close()
+        self._mark.close()
 
 
 class NodeRow(msgspec.Struct, frozen=True):
@@ -186,10 +241,7 @@ class JournalStore:
         self._batch = self.disk.batch()
         self.batch_bytes = 0
         self.groups: dict[int, GroupJournal] = {}
-        try:
-            row = self.disk.get(NODE_KEY)
-        except StorageFailed as e:
-            self._refuse(f"{e}. {REPLACE}")
+        row = self.disk.get(NODE_KEY)
         if row is None:
             self.node = NodeRow(FORMAT, cluster, node_id, incarnation())
             self._put_node()
@@ -197,7 +249,7 @@ class JournalStore:
         try:
             self.node = msgspec.msgpack.decode(row, type=NodeRow)
         except msgspec.MsgspecError:
-            self._refuse(f"its node row is damaged. {REPLACE}")
+            self._refuse("its node row is damaged; replace this node by an empty one")
         if self.node.format > FORMAT:
             self._refuse(f"it has format {self.node.format}, written by a newer Spillway, and this one reads up to "
                          f"{FORMAT}; start the newer version")
@@ -205,7 +257,7 @@ class JournalStore:
             self._refuse(f"it belongs to node {self.node.node_id!r} of cluster {self.node.cluster!r}, not to {node_id!r} of "
                          f"{cluster!r}; start that node, or name another directory")
 
-    def _refuse(self, why: str) -> NoReturn:
+    def _refuse(self, why: str) -> None:
         self.disk.close()
         raise StoreRefused(f"the Raft log of this directory is not usable: {why}")
 
@@ -221,11 +273,8 @@ class JournalStore:
         self._put_node()
 
     def journal(self, group: int, tail_bytes_max: int = 2 << 20) -> GroupJournal:
-        """The log of a group. Raises StoreRefused if it is damaged."""
-        try:
-            journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
-        except StorageFailed as e:
-            raise StoreRefused(f"the log of group {group} is not usable: {e}. {REPLACE}") from None
+        """The log of a group. Raises StoreRefused if entries are missing from it."""
+        journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
         return journal
 
     def put(self, key: bytes, value: bytes) -> None:
@@ -306,10 +355,11 @@ class GroupJournal(Journal):  # type: ignore[misc]
         for key, value in disk.scan(self._key(0), self._key(_INDEX_MAX)):
             index = int.from_bytes(key[-8:], "big")
             if self.last and index != self.last + 1:
-                raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}. {REPLACE}")
+                raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}; "
+                                   "replace this node by an empty one")
             self._append((value[8:], index, _TERM.unpack_from(value)[0]))
         if self.last > 1 and not hard:
-            raise StoreRefused(f"term and vote of group {self.group} are lost. {REPLACE}")
+            raise StoreRefused(f"term and vote of group {self.group} are lost; replace this node by an empty one")
         self.synced = self.last
         intent = disk.get(self._name + b"I")
         self.install_above: int | None = None if intent is None else _TERM.unpack(intent)[0]

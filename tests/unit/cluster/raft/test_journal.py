@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ def test_a_hole_in_the_log_is_refused(store: JournalStore) -> None:
     journal = _filled(store)
     assert isinstance(store.disk, SimDisk)
     del store.disk.rows[journal._key(5)]
-    with pytest.raises(StoreRefused, match=r"lacks the entries 5 to 5\. If the disk is sound, replace"):
+    with pytest.raises(StoreRefused, match="lacks the entries 5 to 5; replace this node"):
         JournalStore(store.disk, "c", "n").journal(3)
 
 
@@ -227,23 +228,97 @@ def test_a_flipped_bit_in_the_write_ahead_log_is_refused(tmp_path: Path) -> None
         JournalStore(copy, "c", "n")
 
 
-def test_a_flipped_bit_in_the_middle_of_the_log_is_no_end_of_it(tmp_path: Path) -> None:
-    """R18: an iterator that meets damage stops as at the end of the rows; what lies behind it was acknowledged."""
-    disk = RocksDisk(tmp_path / "log")
-    store = JournalStore(disk, "c", "n")
+def _files(path: Path, pattern: str) -> list[Path]:
+    """The store's files of a kind, the largest first."""
+    return sorted(path.glob(pattern), key=lambda f: f.stat().st_size, reverse=True)
+
+
+def _crashed(store: JournalStore, directory: Path) -> Path:
+    """What a crash leaves of the store `directory / "log"`: a copy, as closing would write the rest out."""
+    out = directory / "crashed"
+    shutil.copytree(directory / "log", out / "log", ignore=shutil.ignore_patterns("LOCK"))
+    shutil.copy(directory / "log.synced", out)
+    store.close()
+    return out / "log"
+
+
+def _synced(directory: Path, entries: int) -> tuple[JournalStore, GroupJournal]:
+    """A store with so many entries."""
+    store = JournalStore(directory / "log", "c", "n")
     journal = store.journal(3)
     journal.setCurrentTerm(1, None)
-    for index in range(1, 200):
+    for index in range(1, entries + 1):
         journal.add(b"\0" + random.Random(index).randbytes(500), index, 1)
-    _turn(store)
-    disk.rest()  # into a file
+        _turn(store)
+    return store, journal
+
+
+@pytest.mark.parametrize("cut", ["last byte", "half", "everything", "the file"])
+def test_a_log_that_lost_synced_entries_at_its_end_is_refused(tmp_path: Path, cut: str) -> None:
+    """A write-ahead log that ends early looks like one whose last write a crash tore. What was synced was acknowledged: it is
+    known how far that was, so that it is not forgotten silently."""
+    store, _ = _synced(tmp_path, 59)
+    crashed = _crashed(store, tmp_path)
+    wal = _files(crashed, "*.log")[0]
+    if cut == "the file":
+        wal.unlink()
+    else:
+        size = wal.stat().st_size
+        with wal.open("r+b") as file:
+            file.truncate({"last byte": size - 1, "half": size // 2, "everything": 0}[cut])
+    with pytest.raises(StoreRefused, match=r"were synced.*replace this node by an empty one"):
+        JournalStore(crashed, "c", "n")
+
+
+def test_a_torn_write_that_was_never_synced_is_accepted(tmp_path: Path) -> None:
+    """Nothing was acknowledged because of it: a crash may take it. The same store goes on, and is not refused later."""
+    store, journal = _synced(tmp_path, 9)
+    journal.add(b"\0" + b"x" * 500, 10, 1)
+    store.write()
+    crashed = _crashed(store, tmp_path)
+    wal = _files(crashed, "*.log")[0]
+    with wal.open("r+b") as file:
+        file.truncate(wal.stat().st_size - 1)
+    for last in (9, 10, 11):
+        again = JournalStore(crashed, "c", "n")
+        journal = again.journal(3)
+        assert journal.last == last
+        journal.add(b"\0" + b"x" * 500, last + 1, 1)
+        _turn(again)
+        again.close()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xff" * 12, b"\xff" * 3, None], ids=["empty", "damaged", "short", "missing"])
+def test_a_mark_that_cannot_be_read_counts_for_nothing(tmp_path: Path, mark: bytes | None) -> None:
+    """The log itself is sound; the next sync makes the mark anew."""
+    store, _ = _synced(tmp_path, 9)
+    crashed = _crashed(store, tmp_path)
+    file = crashed.with_name("log.synced")
+    written = file.read_bytes()
+    file.unlink()
+    if mark is not None:
+        file.write_bytes(mark)
+    again = JournalStore(crashed, "c", "n")
+    assert again.journal(3).last == 9
+    again.journal(4).setCurrentTerm(1, None)
+    _turn(again)
+    again.close()
+    assert len(file.read_bytes()) == len(written) and file.read_bytes() != mark
+
+
+def test_a_damaged_table_is_no_shorter_log(tmp_path: Path) -> None:
+    """A scan that meets damage does not end as if there were nothing more."""
+    store, _ = _synced(tmp_path, 199)
+    store.rest()
     store.close()
-    file = max((tmp_path / "log").glob("*.sst"), key=lambda f: f.stat().st_size)
-    raw = bytearray(file.read_bytes())
+    table = _files(tmp_path / "log", "*.sst")[0]
+    raw = bytearray(table.read_bytes())
     raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
-    with pytest.raises(StoreRefused, match=r"log of group 3 is not usable.*replace this node by an empty one"):
-        JournalStore(tmp_path / "log", "c", "n").journal(3)
+    table.write_bytes(raw)
+    again = JournalStore(tmp_path / "log", "c", "n")
+    with pytest.raises(StoreRefused, match=r"cannot be read.*replace this node by an empty one"):
+        again.journal(3)
+    again.close()
 
 
 def test_both_disks_behave_alike(tmp_path: Path) -> None:
