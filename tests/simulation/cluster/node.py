@@ -57,8 +57,32 @@ class SimPath:
     def mkdir(self, **options: Any) -> None:
         """There is nothing to make."""
 
+    @property
+    def name(self) -> str:
+        """As of a path."""
+        return self._name.rpartition("/")[2]
+
+    def with_name(self, name: str) -> SimPath:
+        """As of a path."""
+        return SimPath(self.disk, f"{self._name.rpartition('/')[0]}/{name}")
+
     def __str__(self) -> str:
         return self._name
+
+
+class SimMark:
+    """A journal.SyncMark on a simulated disk."""
+
+    def __init__(self, path: SimPath) -> None:
+        self._disk = path.disk
+        self.value = self._disk.mark
+
+    def set(self, value: int) -> None:
+        """See SyncMark."""
+        self._disk.marks.append(value)
+
+    def close(self) -> None:
+        """See SyncMark."""
 
 
 class SimClock:
@@ -315,6 +339,7 @@ def underneath(world: World) -> Iterator[None]:
         for module in (state_store, journal, snapshots):
             stack.enter_context(patch.object(module, "WriteBatch", rocks.WriteBatch))
             stack.enter_context(patch.object(module, "ReadOptions", rocks.ReadOptions))
+        stack.enter_context(patch.object(journal, "SyncMark", SimMark))
         stack.enter_context(patch.object(state_store, "_options", lambda size: None))
         stack.enter_context(patch.object(node_module, "shutil", Shutil))
         stack.enter_context(patch.object(node_module, "_malloc_trim", None))

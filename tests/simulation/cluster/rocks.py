@@ -135,6 +135,9 @@ class Disk:
         """Keys of rows with a flipped bit."""
         self.full = False
         self.fails = False
+        self.mark = 0
+        """What the file beside the log says: see journal.SyncMark. Of the values of this life any may be the one that stays."""
+        self.marks: list[int] = []
 
     def crash(self, rnd: random.Random) -> None:
         """The process ends, or the power fails: a prefix of what was not synced stays."""
@@ -144,6 +147,8 @@ class Disk:
             table.apply(changes)
         self.durable = table.rows
         self.unsynced = []
+        self.mark = rnd.choice([self.mark, *self.marks[-3:]])
+        self.marks = []
 
 
 class Rdict:
