@@ -231,7 +231,8 @@ def test_routes_through_every_node_at_once_do_not_wait_for_each_other(channels: 
     assert not problems, problems[0]
     sent = 6 * 30 * KEYS
     stored, = {stats(channels[0], name).enqueued_total for name in ("a", "b", "c")}
-    assert sent - unknown <= stored <= sent and unknown < sent / 10
+    assert sent - unknown <= stored <= sent
+    assert unknown < sent / 2, "calls that wait for each other end by their deadlines only"
 
 
 def test_a_route_copies_across_nodes_through_the_loss_of_one(cluster: Make) -> None:

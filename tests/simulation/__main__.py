@@ -30,9 +30,13 @@ def commit() -> str:
         return "unknown"
 
 
+def collect_rarely() -> None:
+    """For a process that runs seeds only: a world is garbage as a whole, when it is over."""
+    gc.set_threshold(100_000, 50, 50)
+
+
 def some(seeds: range) -> tuple[Counter[str], list[tuple[int, str]]]:
     """Counts of what happened in these seeds, and (seed, what was wrong) of those that failed."""
-    gc.set_threshold(100_000, 50, 50)  # a world is garbage as a whole, when it is over
     counts: Counter[str] = Counter()
     failures = []
     for seed in seeds:
@@ -70,7 +74,7 @@ def many(first: int, seeds: int, jobs: int) -> int:
     began = time.perf_counter()
     counts: Counter[str] = Counter()
     failed = 0
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=collect_rarely) as pool:
         for found, failures in pool.map(some, pieces(first, seeds)):
             counts.update(found)
             for seed, what in failures:

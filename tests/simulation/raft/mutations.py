@@ -24,8 +24,6 @@ from spillway.peer.v1.raft_pb2 import RaftFrame
 
 from tests.simulation.raft.world import World
 
-logging.getLogger("spillway").setLevel(logging.ERROR)
-
 Mutation = Callable[[], Any]
 
 
@@ -175,6 +173,7 @@ def first_failure(name: str, seeds: int, first: int = 0) -> tuple[int, BaseExcep
 
 
 if __name__ == "__main__":
+    logging.getLogger("spillway").setLevel(logging.ERROR)
     for wanted in sys.argv[2:] or SEEN:
         found = first_failure(wanted, int(sys.argv[1]))
         what = "NOT SEEN" if found is None else f"seed {found[0]}: {type(found[1]).__name__}: {str(found[1])[:110]}"
