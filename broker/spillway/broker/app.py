@@ -17,6 +17,7 @@ from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
+from spillway.broker.services.parsing import ParseErrors
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.share import ShareService
 from spillway.cluster.errors import StorageFailed, StoreRefused
@@ -106,8 +107,8 @@ class App:
         self.node = Node(config, self.store, self.host, placement)
         self.forwarder = Forwarder(self.node)
         self.queue = QueueService(self.node, self.forwarder)
-        self.server = grpc.aio.server(options=CLIENT_OPTIONS)
-        self.peer_server = grpc.aio.server(options=PEER_OPTIONS)
+        self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[ParseErrors()])
+        self.peer_server = grpc.aio.server(options=PEER_OPTIONS, interceptors=[ParseErrors()])
         self.health = health.aio.HealthServicer()
         self._running: asyncio.Task[None] | None = None
 

@@ -35,6 +35,12 @@ class Process:
 PROCESS: ContextVar[Process | None] = ContextVar("PROCESS", default=None)
 
 
+class _Task(asyncio.Task[Any]):
+    """A task that knows whose it is."""
+
+    process: Process | None
+
+
 class _Timer(asyncio.TimerHandle):
     """Timers of one moment fire in the order in which they were set; asyncio promises no order."""
 
@@ -91,7 +97,8 @@ class SimLoop(asyncio.BaseEventLoop):
         """Nothing runs because of a collection of garbage."""
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=loop, **options)
+        task = _Task(coroutine, loop=loop, **options)
+        task.process = options.get("context", copy_context()).get(PROCESS)
         self.tasks.append(task)
         if len(self.tasks) > 4096 and len(self.tasks) % 1024 == 0:
             self.tasks = [t for t in self.tasks if not t.done()]
@@ -100,6 +107,9 @@ class SimLoop(asyncio.BaseEventLoop):
     def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if isinstance(context.get("exception"), asyncio.CancelledError):
             return  # of a process that was killed while it was cancelling something
+        process = getattr(context.get("future"), "process", None)
+        if process is not None and not process.alive:
+            return  # it was killed before whoever waits for the task could look
         self.failures.append(f"{context.get('message')}: {context.get('exception')!r}")
 
     # -- processes -----------------------------------------------------------------------------------------------

@@ -412,15 +412,18 @@ class Operations:
 
     async def _plan(self, context: Any) -> dict[str, list[int]]:
         """Who leads which shards, each shard once. For another node's call, those of this node that it asks for. Raises
-        Unavailable if this node does not lead one of these, or a shard has no leader for long."""
+        RequestError if it asks for none, Unavailable if this node does not lead one of these, or a shard has no leader for long."""
         own = self.node.config.node_id
         plan: dict[str, list[int]] = {}
         if not self.peer:
             for shard in range(1, self.node.config.shards + 1):
                 plan.setdefault(await self.forwarder.await_leader(shard), []).append(shard)
             return plan
-        metadata = dict(context.invocation_metadata())
-        plan[own] = [int(number) for number in metadata[SHARDS_METADATA].split(",")]
+        asked = dict(context.invocation_metadata()).get(SHARDS_METADATA, "")
+        numbers = asked.split(",") if isinstance(asked, str) else []
+        if not all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers) or not numbers:
+            raise RequestError(SHARDS_METADATA, "must name shards by number, with commas, in the call's metadata")
+        plan[own] = [int(number) for number in numbers]
         self._own(plan)
         return plan
 
