@@ -7,7 +7,12 @@ ClusterError
 │   └── StorageDamaged    also a StoreRefused: what is on the disk is not what was written; starting again does not help
 ├── SnapshotInvalid   the peer's: a snapshot is damaged, out of order or too old; fetch again
 ├── PeerRefused       the peer's: another cluster, protocol or node id
-└── WireInvalid       the peer's: bytes that are no message of ours; close the connection
+├── WireInvalid       the peer's: bytes that are no message of ours; close the connection
+└── ChangeRefused     the caller's: a change of a group's members that is not made; nothing happened
+    ├── ChangeInvalid     it makes no sense as things are
+    ├── NotLeading        ask the leader
+    ├── ChangeInFlight    try again when the one before it is committed
+    └── NotCaughtUp       try again when enough voters are in touch and up to date
 """
 from __future__ import annotations
 
@@ -45,6 +50,26 @@ class PeerRefused(ClusterError):
 
 class WireInvalid(ClusterError):
     """Bytes of unknown shape."""
+
+
+class ChangeRefused(ClusterError):
+    """A change of a group's members is not made."""
+
+
+class ChangeInvalid(ChangeRefused):
+    """The change makes no sense as things are."""
+
+
+class NotLeading(ChangeRefused):
+    """Only the leader changes its group, once it serves."""
+
+
+class ChangeInFlight(ChangeRefused):
+    """Another change, or a handover, is under way."""
+
+
+class NotCaughtUp(ChangeRefused):
+    """Too few voters would be in touch and up to date."""
 
 
 def is_damage(text: str) -> bool:

@@ -29,6 +29,10 @@ class GroupMachine(Protocol):
         """A committed entry, once, in index order, on every replica. An exception here is a bug in a
         deterministic machine: the host stops the process rather than let replicas diverge."""
 
+    def configured(self, index: int, term: int, configuration: bytes) -> None:
+        """A committed entry that says who the members are. The machine stores it with the state as of this entry: a replica
+        that takes the state from a snapshot has no log to read it from."""
+
     def collect(self) -> bytes | None:
         """On a leader only, once a turn after every apply of the turn: the next command to propose, or None.
         Called again in the same turn until it gives None. A command is at most ENTRY_BYTES_MAX bytes. What it returns

@@ -52,6 +52,8 @@ _FORMAT_KEY = b"F"
 _META = struct.Struct("<BIQQ")
 _META_KEY = struct.Struct(">cI")
 _PREFIX = struct.Struct(">cII")
+_INDEX = struct.Struct("<Q")
+CONFIGURATION_KEY = b"\xff\xff\xff\xffC"  # beyond the keys of any state machine
 
 
 class StateStore:
@@ -99,6 +101,10 @@ class StateStore:
         """(index, term) of the last entry in a group's rows; (0, 0) when blank."""
         rows = self.group(group_id)
         return rows.applied_index, rows.applied_term
+
+    def configuration(self, group_id: int) -> tuple[int, bytes] | None:
+        """What `GroupRows.configure` stored last. Raises StorageFailed."""
+        return self.group(group_id).configuration
 
     async def sync(self) -> None:
         """Makes every commit before the call durable, in a thread. Raises StorageFailed."""
@@ -309,6 +315,17 @@ class GroupRows:
         self.durable_index = self.applied_index
         """Index of the last commit that a sync has covered."""
         self.prefix = _PREFIX.pack(b"R", group_id, self.generation)
+        self._configuration: bytes | None = None  # not committed yet
+
+    @property
+    def configuration(self) -> tuple[int, bytes] | None:
+        """The index of the last entry that said who the members are, and what it said. Raises StorageFailed."""
+        row = self._configuration or self.get(CONFIGURATION_KEY)
+        return None if row is None else (_INDEX.unpack_from(row)[0], row[_INDEX.size:])
+
+    def configure(self, index: int, configuration: bytes) -> None:
+        """Stores, with the next commit, who the members are by entry `index`."""
+        self._configuration = _INDEX.pack(index) + configuration
 
     def get(self, key: bytes) -> bytes | None:
         """A row's value, or None. Raises StorageFailed."""
@@ -353,8 +370,11 @@ class GroupRows:
             delete(prefix + key)
         for key, value in puts:
             put(prefix + key, value)
+        if self._configuration is not None:
+            put(prefix + CONFIGURATION_KEY, self._configuration)
         put(self._meta_key, _META.pack(FORMAT, self.generation, index, term))
         self._store.write(batch)
+        self._configuration = None
         self.applied_index, self.applied_term = index, term
 
     def flip(self, generation: int, index: int, term: int) -> None:
@@ -364,6 +384,7 @@ class GroupRows:
         batch.put(self._meta_key, _META.pack(FORMAT, generation, index, term))
         batch.delete_range(self.prefix, _PREFIX.pack(b"R", self._group_id, self.generation + 1))
         self._store.write(batch)
+        self._configuration = None
         self.generation = generation
         self.prefix = _PREFIX.pack(b"R", self._group_id, generation)
         self.applied_index, self.applied_term = index, term

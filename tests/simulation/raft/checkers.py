@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from spillway.cluster.machine import Role
+from spillway.cluster.raft.configuration import Configuration
 from spillway.cluster.raft.seam import LEADER as RAFT_LEADER
 from spillway.cluster.transport.base import Handlers, PeerHello
 from spillway.peer.v1.raft_pb2 import RaftFrame
@@ -76,7 +78,7 @@ class ElectedByMajority:
             if group.engine.state != RAFT_LEADER or (node.name, number, term) in self._known:
                 continue
             self._known.add((node.name, number, term))
-            others = [node.world.nodes[name] for name in group.members]
+            others = [node.world.nodes[name] for name in group.journal.configuration.voters]
             refused = [other.name for other in others if self._voted_otherwise(other, number, term, node.name)]
             if 2 * (len(others) - len(refused)) <= len(others):
                 raise Violation(f"{node.name} leads group {number} in term {term}; {refused} did not vote for it")
@@ -124,6 +126,10 @@ class CommittedStays:
         self._terms: dict[tuple[int, int], int] = {}
         self._looked: dict[tuple[str, int], tuple[int, int]] = {}
 
+    def forget(self, node: SimNode, group: int) -> None:
+        """A replica ended."""
+        self._looked.pop((node.name, group), None)
+
     def look(self, node: SimNode) -> None:
         """After a turn."""
         for number, group in node.host.groups.items():
@@ -170,3 +176,78 @@ class NothingUnsynced:
                 last = m.append_answer.next_index - 1
                 if last >= first and struct.pack(">IcQ", m.group, b"E", last) not in durable:
                     raise Violation(f"{node.name} acknowledges {last} of group {m.group}, which is not on its disk")
+
+
+class OneChangeAtATime:
+    """R17: a replica goes by the last configuration in its log; of a leader's own, one is uncommitted at most, and none is older
+    than what it committed first; those that are committed follow each other by one voter."""
+
+    def __init__(self) -> None:
+        self._committed: dict[int, dict[int, Configuration]] = {}
+        self._seen: set[tuple[int, int, int]] = set()
+
+    def last(self, group: int) -> tuple[int, Configuration | None]:
+        """The last one that is known to be committed, and its index."""
+        known = self._committed.get(group, {})
+        index = max(known, default=0)
+        return index, known.get(index)
+
+    def look(self, node: SimNode) -> None:
+        """After a turn."""
+        for number, group in node.host.groups.items():
+            journal, commit, index = group.journal, group.engine.commit, group.journal.configuration_index
+            where = f"{node.name}: group {number}"
+            known = self._committed.setdefault(number, {})
+            if group.configuration != journal.configuration or index > journal.last:
+                raise Violation(f"{where} goes by the configuration of entry {index}, its log ends at {journal.last}")
+            missed = [i for i in known if index < i <= commit]
+            if missed:
+                raise Violation(f"{where} goes by the configuration of entry {index}, and has committed {missed}")
+            own = []
+            for i, configuration in journal._configurations:
+                if i and i <= commit and known.setdefault(i, configuration) != configuration:
+                    raise Violation(f"{where} has committed {configuration} at {i}, another one {known[i]}")
+                term = journal.term_at(i)
+                if term == group.engine.term and group.engine.state == RAFT_LEADER:
+                    own.append(i)
+                    if (number, i, term) not in self._seen:
+                        self._seen.add((number, i, term))
+                        if commit < journal.term_start(i):
+                            raise Violation(f"{where} changes by entry {i}, and has committed nothing of its term {term}")
+            if len([i for i in own if i > commit]) > 1:
+                raise Violation(f"{where} has proposed {own} and committed {commit}")
+
+    def final(self) -> None:
+        """After the end."""
+        for group, known in self._committed.items():
+            for (i, before), (j, after) in pairwise(sorted(known.items())):
+                if len({*before.voters} ^ {*after.voters}) > 1:
+                    raise Violation(f"group {group} went from {before} at {i} to {after} at {j}")
+
+
+class StoredByMajority:
+    """What a leader commits is on the disks of a majority of the voters."""
+
+    def __init__(self) -> None:
+        self._looked: dict[tuple[str, int, int], int] = {}
+
+    def look(self, node: SimNode) -> None:
+        """After a turn."""
+        for number, group in node.host.groups.items():
+            if group.engine.state != RAFT_LEADER:
+                continue
+            commit, journal = group.engine.commit, group.journal
+            key = (node.name, number, group.engine.term)
+            if commit <= self._looked.get(key, 0) or journal.term_at(commit) != group.engine.term:
+                continue
+            self._looked[key] = commit
+            row = struct.pack(">IcQ", number, b"E", commit)
+            entry = node.disk.durable.get(row)
+            voters = [node.world.nodes[name] for name in journal.configuration.voters]
+            if entry is None:
+                continue  # compacted in the same turn
+            stored = [v for v in voters if v.disk.durable.get(row) == entry or v.stores > 1 or (
+                v.saved.get(number, (0,))[0] >= commit)]
+            if 2 * len(stored) <= len(voters):
+                raise Violation(f"{node.name} has committed {commit} of group {number}, stored by {[v.name for v in stored]} of "
+                                f"{journal.configuration.voters}")

@@ -19,7 +19,9 @@ from spillway.cluster.raft.group import RaftGroup
 from spillway.cluster.raft.guard import Guard
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import GroupJournal
+from spillway.cluster.raft.membership import Membership
 from spillway.cluster.raft.recovery import Recovery
+from spillway.cluster.raft.seam import LEADER
 from spillway.peer.v1.raft_pb2 import RaftFrame
 
 from tests.simulation.raft.world import World
@@ -123,6 +125,55 @@ def _no_barrier() -> Any:
     return patch.object(Recovery, "passed", lambda self, term, verified, applied: True)
 
 
+def _two_changes() -> Any:
+    """R17: a change is proposed though another one is not committed."""
+    return patch.object(Membership, "index", property(lambda self: 0))
+
+
+def _change_before_no_op() -> Any:
+    """R17: a leader changes members before it has committed anything of its term."""
+    check = Membership.check
+
+    def unsafe(self: Membership, change: Any) -> Any:
+        with patch.object(RaftGroup, "serving", property(lambda group: group.engine.state == LEADER)):
+            return check(self, change)
+    return patch.object(Membership, "check", unsafe)
+
+
+def _forget_members() -> Any:
+    """R17: a restart goes by the configuration as of the log's first entry."""
+    load = GroupJournal._load
+
+    def unsafe(self: GroupJournal) -> None:
+        load(self)
+        del self._configurations[1:]
+    return patch.object(GroupJournal, "_load", unsafe)
+
+
+def _learners_count() -> Any:
+    """R17: learners vote and acknowledge as voters do."""
+    voters = Membership.other_voters.fget
+    return patch.object(Membership, "other_voters", property(
+        lambda self: [*voters(self), *(n for n in self.configuration.learners if n != self._group.node_id)]))
+
+
+def _members_stay() -> Any:
+    """R17: a truncation does not bring back the configuration from before."""
+    delete = GroupJournal.deleteEntriesFrom
+
+    def unsafe(self: GroupJournal, position: int) -> None:
+        known = list(self._configurations)
+        delete(self, position)
+        self._configurations = known
+    return patch.object(GroupJournal, "deleteEntriesFrom", unsafe)
+
+
+def _snapshot_without_members() -> Any:
+    """R17: a snapshot does not say who the members are."""
+    installed = RaftGroup.installed
+    return patch.object(RaftGroup, "installed", lambda self, index, term, configuration: installed(self, index, term, None))
+
+
 @contextmanager
 def _vote_lost() -> Iterator[None]:
     """Term and vote are written, but a restart does not see the vote."""
@@ -158,6 +209,12 @@ SEEN: dict[str, Mutation] = {
     "no barrier": _no_barrier,
     "vote lost": _vote_lost,
     "forget install": _forget_install,
+    "two changes": _two_changes,
+    "change before no-op": _change_before_no_op,
+    "forget members": _forget_members,
+    "learners count": _learners_count,
+    "members stay": _members_stay,
+    "snapshot without members": _snapshot_without_members,
 }
 
 

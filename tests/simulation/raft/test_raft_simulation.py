@@ -39,6 +39,8 @@ def test_nothing_is_lost_in_many_seeds(first: int) -> None:
     ("never trim", 1), ("trim without clamp", 39), ("trim without claim", 2),  # R10
     ("every vote", 140),  # R11
     ("forget install", 7),  # R16
+    ("two changes", 0), ("change before no-op", 0), ("forget members", 0), ("learners count", 0), ("members stay", 30),  # R17
+    ("snapshot without members", 0),  # R17
     ("wiped is fresh", 3),  # R18
 ])
 def test_a_missing_rule_is_seen(name: str, first: int) -> None:

@@ -8,7 +8,7 @@ import heapq
 import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spillway.cluster.errors import StorageFailed
 from spillway.cluster.machine import Role
@@ -26,11 +26,14 @@ from tests.simulation.raft.checkers import (
     NothingLost,
     NothingStale,
     NothingUnsynced,
+    OneChangeAtATime,
     OneLeader,
     SameHistory,
+    StoredByMajority,
     Violation,
 )
 from tests.simulation.raft.disk import SimDisk
+from tests.simulation.raft.members import Operator
 
 FAULTS = ("drop", "drop", "block", "cut", "alone", "stop", "stop", "slow", "fail", "wipe", "pause", "heal", "transfer",
           "lag", "lag")
@@ -52,6 +55,9 @@ class Options:
     ghosts: float = 0.0
     spite: float = 0.0
     """How often a candidate's requests reach one voter only."""
+    changes: float = 0.0
+    """How many changes of members there are in a second, and (`spares`) nodes that are no members at first."""
+    spares: int = 0
     limits: Limits = field(default_factory=Limits)
 
     @classmethod
@@ -67,6 +73,15 @@ class Options:
                    limits=Limits(append=append, window=append * rnd.choice((1, 3)), tail=rnd.choice((0, 500, 1 << 20)),
                                  keep=rnd.choice((0, 1000, 1 << 20)), hold=rnd.choice((1000, 1 << 20))))
 
+    def with_members(self, seed: int) -> Options:
+        """With changes of the members in half of the seeds."""
+        rnd = random.Random(f"options {seed}")
+        return replace(self, changes=rnd.choice((0.5, 2.0, 8.0)), spares=rnd.choice((1, 2))) if rnd.random() < 0.5 else self
+
+
+Saved = tuple[int, int, dict[int, bytes], tuple[int, bytes] | None]  # a state: index, term, contents, configuration
+BLANK: Saved = (0, 0, {}, None)
+
 
 class SimMachine:
     """A GroupMachine that remembers what it applied. Its saved state survives the process."""
@@ -76,21 +91,27 @@ class SimMachine:
         self.group = group
         self.waiting: deque[bytes] = deque()
         self.role = Role.FOLLOWER
+        self.configuration: tuple[int, bytes] | None = None
         self.reload()
 
     def reload(self) -> None:
         """See GroupMachine."""
-        self.index, self.term, contents = self.node.saved.get(self.group, (0, 0, {}))
+        self.index, self.term, contents, self.configuration = self.node.saved.get(self.group, BLANK)
         self.contents = dict(contents)
 
     def save(self) -> None:
         """A checkpoint, durable at once."""
-        if self.index > self.node.saved.get(self.group, (0, 0, {}))[0]:
-            self.node.saved[self.group] = (self.index, self.term, dict(self.contents))
+        if self.index > self.durable_index():
+            self.node.saved[self.group] = (self.index, self.term, dict(self.contents), self.configuration)
 
     def durable_index(self) -> int:
         """See GroupMachine."""
-        return self.node.saved.get(self.group, (0, 0, {}))[0]
+        return self.node.saved.get(self.group, BLANK)[0]
+
+    def configured(self, index: int, term: int, configuration: bytes) -> None:
+        """See GroupMachine."""
+        self.node.world.history.applied(self.node, self.group, self.index, index, term, b"members: " + configuration)
+        self.index, self.term, self.configuration = index, term, (index, configuration)
 
     def apply(self, index: int, term: int, command: bytes) -> None:
         """See GroupMachine."""
@@ -137,8 +158,11 @@ class SimSnapshots:
 
     def applied(self, group: int) -> tuple[int, int]:
         """See SnapshotStore."""
-        index, term, _ = self._node.saved.get(group, (0, 0, {}))
-        return index, term
+        return self._node.saved.get(group, BLANK)[:2]
+
+    def configuration(self, group: int) -> tuple[int, bytes] | None:
+        """See SnapshotStore."""
+        return self._node.saved.get(group, BLANK)[3]
 
 
 class SpyTransport(MemoryTransport):
@@ -173,7 +197,8 @@ class SimNode:
         self.world = world
         self.name = name
         self.disk = SimDisk()
-        self.saved: dict[int, tuple[int, int, dict[int, bytes]]] = {}
+        self.saved: dict[int, Saved] = {}
+        self.replicas: set[int] = set(range(world.options.groups)) if name in world.founders else set()
         self.life = 0
         self.alive = False
         self.stores = 0
@@ -186,15 +211,16 @@ class SimNode:
         self.busy = self.kicked = False
         self.sync_delay = 0.0
         self.proposed: set[bytes] = set()
-        self.machines = {g: SimMachine(self, g) for g in range(world.options.groups)}
+        self.machines = {g: SimMachine(self, g) for g in sorted(self.replicas)}
         self.stores += 1
         store = JournalStore(self.disk, "sim", self.name, lambda: f"{self.name}-{self.stores}")
         self.transport = SpyTransport(world.network, self.name, lambda: self.host.hello())
         self.transport.node = self
         self.host = self.host_class(self.name, world.names, store, self.transport, SimSnapshots(self),
                                     limits=world.options.limits, clock=SimClock(world), chance=world.rnd.random)
+        self.host.removed = self.forget
         for number, machine in self.machines.items():
-            self.host.add_group(number, world.names, machine)
+            self.host.add_group(number, world.founders if self.name in world.founders else [], machine)
         host = self.host.handlers()
         life = self.life
 
@@ -214,6 +240,23 @@ class SimNode:
         if self.alive and self.life == life:
             self.kick()
             self.world.later(0.05, lambda: self._beat(life))
+
+    def join(self, group: int) -> None:
+        """A replica of a group that the node is to be a member of."""
+        if group not in self.replicas:
+            self.replicas.add(group)
+            if self.alive:
+                self.machines[group] = SimMachine(self, group)
+                self.host.add_group(group, [], self.machines[group])
+                self.kick()
+
+    def forget(self, group: int) -> None:
+        """The node is no member any more: nothing is left of the group but the term and the vote."""
+        self.world.counts["members: ended"] += 1
+        self.replicas.discard(group)
+        self.saved.pop(group, None)
+        del self.machines[group]
+        self.world.committed.forget(self, group)
 
     def kick(self) -> None:
         """A turn comes soon."""
@@ -260,6 +303,8 @@ class SimNode:
         self.host.finish()
         self.world.committed.look(self)
         self.world.elected.look(self)
+        self.world.configurations.look(self)
+        self.world.stored.look(self)
         while self.host.fetches:
             group, peer = self.host.fetches.popitem()
             self._fetch(group, peer, self.life)
@@ -270,10 +315,10 @@ class SimNode:
         """Installs the peer's saved state after a while, unless something comes between."""
         world = self.world
         source = world.nodes[peer]
-        saved = source.saved.get(group, (0, 0, {}))
+        saved = source.saved.get(group, BLANK)
 
         def install() -> None:
-            if self.life != life or not self.alive:
+            if self.life != life or not self.alive or group not in self.host.groups or not self.host.groups[group].installing:
                 return
             if not world.network.connected(self.name, peer) or saved[0] <= self.host.groups[group].engine.applied or (
                     world.rnd.random() < 0.2):
@@ -317,19 +362,22 @@ class World:
     def __init__(self, seed: int, options: Options | None = None) -> None:
         self.seed = seed
         self.rnd = random.Random(seed)
-        self.options = options or Options.draw(self.rnd)
+        self.options = options or Options.draw(self.rnd).with_members(seed)
         self.now = 1.0
         self.counts: Counter[str] = Counter()
         self.history, self.lost, self.leaders = SameHistory(), NothingLost(), OneLeader()
         self.committed, self.unsynced = CommittedStays(), NothingUnsynced()
         self._heard_by: dict[tuple[str, int, int], str | None] = {}
         self.elected, self.stale = ElectedByMajority(), NothingStale()
+        self.configurations, self.stored = OneChangeAtATime(), StoredByMajority()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self._serial = 0
         self.calm = False
         self.lags: dict[tuple[str, str], float] = {}  # seconds, of a direction
-        self.names = [f"n{i}" for i in range(self.options.nodes)]
+        self.names = [f"n{i}" for i in range(self.options.nodes + self.options.spares)]
+        self.founders = self.names[:self.options.nodes]
+        self.operator = Operator(self)
         self.network = RoughNetwork(self.later, lambda: self.now, self._delay, random.Random(seed), self.options.twice,
                                     self.options.ghosts)
         self.nodes = {n: self.node_class(self, n) for n in self.names}
@@ -393,7 +441,7 @@ class World:
         elif kind == "fail" and node.alive:
             node.disk.fails = True
             self.later(self.rnd.uniform(0.5, 3), lambda: self.restart(node))
-        elif kind == "wipe" and many and self.options.wipes and node.alive and all(n.whole for n in self.nodes.values()):
+        elif kind == "wipe" and self.options.wipes and node.alive and self._may_wipe(node):
             self.counts["wipes"] += 1
             node.stop()
             node.wipe()
@@ -412,6 +460,12 @@ class World:
         else:
             return
         self.counts[kind] += 1
+
+    def _may_wipe(self, node: SimNode) -> bool:
+        """Whether the others can do without a node: a disk that is lost is made up for by a majority that does not count it."""
+        return len(self.names) > 1 and all(n.whole for n in self.nodes.values()) and all(
+            node.name not in c.voters or len(c.voters) > 2
+            for other in self.nodes.values() for group in other.host.groups.values() for _, c in group.journal._configurations)
 
     def spite(self, node: SimNode, peer: str, frame: bytes) -> None:
         """Takes a candidate's requests for votes away from all peers but one, with the rest of these connections."""
@@ -481,14 +535,29 @@ class World:
         self.later(0.5, self._propose)
         self.later(0.5, self._save)
         self.later(self.rnd.uniform(0.1, 3), self._fault)
+        if self.options.changes:
+            self.operator.start()
         self.run_until(self.now + self.options.seconds)
         self._heal()
         return self.counts
 
+    def _leader(self, group: int) -> SimNode | None:
+        return next((n for n in self.nodes.values() if n.alive and group in n.machines and n.machines[group].role is Role.LEADER),
+                    None)
+
+    def _machines(self, group: int) -> list[SimMachine]:
+        """Of the members, as their leader knows them; empty if it is not known, or one of them has none yet."""
+        leader = self._leader(group)
+        if leader is None:
+            return []
+        configuration = leader.host.groups[group].configuration
+        members = [self.nodes[n] for n in (*configuration.voters, *configuration.learners)]
+        return [node.machines[group] for node in members] if all(group in node.machines for node in members) else []
+
     def _settled(self) -> bool:
         """Everybody has applied whatever was acknowledged."""
-        return all(node.machines[group].index >= max(acked.values(), default=0)
-                   for group, acked in self.lost.acked.items() for node in self.nodes.values())
+        return all((machines := self._machines(group)) and all(m.index >= max(acked.values(), default=0) for m in machines)
+                   for group, acked in self.lost.acked.items())
 
     def _heal(self) -> None:
         """No more faults: everything must be up, agree, and go on."""
@@ -512,19 +581,23 @@ class World:
             if self.now >= asked[0]:
                 asked[0] = self.now + 1.0
                 for group in range(self.options.groups):
-                    leader = next((n for n in self.nodes.values()
-                                   if n.alive and n.machines[group].role is Role.LEADER), None)
+                    self.operator.reconcile(group)
+                    leader = self._leader(group)
                     if leader is not None and probes.get(group) not in self.lost.acked.get(group, {}):
                         probes[group] = self.propose(leader, group)
-            return len(probes) == self.options.groups and all(
-                n.alive and n.whole and probes[g] in self.lost.acked.get(g, {}) and n.machines[g].contents.get(
-                    self.lost.acked[g][probes[g]]) == probes[g]
-                for n in self.nodes.values() for g in range(self.options.groups))
+            return len(probes) == self.options.groups and all(n.alive and n.whole for n in self.nodes.values()) and all(
+                probes[g] in self.lost.acked.get(g, {}) and (machines := self._machines(g)) and all(
+                    m.contents.get(self.lost.acked[g][probes[g]]) == probes[g] for m in machines)
+                for g in range(self.options.groups))
         if not self.run_until(last, agreed):
             states = [repr(g) for n in self.nodes.values() if n.alive for g in n.host.groups.values()]
             raise Violation(f"no progress {HEAL_SECONDS:.0f} s after everything was healed: {states}")
         self.counts["healed in ms"] += int((HEAL_SECONDS - (last - self.now)) * 1000)
         self.run_until(self.now + HEAL_SECONDS, self._settled)  # what was proposed before the probe's end, too
-        for node in self.nodes.values():
-            for group, machine in node.machines.items():
-                self.lost.final(group, machine.contents, node.name)
+        for group in range(self.options.groups):
+            machines = self._machines(group)
+            if not machines:
+                raise Violation(f"group {group} has no leader at the end")
+            for machine in machines:
+                self.lost.final(group, machine.contents, machine.node.name)
+        self.configurations.final()

@@ -325,3 +325,24 @@ def test_resting_gives_memory_back(tmp_path: Path) -> None:
     store.sync_now()
     assert store.group(1).durable_index == 1
     store.close()
+
+
+def test_the_configuration_goes_with_the_next_commit(tmp_path: Path) -> None:
+    """Atomically with the entry that it is of, and beside the state machine's rows."""
+    store = StateStore(tmp_path)
+    rows = store.group(1)
+    assert store.configuration(1) is None
+    rows.commit(4, 1, [(b"k", b"v")], [], [])
+    rows.configure(7, b"members")
+    assert store.configuration(1) == (7, b"members") and store.configuration(2) is None
+    store.close()
+    store = StateStore(tmp_path)
+    assert store.configuration(1) is None, "it was not committed"
+    rows = store.group(1)
+    rows.configure(7, b"members")
+    rows.commit(9, 1, [], [], [])
+    store.close()
+    store = StateStore(tmp_path)
+    assert store.configuration(1) == (7, b"members") and store.applied(1) == (9, 1)
+    assert list(store.group(1).scan(b"", b"\xff\xff\xff\xff")) == [(b"k", b"v")]
+    store.close()

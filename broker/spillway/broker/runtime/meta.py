@@ -144,6 +144,11 @@ class MetaRuntime:
             if change.origin == self.node_id and (future := self._waiting.get(change.number)) and not future.done():
                 future.set_result(change)
 
+    def configured(self, index: int, term: int, configuration: bytes) -> None:
+        """See GroupMachine."""
+        self.rows.configure(index, configuration)
+        self.rows.commit(index, term, [], [], [])
+
     def role_changed(self, role: Role, term: int, leader: str | None) -> None:
         """See GroupMachine."""
         self.role = role

@@ -283,6 +283,12 @@ class ShardRuntime:
                 or self.state.unsaved > UNSAVED_QUEUES_MAX):
             self.node.checkpoint_due(self)
 
+    def configured(self, index: int, term: int, configuration: bytes) -> None:
+        """See GroupMachine."""
+        self.applied, self.applied_term = index, term
+        self.rows.configure(index, configuration)
+        self.node.checkpoint_due(self)
+
     def role_changed(self, role: Role, term: int, leader: str | None) -> None:
         """See GroupMachine."""
         was = self.leading

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from spillway.cluster.raft.guard import Message
 from spillway.cluster.raft.journal import GroupJournal, LogViolation
-from spillway.cluster.raft.seam import NoPoller, PeerNode, Timing, Transport, configuration, library
+from spillway.cluster.raft.seam import NoPoller, PeerNode, Timing, Transport, configuration, library, source
 
 
 class EngineOwner(Protocol):
@@ -56,17 +56,13 @@ def _never(what: str) -> Any:
 class Engine(library.SyncObj):  # type: ignore[misc]
     """One replica's library object, driven by its group. Time and chance are those of `seam.source`."""
 
-    def __init__(self, owner: EngineOwner, node_id: str, members: list[str], journal: GroupJournal, timing: Timing,
-                 applied: int) -> None:
-        """`applied` is the index of the last entry that the machine has; nothing below it is applied again."""
+    def __init__(self, owner: EngineOwner, node_id: str, journal: GroupJournal, timing: Timing, applied: int) -> None:
+        """`applied` is the index of the last entry that the machine has; nothing below it is applied again. It is alone until
+        `set_members`."""
         self._owner = owner
-        self.nodes = {m: PeerNode(m) for m in members if m != node_id}
-        super().__init__(PeerNode(node_id), list(self.nodes.values()), configuration(journal, timing),
-                         transport=_Wire(owner))
-        # The library keeps a set, whose order depends on the process; a simulation needs the same order every time.
-        self._SyncObj__otherNodes = dict.fromkeys(self.nodes.values()).keys()
-        self._SyncObj__raftMatchIndex = dict.fromkeys(self.nodes.values(), 0)
-        self._SyncObj__raftNextIndex = dict.fromkeys(self.nodes.values(), journal.last + 1)
+        self._journal = journal
+        self.nodes: dict[str, PeerNode] = {}
+        super().__init__(PeerNode(node_id), [], configuration(journal, timing), transport=_Wire(owner))
         self._poller = NoPoller()
         # R6: it would begin at 1 and apply everything again.
         self._SyncObj__raftLastApplied = max(1, applied)
@@ -98,6 +94,33 @@ class Engine(library.SyncObj):  # type: ignore[misc]
     _SyncObj__loadDumpFile = _never("dumps")
 
     # -- what the group reads and sets ---------------------------------------------------------------------------
+
+    def _node(self, peer: str) -> PeerNode:
+        node = self.nodes.get(peer)
+        if node is None:
+            node = self.nodes[peer] = PeerNode(peer)
+        return node
+
+    def set_members(self, voters: list[str], receivers: list[str]) -> None:
+        """Whose votes and acknowledgements count, and to whom else entries are sent, without this replica."""
+        # The library keeps a set, whose order depends on the process; a simulation needs the same order every time.
+        self._SyncObj__otherNodes = dict.fromkeys(self._node(peer) for peer in voters).keys()
+        for peer in (*voters, *receivers):
+            if self._node(peer) not in self._SyncObj__raftMatchIndex:
+                self.begin_follower(peer)
+        for peer, node in self.nodes.items():
+            if peer not in voters and peer not in receivers:
+                self._SyncObj__raftMatchIndex.pop(node, None)
+                self._SyncObj__raftNextIndex.pop(node, None)
+                self._SyncObj__lastResponseTime.pop(node, None)
+                self._SyncObj__connectedNodes.discard(node)
+
+    def begin_follower(self, peer: str) -> None:
+        """Leader: nothing is known of the peer's log. The library does this for voters when a leadership begins."""
+        node = self.nodes[peer]
+        self._SyncObj__raftMatchIndex[node] = 0
+        self._SyncObj__raftNextIndex[node] = self._journal.last + 1
+        self._SyncObj__lastResponseTime[node] = source.now
 
     @property
     def term(self) -> int:
@@ -166,8 +189,13 @@ class Engine(library.SyncObj):  # type: ignore[misc]
         self._SyncObj__raftMatchIndex[self.nodes[peer]] = 0
 
     def responses_since(self, when: float) -> int:
-        """Leader: how many members were heard since then, itself included."""
-        return 1 + sum(bool(t > when) for t in self._SyncObj__lastResponseTime.values())
+        """Leader: how many voters were heard since then, itself included."""
+        times = self._SyncObj__lastResponseTime
+        return 1 + sum(bool(times[node] > when) for node in self._SyncObj__otherNodes)
+
+    def responded_since(self, peer: str, when: float) -> bool:
+        """Leader: whether a member was heard since then."""
+        return bool(self._SyncObj__lastResponseTime.get(self._node(peer), when) > when)
 
     def heartbeat_at(self, when: float) -> None:
         """Leader: when to send again though there is nothing new."""
@@ -176,7 +204,7 @@ class Engine(library.SyncObj):  # type: ignore[misc]
     def set_connected(self, peer: str, connected: bool) -> None:
         """Whether messages reach a peer."""
         nodes = self._SyncObj__connectedNodes
-        (nodes.add if connected else nodes.discard)(self.nodes[peer])
+        (nodes.add if connected else nodes.discard)(self._node(peer))
 
     def is_connected(self, peer: str) -> bool:
         """Whether messages reach a peer."""
@@ -188,7 +216,7 @@ class Engine(library.SyncObj):  # type: ignore[misc]
 
     def receive(self, peer: str, message: Message) -> None:
         """A message that passed the guard."""
-        self._SyncObj__onMessageReceived(self.nodes[peer], message)
+        self._SyncObj__onMessageReceived(self._node(peer), message)
 
     def follow_term(self, term: int) -> None:
         """A higher term was seen: a follower of nobody in it, as after any message of that term."""

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from spillway.cluster.clock import Clock
 from spillway.cluster.errors import StoreRefused
 from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
+from spillway.cluster.raft.configuration import Change, Configuration, decode_configuration
 from spillway.cluster.raft.engine import Engine
 from spillway.cluster.raft.guard import Guard, Message
 from spillway.cluster.raft.journal import ENTRY_OVERHEAD_BYTES, GroupJournal, LogViolation
+from spillway.cluster.raft.membership import Membership
 from spillway.cluster.raft.progress import Limits, Progress
 from spillway.cluster.raft.recovery import Barriers, Recovery
-from spillway.cluster.raft.seam import CANDIDATE, FOLLOWER, LEADER, NO_OP, REGULAR, Timing, source
+from spillway.cluster.raft.seam import CANDIDATE, CONFIGURATION, FOLLOWER, LEADER, NO_OP, REGULAR, Timing, source
 
 APPLY_BYTES_PER_TURN = 8 << 20  # a long replay must not keep other groups waiting
 APPLY_SECONDS_PER_TURN = 0.02
@@ -42,11 +44,10 @@ class RaftGroup:
     def __init__(self, number: int, node_id: str, members: list[str], machine: GroupMachine, journal: GroupJournal,
                  timing: Timing, limits: Limits, send: Send, clock: Clock,
                  changed: Callable[[int], None] = lambda group: None) -> None:
-        """Raises StoreRefused if log and state do not fit together: then something acknowledged is missing."""
+        """`members` are the voters that the group was founded with; none on a node that joined later: its log tells. Raises
+        StoreRefused if log and state do not fit together: then something acknowledged is missing."""
         self.number = number
         self.node_id = node_id
-        self.members = members
-        self.quorum = len(members) // 2 + 1
         self.machine = machine
         self.journal = journal
         self.timing = timing
@@ -59,7 +60,7 @@ class RaftGroup:
         self._send_out = send
         self._changed = changed
         self._barriers = Barriers()
-        self._progress = {m: Progress() for m in members if m != node_id}
+        self._progress: dict[str, Progress] = {}
         self._connected: set[str] = set()
         self._leading_term = 0  # for which the progress stands
         self._heard = NEVER  # a leader
@@ -76,12 +77,30 @@ class RaftGroup:
         self._transfer_sent = NEVER
         self._told: tuple[int, int, str | None, bool, bool] | None = None
         durable = machine.durable_index()
-        check_fit(number, journal, durable, len(members))
-        self.engine = Engine(self, node_id, members, journal, timing, durable)
-        if not self._progress:
+        check_fit(number, journal, durable, members)
+        journal.found(Configuration.of(members))
+        self.engine = Engine(self, node_id, journal, timing, durable)
+        self.membership = Membership(self)
+        self._follow_members()
+        if self.alone:
             self.engine.deadline = NEVER  # nobody to wait for
 
     # -- what others read ----------------------------------------------------------------------------------------
+
+    @property
+    def configuration(self) -> Configuration:
+        """Who the members are, as far as this replica's log says."""
+        return self.membership.configuration
+
+    @property
+    def quorum(self) -> int:
+        """How many voters decide."""
+        return self.membership.configuration.quorum
+
+    @property
+    def alone(self) -> bool:
+        """The only voter."""
+        return self.membership.configuration.voters == (self.node_id,)
 
     @property
     def serving(self) -> bool:
@@ -127,9 +146,10 @@ class RaftGroup:
     def connected(self, peer: str) -> None:
         """A new connection to a peer; nothing of an older one counts any more."""
         self._connected.add(peer)
-        self._restart_progress(peer)
-        if self.engine.state == LEADER:
-            self._send_entries(peer, beat=True)
+        if peer in self._progress:
+            self._restart_progress(peer)
+            if self.engine.state == LEADER:
+                self._send_entries(peer, beat=True)
 
     def disconnected(self, peer: str) -> None:
         """The connection to a peer broke. If it led, its silence need not be waited for: those who still hear it refuse
@@ -158,6 +178,8 @@ class RaftGroup:
         engine = self.engine
         engine.tick()
         self._note()
+        if engine.state == LEADER and self.membership.pursue():
+            self._follow_members()
         if self._transfer is not None:
             self._pursue_transfer()
         if self.recovery is not None:
@@ -211,6 +233,8 @@ class RaftGroup:
         if before is not None and before[0] == LEADER and engine.state != LEADER:
             self._barriers.clear()
             self._transfer = None
+            if self.membership.resigned():
+                self._follow_members()
             self._wait_again(self.timing.election_min, self.timing.election_max)
         elif engine.state == CANDIDATE and (before is None or before[:2] != told[:2]):
             # A split vote is tried again soon; the pre-vote keeps that harmless.
@@ -235,6 +259,8 @@ class RaftGroup:
         for command, index, term in journal.entries_up_to(applied + 1, limit + 1, APPLY_BYTES_PER_TURN):
             if command[0] == 0:
                 apply(index, term, command[1:])
+            elif command[:1] == CONFIGURATION:
+                self.machine.configured(index, term, command[1:])
             engine.applied = journal.applied = index
             if monotonic() > until:
                 break
@@ -242,9 +268,9 @@ class RaftGroup:
     def may_campaign(self) -> bool:
         """See EngineOwner."""
         engine = self.engine
-        if self.recovery is not None or self.installing:
+        if self.recovery is not None or self.installing or not self.membership.voting:
             return False
-        if not self._progress:
+        if self.alone:
             return True
         term = engine.term + 1
         if engine.transfer_pending:
@@ -260,7 +286,7 @@ class RaftGroup:
         self._prevote_until = source.now + self.timing.election_min * (0.2 + 0.2 * source.random())
         self._promises.clear()
         last_term, last = self._end()
-        for peer in self._progress:
+        for peer in self.membership.other_voters:
             self._out(peer, {"type": "prevote_request", "term": term, "last_log_index": last, "last_log_term": last_term,
                              "transfer": False})
         return False
@@ -274,6 +300,7 @@ class RaftGroup:
             for peer, progress in self._progress.items():
                 progress.start_over()
                 progress.offered()
+                engine.begin_follower(peer)
                 engine.set_connected(peer, peer in self._connected)
         for peer in self._progress:
             self._send_entries(peer, beat=True)
@@ -340,16 +367,20 @@ class RaftGroup:
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def deliver(self, peer: str, message: Message) -> None:
-        """A message of a peer. One of a node that is no member of the group is dropped."""
-        if peer in self._progress:
+        """A message of a peer. Of a node that is no member, as far as this replica knows, only what it may say as a leader or a
+        candidate of a configuration that is not known here yet."""
+        if peer in self._progress or message["type"] in _OF_ANYBODY:
             _RECEIVERS[message["type"]](self, peer, message)
             self._note()
 
     def _receive_append(self, peer: str, m: Message) -> None:
         if self._from_leader(peer, m):
+            self.membership.leader_commit = m["commit_index"]
             trimmed, self._next_claim = self.guard.trim(m)
             self.engine.receive(peer, trimmed)
             self._next_claim = None
+            if self.journal.configuration is not self.membership.configuration:
+                self._follow_members()
 
     def _from_leader(self, peer: str, m: Message) -> bool:
         """Whether a leader's message is of the present leader; an older one is told of our term (R12)."""
@@ -417,7 +448,8 @@ class RaftGroup:
 
     def _receive_vote(self, peer: str, m: Message) -> None:
         engine = self.engine
-        if m["term"] == engine.term and engine.state == CANDIDATE and self.guard.first_vote(peer, m["term"]):
+        if m["term"] == engine.term and engine.state == CANDIDATE and (
+                peer in self.configuration.voters) and self.guard.first_vote(peer, m["term"]):
             engine.receive(peer, m)
 
     def _receive_prevote_request(self, peer: str, m: Message) -> None:
@@ -434,7 +466,7 @@ class RaftGroup:
     def _receive_prevote(self, peer: str, m: Message) -> None:
         engine = self.engine
         if m["granted"]:
-            if m["term"] == self._prevote_term == engine.term + 1:
+            if m["term"] == self._prevote_term == engine.term + 1 and peer in self.configuration.voters:
                 self._promises.add(peer)
         elif m["sender_term"] > engine.term and engine.state != LEADER and self.recovery is None:
             engine.follow_term(m["sender_term"])  # the others are further; ask again for a later term
@@ -453,9 +485,9 @@ class RaftGroup:
         if self._transfer is not None or not self.serving:
             return False
         if to is None:
-            able = [p for p in self._progress if self.engine.is_connected(p)]
+            able = [p for p in self.membership.other_voters if self.engine.is_connected(p)]
             to = max(able, key=self.engine.match_index, default=None)
-        if to is None or to not in self._progress or not self.engine.is_connected(to) or self.engine.match_index(to) == 0:
+        if to is None or to not in self.membership.other_voters or not self.engine.is_connected(to) or self.engine.match_index(to) == 0:
             return False
         self._transfer = (to, source.now + TRANSFER_SECONDS)
         self._transfer_sent = NEVER
@@ -471,6 +503,36 @@ class RaftGroup:
         elif self.engine.match_index(to) == self.journal.last and now - self._transfer_sent >= TRANSFER_REPEAT_SECONDS:
             self._transfer_sent = now
             self._out(to, {"type": "timeout_now"})
+
+    # -- members -------------------------------------------------------------------------------------------------
+
+    def propose_change(self, change: Change) -> int:
+        """Leader: changes the members, by the entry whose index is returned; it may be lost with the leadership until it is
+        committed. Raises ChangeRefused; see `membership`."""
+        configuration = self.membership.check(change)
+        index = self.journal.last + 1
+        self.journal.add(CONFIGURATION + configuration.encode(), index, self.engine.term)
+        self.membership.proposed(change, index)
+        self._follow_members()
+        for peer in self._progress:
+            self._send_entries(peer, beat=False)
+        return index
+
+    def _follow_members(self) -> None:
+        """Goes by the configuration of the log, and by who else receives entries."""
+        membership = self.membership
+        if not membership.follow() and self._progress.keys() == {*membership.other_voters, *membership.receivers}:
+            return
+        engine = self.engine
+        voters, receivers = membership.other_voters, membership.receivers
+        engine.set_members(voters, receivers)
+        before, self._progress = self._progress, {}
+        for peer in (*voters, *receivers):
+            progress = before.get(peer)
+            if progress is None:
+                progress = Progress()
+                engine.set_connected(peer, peer in self._connected)
+            self._progress[peer] = progress
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -495,15 +557,16 @@ class RaftGroup:
         self.journal.end_install()
         self._fetch_after = source.now + SNAPSHOT_RETRY_SECONDS
 
-    def installed(self, index: int, term: int) -> None:
-        """The machine's state is now a snapshot as of the entry (index, term), durably, and it was reloaded. Raises
-        LogViolation if that is not above what was applied."""
+    def installed(self, index: int, term: int, configuration: tuple[int, bytes] | None) -> None:
+        """The machine's state is now a snapshot as of the entry (index, term), durably, and it was reloaded. `configuration` is
+        what it says of the members, as in SnapshotStore. Raises LogViolation if that is not above what was applied."""
         engine, journal = self.engine, self.journal
         if index <= engine.applied:
             raise LogViolation(f"group {self.number}: a snapshot of {index}, but {engine.applied} is applied")
         self.installing = False
-        adopt_snapshot(journal, index, term)
+        adopt_snapshot(journal, index, term, configuration)
         engine.adopt(index)
+        self._follow_members()
         if engine.term < term:
             engine.follow_term(term)
         if self._offer is not None and self._offer[:2] == (engine.leader, engine.term):
@@ -516,7 +579,7 @@ class RaftGroup:
 
     def recover(self, incarnation: str) -> None:
         """This replica's disk was lost: it is silent until it is admitted. Raises StoreRefused if it was the only one."""
-        if not self._progress:
+        if self.alone:
             raise StoreRefused(f"group {self.number} has one replica, here, and its log is lost; restore a backup")
         self.recovery = Recovery(incarnation)
 
@@ -563,22 +626,25 @@ _RECEIVERS: dict[str, Callable[[RaftGroup, str, Message], None]] = {
 }
 
 
-def adopt_snapshot(journal: GroupJournal, index: int, term: int) -> None:
+_OF_ANYBODY = frozenset(("append_entries", "request_vote", "prevote_request", "timeout_now", "snapshot_offer", "recovery_answer"))
+
+
+def adopt_snapshot(journal: GroupJournal, index: int, term: int, configuration: tuple[int, bytes] | None) -> None:
     """Makes the log agree with a state as of (index, term): kept if it has that entry, else started there."""
     if journal.term_at(index) == term:
         journal.commit = max(journal.commit, index)
         journal.applied = max(journal.applied, index)
     else:
-        journal.restart(index, term)
+        journal.restart(index, term, None if configuration is None else (configuration[0], decode_configuration(configuration[1])))
     journal.end_install()
 
 
-def check_fit(group: int, journal: GroupJournal, durable: int, members: int) -> None:
+def check_fit(group: int, journal: GroupJournal, durable: int, members: list[str]) -> None:
     """Refuses a log and a state that do not belong together (R18)."""
     if journal.last == 0 and durable:
         alone = "restore both from a backup of one moment, or remove the whole directory to start empty"
         raise StoreRefused(f"group {group}: its state is as of entry {durable}, but its log is lost: "
-                           f"{alone if members == 1 else RESTART_HINT}")
+                           f"{alone if len(members) == 1 else RESTART_HINT}")
     if journal.last and durable > journal.last:
         raise StoreRefused(f"group {group}: its state is as of entry {durable}, but its log ends at {journal.last}: "
                            f"{RESTART_HINT}")

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from spillway.cluster.clock import Clock, SystemClock
-from spillway.cluster.errors import ClusterError, StorageFailed, StoreRefused
+from spillway.cluster.errors import ChangeRefused, ClusterError, NotLeading, StorageFailed, StoreRefused
 from spillway.cluster.machine import GroupMachine, Role
 from spillway.cluster.raft import wire
 from spillway.cluster.raft.claims import Claims
+from spillway.cluster.raft.configuration import Change, Configuration
 from spillway.cluster.raft.formation import Hello, Standing, decide
 from spillway.cluster.raft.group import RaftGroup, adopt_snapshot, check_fit
 from spillway.cluster.raft.guard import Message
@@ -61,6 +62,9 @@ class SnapshotStore(Protocol):
     def applied(self, group: int) -> tuple[int, int]:
         """(index, term) of the last entry in the group's rows."""
 
+    def configuration(self, group: int) -> tuple[int, bytes] | None:
+        """Index and configuration of the last call of GroupMachine.configured as of that entry; None if there was none."""
+
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
@@ -74,6 +78,7 @@ class GroupStatus:
     durable_index: int
     log_first_index: int
     log_last_index: int
+    configuration: Configuration
 
 
 def end_process(error: BaseException) -> None:
@@ -104,6 +109,8 @@ class RaftHost:
         self.clock = clock or SystemClock()
         self.chance = chance
         self.before_collect: Callable[[], None] = lambda: None
+        self.removed: Callable[[int], None] = lambda group: None
+        """A replica ended, and its log: its state may be dropped."""
         self.groups: dict[int, RaftGroup] = {}
         self.fetches: dict[int, str] = {}  # group -> peer: snapshots to fetch, for `run` or a simulator to take
         self.failed: BaseException | None = None
@@ -133,10 +140,46 @@ class RaftHost:
     # -- groups --------------------------------------------------------------------------------------------------
 
     def add_group(self, group: int, members: list[str], machine: GroupMachine) -> None:
-        """A replica of a group on this node. It starts with the host, once the cluster has formed."""
-        assert self.node_id in members, f"group {group} has no replica on node {self.node_id}"
-        assert not self._started, "groups are added before the host starts"
+        """A replica of a group on this node. It starts with the host, once the cluster has formed, or in the next turn. `members` are
+        the voters that the group was founded with; none for a replica that joins: it waits until a leader makes it a learner."""
+        assert not members or self.node_id in members, f"group {group} has no replica on node {self.node_id}"
+        assert group not in self._pending, f"group {group} has a replica on node {self.node_id}"
         self._pending[group] = (members, machine)
+        if self._started:
+            self._enqueue("", 0, lambda: self._start_group(group, members, machine))
+
+    def drop_group(self, group: int, by: int) -> None:
+        """Ends a replica that is no member any more and may not have heard of it, in the next turn; then `removed` is called. `by` is
+        the index of a committed configuration without it: a replica that knows a later one stays, if it is a member again."""
+        def drop() -> None:
+            replica = self.groups.get(group)
+            if replica is not None and replica.membership.index < by:
+                self._drop_group(group)
+        self._enqueue("", 0, drop)
+
+    def _drop_group(self, group: int) -> None:
+        del self.groups[group], self._pending[group]
+        self.store.drop(group)
+        self._leads.pop(group, None)
+        self._claims_due = True
+        self._notify(group)
+        self.removed(group)
+
+    def propose_change(self, group: int, change: Change, done: Callable[[int | ChangeRefused], None]) -> None:
+        """Changes the members of a group that this node leads, in the next turn: `done` gets the index of the entry, which takes
+        effect for good when it is committed, or why not; see RaftGroup.propose_change."""
+        def propose() -> None:
+            replica = self.groups.get(group)
+            try:
+                if replica is None:
+                    raise NotLeading(f"this node has no replica of group {group}")
+                index = replica.propose_change(change)
+            except ChangeRefused as error:
+                done(error)
+                return
+            self._woken[group] = None
+            done(index)
+        self._enqueue("", 0, propose)
 
     def wake(self, group: int) -> None:
         """The group's machine has something to propose: a turn comes soon."""
@@ -156,7 +199,7 @@ class RaftHost:
     def status(self) -> dict[int, GroupStatus]:
         """Every replica of this node."""
         return {n: GroupStatus(g.role, g.leader, g.engine.term, g.engine.commit, g.engine.applied, g.machine.durable_index(),
-                               g.journal.first, g.journal.last) for n, g in self.groups.items()}
+                               g.journal.first, g.journal.last, g.configuration) for n, g in self.groups.items()}
 
     def transfer(self, group: int, to: str | None = None) -> bool:
         """Hands a group over to a follower; proposals pause meanwhile. False if it cannot now."""
@@ -211,15 +254,13 @@ class RaftHost:
             self._try_start()
             return
         for number, group in self.groups.items():
-            if peer in group.members:
-                group.connected(peer)
-                self._woken[number] = None
+            group.connected(peer)
+            self._woken[number] = None
 
     def _disconnect(self, peer: str) -> None:
         for number, group in self.groups.items():
-            if peer in group.members:
-                group.disconnected(peer)
-                self._woken[number] = None
+            group.disconnected(peer)
+            self._woken[number] = None
         self._changed_claims(self._claims.drop(peer))
 
     def _deliver(self, peer: str, messages: list[tuple[int, Message]], claims: list[tuple[int, int]],
@@ -249,7 +290,7 @@ class RaftHost:
             if standing is Standing.WAIT:
                 return
             for group, (members, machine) in self._pending.items():
-                check_fit(group, self.store.journal(group), machine.durable_index(), len(members))
+                check_fit(group, self.store.journal(group), machine.durable_index(), members)
             if standing is Standing.LOST:
                 log.warning("this node's store is new, but its cluster is not: it recovers from the others")
                 self.store.change_node(recovering=True)
@@ -269,7 +310,8 @@ class RaftHost:
                 raise StoreRefused(f"group {number}: a snapshot was being installed, and there is no state store to ask")
             index, term = self.snapshots.applied(number)
             if index > journal.install_above:
-                adopt_snapshot(journal, index, term)
+                journal.found(Configuration.of(members))
+                adopt_snapshot(journal, index, term, self.snapshots.configuration(number))
             else:
                 journal.end_install()
         group = self.groups[number] = RaftGroup(number, self.node_id, members, machine, journal, self.timing, self.limits,
@@ -278,8 +320,7 @@ class RaftHost:
         if node.recovering and journal.admitted != node.incarnation:
             group.recover(node.incarnation)
         for peer in self._epochs:
-            if peer in group.members:
-                group.connected(peer)
+            group.connected(peer)
         self._woken[number] = None
 
     def _check_recovered(self) -> None:
@@ -329,6 +370,9 @@ class RaftHost:
                 if group.fetch_from is not None:
                     self.fetches[number] = group.fetch_from
                     group.fetch_from = None
+                if group.membership.removed:
+                    log.info("group %d: this node is no member any more; its replica ends", number)
+                    self._drop_group(number)
         if self._claims_due or now - self._claims_at >= CLAIMS_SECONDS:
             self._announce(now)
         self._written = self.store.write()
@@ -419,23 +463,34 @@ class RaftHost:
         """The state of a group for a peer that fetches it, in chunks. Nothing if there is no replica of it here, or while
         its own state is being replaced."""
         replica = self.groups.get(group)
-        if replica is not None and self.snapshots is not None and not replica.installing and peer in replica.members:
+        if replica is not None and self.snapshots is not None and not replica.installing and peer in replica.configuration:
             async for chunk in self.snapshots.export(group):
                 yield chunk
 
     def installed(self, group: int, index: int, term: int) -> None:
         """A snapshot took effect durably, and the machine was reloaded: the log follows in the next turn."""
-        self._enqueue("", 0, lambda: self.groups[group].installed(index, term))
+        assert self.snapshots is not None
+        configuration = self.snapshots.configuration(group)
+
+        def tell() -> None:
+            if (replica := self.groups.get(group)) is not None:
+                replica.installed(index, term, configuration)
+        self._enqueue("", 0, tell)
         self.wake(group)
 
     def fetch_failed(self, group: int) -> None:
         """A snapshot did not come about; the state is as it was."""
-        self._enqueue("", 0, lambda: self.groups[group].fetch_failed())
+        def tell() -> None:
+            if (replica := self.groups.get(group)) is not None:
+                replica.fetch_failed()
+        self._enqueue("", 0, tell)
         self.wake(group)
 
     async def _fetch(self, group: int, peer: str) -> None:
-        replica = self.groups[group]
+        replica = self.groups.get(group)
         try:
+            if replica is None:
+                return
             if self.snapshots is None:
                 raise StoreRefused(f"group {group} needs a snapshot, and there is no state store to take it")
             index, term = await self.snapshots.install(group, self.transport.fetch_snapshot(peer, group),
@@ -502,7 +557,7 @@ class RaftHost:
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while self._epochs and not self._stopping and loop.time() < until:
-            led = [n for n, g in self.groups.items() if g.serving and len(g.members) > 1]
+            led = [n for n, g in self.groups.items() if g.serving and not g.alone]
             if not led:
                 break
             for number in led:

@@ -5,6 +5,7 @@
     <group> H                 hard state: term (8 bytes), vote
     <group> E <index>         entry: term (8 bytes), command
     <group> I                 a snapshot is being installed: the applied index before it (8 bytes)
+    <group> C                 configuration as of the first entry: its index (8 bytes), Configuration.encode
     <group> A                 admitted: the incarnation that may vote and acknowledge again (see `recovery`)
 
 Additions accumulate in the store's batch. `write` hands it to the disk, `sync` makes it durable; nothing that depends on
@@ -28,9 +29,10 @@ from typing import Any, Protocol
 import msgspec
 from rocksdict import DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
 from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused, is_damage
-from spillway.cluster.raft.seam import NO_OP, Journal
+from spillway.cluster.raft.configuration import Configuration, decode_configuration
+from spillway.cluster.raft.seam import CONFIGURATION, NO_OP, Journal
 
-FORMAT = 1
+FORMAT = 2  # 1: without configurations; read, and raised when opened
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
 WAL_BYTES_MAX = 64 << 20  # a quiet group must not keep the write-ahead log of busy ones
 ENTRY_OVERHEAD_BYTES = 64  # what an entry costs beside its command, roughly
@@ -256,6 +258,8 @@ class JournalStore:
         if (self.node.cluster, self.node.node_id) != (cluster, node_id):
             self._refuse(f"it belongs to node {self.node.node_id!r} of cluster {self.node.cluster!r}, not to {node_id!r} of "
                          f"{cluster!r}; start that node, or name another directory")
+        if self.node.format < FORMAT:
+            self.change_node(format=FORMAT)
 
     def _refuse(self, why: str) -> None:
         self.disk.close()
@@ -276,6 +280,13 @@ class JournalStore:
         """The log of a group. Raises StoreRefused if entries are missing from it."""
         journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
         return journal
+
+    def drop(self, group: int) -> None:
+        """Forgets a replica in the turn's batch, but for its term and vote: the node may become a member again."""
+        self.groups.pop(group, None)
+        name = group.to_bytes(4, "big")
+        self.delete_range(name + b"A", name + b"H")
+        self.delete_range(name + b"I", name + b"J")
 
     def put(self, key: bytes, value: bytes) -> None:
         """Adds a row to the turn's batch."""
@@ -344,11 +355,15 @@ class GroupJournal(Journal):  # type: ignore[misc]
         self._tail: list[LogEntry] = []
         self._tail_first = 0
         self._head: LogEntry | None = None
+        self._configurations: list[tuple[int, Configuration]] = []  # as of the first entry, then those of later entries
         self._name = group.to_bytes(4, "big")
         self._load()
 
     def _load(self) -> None:
         disk = self.store.disk
+        founded = disk.get(self._name + b"C")
+        if founded is not None:
+            self._configurations.append((_TERM.unpack_from(founded)[0], self._decode(founded[8:])))
         hard = disk.get(self._name + b"H")
         self._term = _TERM.unpack_from(hard)[0] if hard else 0
         self._vote = (hard[8:].decode() or None) if hard else None
@@ -366,6 +381,12 @@ class GroupJournal(Journal):  # type: ignore[misc]
         admitted = disk.get(self._name + b"A")
         self.admitted: str | None = None if admitted is None else admitted.decode()
 
+    def _decode(self, data: bytes) -> Configuration:
+        try:
+            return decode_configuration(data)
+        except ValueError as e:
+            raise StoreRefused(f"the log of group {self.group} is damaged: {e}. {REPLACE_HINT}") from None
+
     def _key(self, index: int) -> bytes:
         return _KEY.pack(self.group, b"E", index)
 
@@ -377,6 +398,8 @@ class GroupJournal(Journal):  # type: ignore[misc]
             self.first = entry[1]
         if not self._runs or self._runs[-1][1] != entry[2]:
             self._runs.append((entry[1], entry[2]))
+        if entry[0][:1] == CONFIGURATION and (not self._configurations or entry[1] > self._configurations[-1][0]):
+            self._configurations.append((entry[1], self._decode(entry[0][1:])))
         self.last = entry[1]
         self._tail.append(entry)
         self._sizes.append(size)
@@ -408,6 +431,8 @@ class GroupJournal(Journal):  # type: ignore[misc]
             self.tail_bytes -= size
         while self._runs[-1][0] >= index:
             self._runs.pop()
+        while self._configurations and self._configurations[-1][0] >= index:
+            self._configurations.pop()
         self.last = index - 1
         self.synced = min(self.synced, self.last)
 
@@ -539,10 +564,16 @@ class GroupJournal(Journal):  # type: ignore[misc]
             runs = self._runs
             while len(runs) > 1 and runs[1][0] <= first:
                 runs.pop(0)
+            configurations = self._configurations
+            if len(configurations) > 1 and configurations[1][0] <= first:
+                while len(configurations) > 1 and configurations[1][0] <= first:
+                    configurations.pop(0)
+                self._put_base()
         return drop
 
-    def restart(self, index: int, term: int) -> None:
-        """After a snapshot as of the entry (index, term): the log is that entry alone."""
+    def restart(self, index: int, term: int, configuration: tuple[int, Configuration] | None) -> None:
+        """After a snapshot as of the entry (index, term): the log is that entry alone. `configuration` is the snapshot's, with its
+        index, None if it is still the one that the group was founded with."""
         if index <= self.applied:
             raise LogViolation(f"group {self.group}: a snapshot of {index}, but {self.applied} is applied")
         self.store.delete_range(self._key(0), self._key(_INDEX_MAX))
@@ -550,8 +581,30 @@ class GroupJournal(Journal):  # type: ignore[misc]
         self.bytes = self.tail_bytes = 0
         self._runs, self._tail, self._head = [], [], None
         self._sizes.clear()
+        self._configurations = self._configurations[:1] if configuration is None else [configuration]
+        self._put_base()
         self.commit = self.applied = index
         self.add(NO_OP, index, term)
+
+    def found(self, configuration: Configuration) -> None:
+        """What the group is founded with, for this replica; unless its disk says otherwise."""
+        if not self._configurations or self._configurations[0][0] > self.first:
+            self._configurations.insert(0, (0, configuration))
+            self._put_base()
+
+    def _put_base(self) -> None:
+        index, configuration = self._configurations[0]
+        self.store.put(self._name + b"C", _TERM.pack(index) + configuration.encode())
+
+    @property
+    def configuration(self) -> Configuration:
+        """The last one in the log, committed or not; the same object as long as it is that one."""
+        return self._configurations[-1][1]
+
+    @property
+    def configuration_index(self) -> int:
+        """Of the entry that has it; 0 for the one that the group was founded with."""
+        return self._configurations[-1][0]
 
     def begin_install(self, applied: int) -> None:
         """A snapshot will replace the state, which is as of `applied`: the next start must look whether it did."""

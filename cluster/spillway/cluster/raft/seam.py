@@ -26,6 +26,7 @@ REVIEWED_SHA256 = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1c
 
 REGULAR = b"\0"  # types of entries: the first byte of a command
 NO_OP = b"\1"
+CONFIGURATION = b"\2"
 
 FOLLOWER, CANDIDATE, LEADER = 0, 1, 2  # library._RAFT_STATE
 
@@ -111,5 +112,5 @@ def configuration(journal: Journal, timing: Timing) -> SyncObjConf:
         useFork=False, pollerType="select")
 
 
-__all__ = ["CANDIDATE", "FOLLOWER", "LEADER", "NO_OP", "REGULAR", "Journal", "NoPoller", "PeerNode", "Timing", "Transport",
+__all__ = ["CANDIDATE", "CONFIGURATION", "FOLLOWER", "LEADER", "NO_OP", "REGULAR", "Journal", "NoPoller", "PeerNode", "Timing", "Transport",
            "check", "configuration", "drive", "library", "source"]

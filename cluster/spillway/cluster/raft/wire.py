@@ -10,13 +10,16 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from spillway.cluster.errors import WireInvalid
 from spillway.cluster.machine import ENTRY_BYTES_MAX
+from spillway.cluster.raft.configuration import decode_configuration
 from spillway.cluster.raft.guard import Message
+from spillway.cluster.raft.seam import CONFIGURATION
 from spillway.peer.v1.raft_pb2 import RaftFrame, RaftGroupMessage
 
 FRAME_BYTES_SOFT_MAX = 4 << 20  # a turn that has more for one peer sends several frames
 FRAME_BYTES_MAX = 16 << 20  # FRAME_BYTES_SOFT_MAX and one append of the largest entry fit with room
 NUMBER_MAX = 1 << 62  # of indexes and terms: the sum of two still fits into what protobuf and the journal store
-ENTRY_TYPES = (0, 1)
+ENTRY_TYPES = (0, 1, 2)
+_CONFIGURATION_TYPE = CONFIGURATION[0]
 INCARNATION_LENGTH_MAX = 64
 
 
@@ -124,6 +127,11 @@ def _append(m: RaftGroupMessage, term: int) -> Message:
             raise WireInvalid(f"group {m.group}: entry {index} has {len(command)} bytes; at most {ENTRY_BYTES_MAX}")
         if entry_term < last_term:
             raise WireInvalid(f"group {m.group}: entry {index} has term {entry_term}, after {last_term}")
+        if command[0] == _CONFIGURATION_TYPE:
+            try:
+                decode_configuration(command[1:])
+            except ValueError as error:
+                raise WireInvalid(f"group {m.group}: entry {index}: {error}") from None
         last_term = entry_term
         entries.append((command, index, entry_term))
     if last_term > term:

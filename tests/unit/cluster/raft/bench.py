@@ -29,6 +29,7 @@ class Machine:
         self.seen: list[tuple[int, int, bytes]] = []
         self.waiting: deque[bytes] = deque()
         self.roles: list[tuple[Role, int, str | None]] = []
+        self.configurations: list[tuple[int, bytes]] = []
         self.reloads = 0
 
     def durable_index(self) -> int:
@@ -38,6 +39,10 @@ class Machine:
     def apply(self, index: int, term: int, command: bytes) -> None:
         """See GroupMachine."""
         self.seen.append((index, term, command))
+
+    def configured(self, index: int, term: int, configuration: bytes) -> None:
+        """See GroupMachine."""
+        self.configurations.append((index, configuration))
 
     def collect(self) -> bytes | None:
         """See GroupMachine."""
@@ -68,7 +73,8 @@ class Replica:
         self.out: list[tuple[str, bytes]] = []
         self.store = JournalStore(disk, "bench", name, lambda: "i")
         self.journal = self.store.journal(0, bench.limits.tail)
-        self.group = RaftGroup(0, name, bench.names, self.machine, self.journal, bench.timing, bench.limits, self._send, bench)
+        self.group = RaftGroup(0, name, bench.founders if name in bench.founders else [], self.machine, self.journal, bench.timing,
+                               bench.limits, self._send, bench)
         self.engine = self.group.engine
         self.engine.deadline = FAR
 
@@ -103,8 +109,10 @@ class Replica:
 class Bench:
     """The members and the links between them, all connected."""
 
-    def __init__(self, names: str = "ABC", timing: Timing = PATIENT, limits: Limits | None = None) -> None:
+    def __init__(self, names: str = "ABC", timing: Timing = PATIENT, limits: Limits | None = None, founders: str = "") -> None:
+        """`founders` are the first members; the other names have a blank replica."""
         self.names = list(names)
+        self.founders = list(founders or names)
         self.timing = timing
         self.limits = limits or Limits()
         self.now = 10.0

@@ -102,7 +102,7 @@ def test_an_offered_snapshot_commits_nothing() -> None:
     index, term, _ = b.machine.seen[-1]
     a.machine.seen = list(b.machine.seen)
     bench.drive()
-    a.group.installed(index, term)
+    a.group.installed(index, term, None)
     a.sync()
     bench.settle("A", "B", "C")
     assert a.log == [(index, term)] or a.log[-1] == b.log[-1]
@@ -125,7 +125,7 @@ def test_a_snapshot_keeps_what_was_acknowledged_beyond_it() -> None:
     index, term, _ = b.machine.seen[2]
     b.engine.applied = b.journal.applied = index - 1  # as if it had fallen behind in applying
     bench.drive()
-    b.group.installed(index, term)
+    b.group.installed(index, term, None)
     b.sync()
     assert b.journal.last == last
     assert b.engine.applied == index
@@ -138,7 +138,7 @@ def test_a_snapshot_below_what_is_applied_is_refused() -> None:
     bench.settle("A", "B", "C")
     b = bench["B"]
     with pytest.raises(LogViolation):
-        b.group.installed(b.engine.applied, 1)
+        b.group.installed(b.engine.applied, 1, None)
 
 
 def _stale_answer(bench: Bench) -> set[bytes]:
@@ -227,11 +227,12 @@ def test_a_vote_counts_once() -> None:
 
 
 def test_only_members_vote_and_answer() -> None:
-    """What a node outside of the group says is dropped."""
+    """What a node outside of the group answers or asks of its leader is dropped."""
     bench = Bench()
     bench.elect("A", "B", "C")
     before = repr(bench["A"].group)
-    bench["A"].group.deliver("Z", {"type": "append_entries", "term": 99})
+    bench["A"].group.deliver("Z", {"type": "next_node_idx", "sender_term": 99})
+    bench["A"].group.deliver("Z", {"type": "recovery_request", "sender_term": 1, "incarnation": "z"})
     assert repr(bench["A"].group) == before
 
 

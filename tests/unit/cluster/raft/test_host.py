@@ -10,6 +10,7 @@ import pytest
 from spillway.cluster.errors import SnapshotInvalid, StorageFailed, StoreRefused
 from spillway.cluster.machine import Role
 from spillway.cluster.raft import host as host_module
+from spillway.cluster.raft.configuration import Configuration
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.raft.progress import Limits
@@ -251,12 +252,13 @@ def test_an_interrupted_snapshot_is_finished_at_the_next_start(flipped: bool) ->
     node.host.store.write()
     node.host.store.sync()
     if flipped:
-        node.saved[0] = (500, 1, {500: b"s"})
+        node.saved[0] = (500, 1, {500: b"s"}, (400, Configuration.of(["n0", "n1"]).encode()))
     node.stop()
     node.start()
     journal = node.host.groups[0].journal
     assert journal.install_above is None
     assert (journal.first == journal.last == 500) is flipped
+    assert (journal.configuration_index == 400) is flipped
 
 
 def test_a_node_that_lost_its_disk_comes_back() -> None:
@@ -293,6 +295,10 @@ class Snapshots:
         """See SnapshotStore."""
         for index, term, command in self.machine.seen[:]:
             yield b"%d %d " % (index, term) + command
+
+    def configuration(self, group: int) -> tuple[int, bytes] | None:
+        """See SnapshotStore."""
+        return None
 
     async def install(self, group: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
         """See SnapshotStore."""

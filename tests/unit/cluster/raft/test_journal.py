@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.raft import journal as journal_module
+from spillway.cluster.raft.configuration import Configuration
 from spillway.cluster.raft.journal import GroupJournal, JournalStore, LogViolation, RocksDisk
 
 from tests.simulation.raft.disk import SimDisk
+
+FOUNDED = Configuration.of(["a", "b", "c"])
 
 
 def _filled(store: JournalStore, last: int = 10, term: int = 1) -> GroupJournal:
@@ -144,8 +147,9 @@ def test_a_snapshot_starts_the_log_anew(store: JournalStore) -> None:
     journal = _filled(store)
     journal.commit = journal.applied = 4
     with pytest.raises(LogViolation):
-        journal.restart(4, 1)
-    journal.restart(50, 3)
+        journal.restart(4, 1, None)
+    journal.found(FOUNDED)
+    journal.restart(50, 3, None)
     _turn(store)
     again = JournalStore(store.disk, "c", "n").journal(3)
     assert (again.first, again.last, again.term_at(50)) == (50, 50, 3)
@@ -364,3 +368,93 @@ def test_a_failing_disk_is_reported(store: JournalStore) -> None:
     store.disk.fails = True
     with pytest.raises(StorageFailed):
         store.sync()
+
+
+# -- who the members are -----------------------------------------------------------------------------------------
+
+
+def _with_members(store: JournalStore) -> tuple[GroupJournal, Configuration]:
+    """Entries 1 to 20; of these 5 and 15 change the members."""
+    journal = store.journal(3)
+    journal.found(FOUNDED)
+    four = Configuration(("a", "b", "c", "d"))
+    for index in range(1, 21):
+        configuration = {5: four, 15: FOUNDED}.get(index)
+        journal.add(b"\0x" if configuration is None else b"\2" + configuration.encode(), index, 1)
+    journal.setCurrentTerm(1, None)
+    _turn(store)
+    return journal, four
+
+
+def _members(journal: GroupJournal) -> tuple[int, Configuration]:
+    return journal.configuration_index, journal.configuration
+
+
+def test_the_last_configuration_in_the_log_counts(store: JournalStore) -> None:
+    """R17: also after a restart, and what is cut off does not."""
+    journal, four = _with_members(store)
+    assert _members(journal) == _members(JournalStore(store.disk, "c", "n").journal(3)) == (15, FOUNDED)
+    journal.deleteEntriesFrom(15 - journal.first)
+    assert _members(journal) == (5, four)
+    journal.deleteEntriesFrom(5 - journal.first)
+    assert _members(journal) == (0, FOUNDED)
+    _turn(store)
+    again = JournalStore(store.disk, "c", "n").journal(3)
+    again.found(four)
+    assert _members(again) == (0, FOUNDED), "what the disk says counts"
+
+
+@pytest.mark.parametrize("first", [4, 5, 6, 15, 18])
+def test_compaction_keeps_the_configuration(store: JournalStore, first: int) -> None:
+    """R17: the entry may go, what it says stays, and a cut behind it brings it back."""
+    journal, four = _with_members(store)
+    journal.commit = journal.applied = first
+    journal.compact(first, 0)
+    assert journal.first == first
+    _turn(store)
+    for known in (journal, JournalStore(store.disk, "c", "n").journal(3)):
+        assert _members(known) == (15, FOUNDED)
+        if 5 <= first < 15:
+            known.deleteEntriesFrom(15 - first)
+            assert _members(known) == (5, four)
+
+
+def test_a_snapshot_brings_its_configuration(store: JournalStore) -> None:
+    """R17: or none, if there was never any but the first."""
+    journal, four = _with_members(store)
+    journal.restart(50, 1, (40, four))
+    assert _members(journal) == (40, four)
+    _turn(store)
+    assert _members(JournalStore(store.disk, "c", "n").journal(3)) == (40, four)
+
+
+def test_a_dropped_replica_leaves_its_vote(store: JournalStore) -> None:
+    """R17: the node may be a member again, and must not vote twice in a term."""
+    journal, _ = _with_members(store)
+    journal.setCurrentTerm(7, "b")
+    journal.admit("i")
+    journal.begin_install(3)
+    _turn(store)
+    store.journal(4).setCurrentTerm(2, "x")
+    store.drop(3)
+    _turn(store)
+    again = JournalStore(store.disk, "c", "n")
+    fresh = again.journal(3)
+    assert (fresh.last, fresh.getCurrentTerm(), fresh.getVotedForNodeId()) == (0, 7, "b")
+    assert (fresh.admitted, fresh.install_above, fresh._configurations) == (None, None, [])
+    assert again.journal(4).getVotedForNodeId() == "x"
+
+
+def test_a_store_without_configurations_is_raised(store: JournalStore) -> None:
+    """Format 1 is read; a version that knows no configurations must not open the store afterwards."""
+    store.change_node(format=1)
+    assert JournalStore(store.disk, "c", "n").node.format == journal_module.FORMAT == 2
+
+
+def test_a_damaged_configuration_is_refused(store: JournalStore) -> None:
+    """With what to do about it."""
+    _with_members(store)
+    store.put((3).to_bytes(4, "big") + b"C", bytes(8) + b"\x92\x91")
+    _turn(store)
+    with pytest.raises(StoreRefused, match="damaged"):
+        JournalStore(store.disk, "c", "n").journal(3)

@@ -64,10 +64,10 @@ def test_unknown_shapes_are_refused(broken: RaftGroupMessage, text: str) -> None
 
 
 @pytest.mark.parametrize(("term", "command", "text"), [
-    (5, b"", "no known type"), (5, b"\2x", "no known type"), (5, b"\3x", "no known type"), (4, b"\0", "has term 4, after 5"),
+    (5, b"", "no known type"), (5, b"\2x", "does not parse"), (5, b"\3x", "no known type"), (4, b"\0", "has term 4, after 5"),
     (6, b"\0", "term 6 in a message of term 5"), (5, b"\0" + bytes(ENTRY_BYTES_MAX + 1), "at most")])
 def test_entries_are_checked(term: int, command: bytes, text: str) -> None:
-    """Membership and version entries of the library, oversize ones and terms out of order are refused."""
+    """Version entries of the library, configurations that are none, oversize ones and terms out of order are refused."""
     m = _append()
     m.append.entries.add(term=term, command=command)
     with pytest.raises(WireInvalid, match=text):

@@ -1,0 +1,90 @@
+"""Somebody who changes the members of groups all the time, beside the faults; with random numbers of its own."""
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from spillway.cluster.errors import ChangeRefused
+from spillway.cluster.raft.configuration import Change, ChangeKind, Configuration
+from spillway.cluster.raft.seam import LEADER
+
+if TYPE_CHECKING:
+    from tests.simulation.raft.world import SimNode, World
+
+LEARNERS_MAX = 2
+
+
+class Operator:
+    """Adds, promotes and removes; gives members their replicas, and takes those of nodes that were removed and have not heard of it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rnd = random.Random(f"members {world.seed}")
+
+    def start(self) -> None:
+        """Goes on until the world is calm."""
+        self._world.later(self._rnd.uniform(0.5, 3), self._step)
+
+    def _step(self) -> None:
+        world, rnd = self._world, self._rnd
+        if world.calm:
+            return
+        world.later(rnd.expovariate(world.options.changes), self._step)
+        number = rnd.randrange(world.options.groups)
+        if rnd.random() < 0.3:
+            self.reconcile(number)
+        leaders = [node for node in world.nodes.values() if node.alive and (group := node.host.groups.get(number)) is not None
+                   and group.engine.state == LEADER]
+        if not leaders:
+            return
+        leader = rnd.choice(leaders)
+        for _ in range(rnd.choice((1, 1, 1, 2, 3))):  # more than one at once must be refused
+            self._change(leader, number)
+
+    def _change(self, leader: SimNode, number: int) -> None:
+        world, rnd = self._world, self._rnd
+        group = leader.host.groups[number]
+        change = self._draw(group.configuration)
+        if change is None:
+            return
+        if change.kind is ChangeKind.REMOVE and change.node_id == leader.name and rnd.random() < 0.8:
+            leader.host.transfer(number)
+            leader.kick()
+            return
+        joins = world.nodes[change.node_id]
+        if change.kind is ChangeKind.ADD_LEARNER and rnd.random() < 0.5:
+            joins.join(number)
+        soon = rnd.uniform(0, 1)
+
+        def done(what: int | ChangeRefused) -> None:
+            if isinstance(what, ChangeRefused):
+                world.counts[f"refused: {type(what).__name__}"] += 1
+                return
+            world.counts[f"members: {change.kind.value}"] += 1
+            if change.kind is ChangeKind.ADD_LEARNER:
+                world.later(soon, lambda: joins.join(number))
+        leader.host.propose_change(number, change, done)
+        leader.kick()
+
+    def _draw(self, now: Configuration) -> Change | None:
+        rnd = self._rnd
+        others = [name for name in self._world.names if name not in now]
+        kind = rnd.choice((ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.PROMOTE, ChangeKind.REMOVE))
+        if kind is ChangeKind.ADD_LEARNER:
+            return Change(kind, rnd.choice(others)) if others and len(now.learners) < LEARNERS_MAX else None
+        if kind is ChangeKind.PROMOTE:
+            return Change(kind, rnd.choice(now.learners)) if now.learners else None
+        return Change(kind, rnd.choice((*now.voters, *now.learners)))
+
+    def reconcile(self, number: int) -> None:
+        """Who is a member by the last committed configuration gets a replica; who is none loses the one that it has."""
+        world = self._world
+        index, configuration = world.configurations.last(number)
+        for node in world.nodes.values():
+            if configuration is None:
+                return
+            if node.name in configuration:
+                node.join(number)
+            elif node.alive and number in node.host.groups:
+                node.host.drop_group(number, index)
+                node.kick()
