@@ -51,6 +51,8 @@ class Operator:
             leader.host.transfer(number)
             leader.kick()
             return
+        if world.wiped is not None and not world.wiped.whole:
+            return  # a change now could leave too few who remember
         joins = world.nodes[change.node_id]
         if change.kind is ChangeKind.ADD_LEARNER and rnd.random() < 0.5:
             joins.join(number)

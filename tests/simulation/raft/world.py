@@ -211,9 +211,11 @@ class SimNode:
         self.busy = self.kicked = False
         self.sync_delay = 0.0
         self.proposed: set[bytes] = set()
-        self.machines = {g: SimMachine(self, g) for g in sorted(self.replicas)}
         self.stores += 1
         store = JournalStore(self.disk, "sim", self.name, lambda: f"{self.name}-{self.stores}")
+        self.machines = {g: SimMachine(self, g) for g in sorted(self.replicas)}
+        for number in store.node.dropped:
+            self.forget(number)
         self.transport = SpyTransport(world.network, self.name, lambda: self.host.hello())
         self.transport.node = self
         self.host = self.host_class(self.name, world.names, store, self.transport, SimSnapshots(self),
@@ -255,7 +257,7 @@ class SimNode:
         self.world.counts["members: ended"] += 1
         self.replicas.discard(group)
         self.saved.pop(group, None)
-        del self.machines[group]
+        self.machines.pop(group, None)
         self.world.committed.forget(self, group)
 
     def kick(self) -> None:
@@ -378,6 +380,7 @@ class World:
         self.names = [f"n{i}" for i in range(self.options.nodes + self.options.spares)]
         self.founders = self.names[:self.options.nodes]
         self.operator = Operator(self)
+        self.wiped: SimNode | None = None
         self.network = RoughNetwork(self.later, lambda: self.now, self._delay, random.Random(seed), self.options.twice,
                                     self.options.ghosts)
         self.nodes = {n: self.node_class(self, n) for n in self.names}
@@ -445,6 +448,7 @@ class World:
             self.counts["wipes"] += 1
             node.stop()
             node.wipe()
+            self.wiped = node
             self.later(self.rnd.uniform(0.05, 2), lambda: self.restart(node))
         elif kind == "pause" and node.alive and not node.busy:
             life = node.life

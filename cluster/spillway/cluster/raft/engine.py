@@ -195,7 +195,7 @@ class Engine(library.SyncObj):  # type: ignore[misc]
 
     def responded_since(self, peer: str, when: float) -> bool:
         """Leader: whether a member was heard since then."""
-        return bool(self._SyncObj__lastResponseTime.get(self._node(peer), when) > when)
+        return bool(self._SyncObj__lastResponseTime[self.nodes[peer]] > when)
 
     def heartbeat_at(self, when: float) -> None:
         """Leader: when to send again though there is nothing new."""

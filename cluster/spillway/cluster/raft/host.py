@@ -110,7 +110,8 @@ class RaftHost:
         self.chance = chance
         self.before_collect: Callable[[], None] = lambda: None
         self.removed: Callable[[int], None] = lambda group: None
-        """A replica ended, and its log: its state may be dropped."""
+        """A replica ended and its log is gone, durably: its state is to be dropped, durably on return. After a crash the owner does
+        so before it adds groups: for those in the store's `node.dropped`."""
         self.groups: dict[int, RaftGroup] = {}
         self.fetches: dict[int, str] = {}  # group -> peer: snapshots to fetch, for `run` or a simulator to take
         self.failed: BaseException | None = None
@@ -144,6 +145,7 @@ class RaftHost:
         the voters that the group was founded with; none for a replica that joins: it waits until a leader makes it a learner."""
         assert not members or self.node_id in members, f"group {group} has no replica on node {self.node_id}"
         assert group not in self._pending, f"group {group} has a replica on node {self.node_id}"
+        assert not self._started or group not in self.store.node.dropped, f"group {group} is still being dropped"
         self._pending[group] = (members, machine)
         if self._started:
             self._enqueue("", 0, lambda: self._start_group(group, members, machine))
@@ -163,7 +165,6 @@ class RaftHost:
         self._leads.pop(group, None)
         self._claims_due = True
         self._notify(group)
-        self.removed(group)
 
     def propose_change(self, group: int, change: Change, done: Callable[[int | ChangeRefused], None]) -> None:
         """Changes the members of a group that this node leads, in the next turn: `done` gets the index of the entry, which takes
@@ -298,6 +299,8 @@ class RaftHost:
                 incarnations = {peer: hello.incarnation for peer, hello in self._hellos.items()}
                 self.store.change_node(formed=True, founders={**incarnations, self.node_id: node.incarnation})
         self._started = True
+        for group in node.dropped:
+            self.store.drop(group)  # again: the turn that should have may not have come about
         for number, (members, machine) in self._pending.items():
             self._start_group(number, members, machine)
         self._check_recovered()
@@ -389,6 +392,10 @@ class RaftHost:
             self.store.synced()
             if self.store.node.recovering:
                 self._check_recovered()
+            if self.store.node.dropped:
+                for group in self.store.node.dropped:
+                    self.removed(group)
+                self.store.change_node(dropped=[])
         if self._claims_frame:
             for peer, present in self._epochs.items():
                 self.transport.send(peer, present, self._claims_frame)

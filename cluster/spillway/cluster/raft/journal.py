@@ -228,6 +228,8 @@ class NodeRow(msgspec.Struct, frozen=True):
     """The node has taken part in the cluster with this store."""
     recovering: bool = False
     """The node took part with an earlier store that is lost; not all of its replicas are admitted again."""
+    dropped: list[int] = []
+    """Groups whose replica ended, and what is left of it may not all be gone."""
     founders: dict[str, str] = {}
     """Members' incarnations when the cluster formed; empty on a node that recovered."""
 
@@ -282,7 +284,9 @@ class JournalStore:
         return journal
 
     def drop(self, group: int) -> None:
-        """Forgets a replica in the turn's batch, but for its term and vote: the node may become a member again."""
+        """Forgets a replica in the turn's batch, but for its term and vote: the node may become a member again. That it is to be
+        forgotten is durable on return. Raises StorageFailed."""
+        self.change_node(dropped=sorted({*self.node.dropped, group}))
         self.groups.pop(group, None)
         name = group.to_bytes(4, "big")
         self.delete_range(name + b"A", name + b"H")

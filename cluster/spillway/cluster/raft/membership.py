@@ -10,7 +10,8 @@
   who lacks the entry could get its vote.
 - Votes are given to whoever asks and is up to date, member or not, by voters, learners and those who know no configuration: a
   new voter may be needed before it knows that it is one. They are counted by the candidate, from the voters of its own log.
-- A change is refused that would leave fewer voters in touch than the new majority: it could not be committed, nor undone.
+- A change is refused that would leave fewer voters in touch than the new majority: it could not be committed, nor undone. The
+  same happens if a voter loses its disk right then; so a group has three voters again before anything else is changed.
 
 A replica that has applied its own removal, and knows all that the leader had committed, is dropped by the host with its log;
 its term and vote stay on the disk, because the same node may be added again and must not vote twice. Forgetting the log is
@@ -100,11 +101,14 @@ class Membership:
         if change.kind is ChangeKind.PROMOTE:
             self._check_caught_up(change.node_id)
         if change.kind is not ChangeKind.ADD_LEARNER:
-            since = source.now - group.timing.election_min
-            alive = 1 + sum(group.engine.responded_since(n, since) for n in changed.voters if n != group.node_id)
+            alive = 1 + sum(self._in_touch(n) for n in changed.voters if n != group.node_id)
             if alive < changed.quorum:
                 raise NotCaughtUp(f"group {group.number} would have {len(changed.voters)} voters, and only {alive} are in touch")
         return changed
+
+    def _in_touch(self, node_id: str) -> bool:
+        engine = self._group.engine
+        return engine.match_index(node_id) > 0 and engine.responded_since(node_id, source.now - self._group.timing.election_min)
 
     def _check_caught_up(self, node_id: str) -> None:
         group = self._group

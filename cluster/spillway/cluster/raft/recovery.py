@@ -23,7 +23,11 @@ then; in particular L's log has every entry that was committed in earlier terms.
 
 So it equals removing B and adding a new member that starts as a learner (Ongaro's thesis, 3.8 and 4.2.1), with a barrier in
 place of the two changes of the configuration. The barrier counts only in its own term: if the leader changes on the way, B
-forgets it and asks the next one. A group whose only replica is lost has nothing to recover from, and refuses to start.
+forgets it and asks the next one.
+
+Where members change, n and q are those of the configuration that the barrier is committed in. Single changes keep what 1 to 3
+use: B's old store is a node that crashed, and a leader that was or will be elected with its help shares a voter with every
+majority that commits without it, because configurations that follow each other do (see `membership`). A group whose only replica is lost has nothing to recover from, and refuses to start.
 """
 from __future__ import annotations
 
