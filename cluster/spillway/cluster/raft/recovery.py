@@ -27,7 +27,9 @@ forgets it and asks the next one.
 
 Where members change, n and q are those of the configuration that the barrier is committed in. Single changes keep what 1 to 3
 use: B's old store is a node that crashed, and a leader that was or will be elected with its help shares a voter with every
-majority that commits without it, because configurations that follow each other do (see `membership`). A group whose only replica is lost has nothing to recover from, and refuses to start.
+majority that commits without it, because configurations that follow each other do (see `membership`).
+
+A group whose only replica is lost has nothing to recover from, and refuses to start.
 """
 from __future__ import annotations
 
