@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class StateStore:
         self._failed: StorageFailed | None = None
         self._groups: dict[int, GroupRows] = {}
         self._exporters: WeakSet[Exporter] = WeakSet()
+        self.unreadable: Callable[[StorageFailed], None] = lambda error: None
+        """Called when something cannot be read, before that is raised: whoever asked, a node must not go on with such a state."""
         self.installers: dict[int, Installer] = {}
         """Of groups whose state is being replaced."""
         try:
@@ -263,7 +265,9 @@ class StateStore:
                                    f"again ({text})")
         else:
             failed = StorageFailed(f"the state in {self.path} cannot be {what}: {text}")
-        if what != "read" and self._failed is None:
+        if what == "read":
+            self.unreadable(failed)
+        elif self._failed is None:
             self._failed = failed
         return failed
 

@@ -331,6 +331,8 @@ class Call:
             self._finish(grpc.StatusCode.CANCELLED, "cancelled")
         except Exception as error:
             assert self.link is not None
+            if not self.link.server.process.alive:
+                return  # it ended because of this
             self.link.network.bugs.append(f"{self.method} on {self.link.server.process.name}: {type(error).__name__}: {error}")
             self._finish(grpc.StatusCode.UNKNOWN, str(error))
 

@@ -171,7 +171,7 @@ def test_a_torn_last_write_is_accepted_and_damage_before_it_is_not(tmp_path: Pat
 
 
 def test_damage_is_an_error_and_not_an_end(tmp_path: Path) -> None:
-    """A block that cannot be read ends neither a scan nor a read as if there were no row."""
+    """A block that cannot be read ends neither a scan nor a read as if there were no row; the owner hears of it each time."""
     store = StateStore(tmp_path)
     random = Random(1)
     keys = [b"%06d" % n for n in range(2_000)]
@@ -183,6 +183,8 @@ def test_damage_is_an_error_and_not_an_end(tmp_path: Path) -> None:
     whole[len(whole) // 2:len(whole) // 2 + 64] = bytes(64)
     file.write_bytes(whole)
     store = StateStore(tmp_path)
+    heard: list[StorageFailed] = []
+    store.unreadable = heard.append
     with pytest.raises(StorageFailed, match="cannot be read"):
         rows_of(store.group(1))
     with pytest.raises(StorageFailed, match="cannot be read"):
@@ -190,6 +192,7 @@ def test_damage_is_an_error_and_not_an_end(tmp_path: Path) -> None:
             store.group(1).get(key)
     with pytest.raises(StorageFailed, match="cannot be read"):
         store.group(1).get_many(keys)
+    assert len(heard) == 3
     store.close()
 
 

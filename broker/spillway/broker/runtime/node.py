@@ -94,6 +94,7 @@ class Node:
                 runtime = self.shards[number] = ShardRuntime(self, number, store.group(number))
                 host.add_group(number, nodes, runtime)
         host.before_collect = self.before_collect
+        store.unreadable = host.fatal
         self.meta.changed = self._meta_changed
         self._meta_news = True  # destinations or operators' gates changed, and the scheduler does not know
         self._follow_after = 0.0  # it is told no sooner
