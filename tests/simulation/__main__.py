@@ -84,6 +84,7 @@ def many(first: int, seeds: int, jobs: int) -> int:
     print(json.dumps({
         "commit": commit(), "seeds": seeds, "first": first, "failed": failed, "seconds": round(time.perf_counter() - began, 1),
         "simulated_hours": round(hours, 1), "faults": {k[7:]: v for k, v in sorted(counts.items()) if k.startswith("fault: ")},
+        "members": {k[9:]: v for k, v in sorted(counts.items()) if k.startswith("members: ")},
         **{k.replace(" ", "_"): v for k, v in sorted(counts.items()) if ":" not in k}}, indent=1))
     return 1 if failed else 0
 

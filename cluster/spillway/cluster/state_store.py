@@ -108,6 +108,15 @@ class StateStore:
         """What `GroupRows.configure` stored last. Raises StorageFailed."""
         return self.group(group_id).configuration
 
+    def forget(self, group_id: int) -> None:
+        """Drops a replica; durable on return. Its GroupRows are not to be used any more. Raises StorageFailed."""
+        batch = WriteBatch(raw_mode=True)
+        batch.delete(_META_KEY.pack(b"M", group_id))
+        batch.delete_range(_PREFIX.pack(b"R", group_id, 0), _PREFIX.pack(b"R", group_id + 1, 0))
+        self.write(batch)
+        self._groups.pop(group_id, None)
+        self.sync_now()
+
     async def sync(self) -> None:
         """Makes every commit before the call durable, in a thread. Raises StorageFailed."""
         marks, writes = self._marks(), self._writes

@@ -318,8 +318,7 @@ class Faults:
 
     def _can_do_without(self, nodes: list[SimNode]) -> bool:
         """Whether every group keeps a majority."""
-        groups = [*self.world.placement.values(), self.world.names]
-        return all(2 * sum(node.name in group for node in nodes) < len(group) for group in groups)
+        return all(2 * sum(node.name in group for node in nodes) < len(group) for group in self.world.voters())
 
     def replace_damaged(self) -> None:
         """What nobody has read yet: an operator's scrub finds it."""

@@ -17,6 +17,7 @@ from spillway.broker.runtime import node as node_module
 from spillway.broker.runtime import shard as shard_module
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
+from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.services import queue as queue_module
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
@@ -169,6 +170,16 @@ class SimNode:
         task = self.world.loop.spawn(self.process, self._main())
         task.add_done_callback(lambda done: None if done.cancelled() or done.exception() is None else self._fatal(done.exception()))
 
+    def join(self, group: int) -> None:
+        """A replica of a shard that the node is to be a member of, if it runs and has none."""
+        if self.started and group not in self.node.shards and group not in self.host.store.node.dropped:
+            def add() -> None:
+                self._watch_shard(group, self.node.add_replica(group, []))
+            self.process.context.copy().run(add)
+
+    def kick(self) -> None:
+        """Its loop wakes by itself."""
+
     def _io_seconds(self) -> float:
         return self.rnd.choice((0.0002, 0.0005, 0.002)) * self.io_factor
 
@@ -219,8 +230,7 @@ class SimNode:
         """Everything that the machines are told, the checkers are told first."""
         world = self.world
         for number, runtime in self.node.shards.items():
-            runtime.apply = self._watched_apply(number, runtime, runtime.apply)  # type: ignore[method-assign]
-            runtime.role_changed = self._watched_role(number, runtime.role_changed)  # type: ignore[method-assign]
+            self._watch_shard(number, runtime)
         meta = self.node.meta
         meta_apply = meta.apply
 
@@ -237,7 +247,20 @@ class SimNode:
             finish()
             world.committed.look(self)  # type: ignore[arg-type]
             world.elected.look(self)  # type: ignore[arg-type]
+            if world.options.changes:
+                world.configurations.look(self)  # type: ignore[arg-type]
         self.host.finish = finished  # type: ignore[method-assign]
+        removed = self.host.removed
+
+        def forget(group: int) -> None:
+            world.counts["members: ended"] += 1
+            world.committed.forget(self, group)  # type: ignore[arg-type]
+            removed(group)
+        self.host.removed = forget
+
+    def _watch_shard(self, number: int, runtime: ShardRuntime) -> None:
+        runtime.apply = self._watched_apply(number, runtime, runtime.apply)  # type: ignore[method-assign]
+        runtime.role_changed = self._watched_role(number, runtime.role_changed)  # type: ignore[method-assign]
 
     def _watched_role(self, group: int, told: Any) -> Any:
         def role_changed(role: Role, term: int, leader: str | None) -> None:

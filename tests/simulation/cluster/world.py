@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -30,8 +30,17 @@ from tests.simulation.cluster.node import SimNode, underneath
 from tests.simulation.cluster.observer import Observer
 from tests.simulation.cluster.rpc import Network
 from tests.simulation.cluster.violation import Violation
+from tests.simulation.members import Operator as Members
 from tests.simulation.network import RoughNetwork
-from tests.simulation.raft.checkers import CommittedStays, ElectedByMajority, NothingStale, NothingUnsynced, OneLeader, SameHistory
+from tests.simulation.raft.checkers import (
+    CommittedStays,
+    ElectedByMajority,
+    NothingStale,
+    NothingUnsynced,
+    OneChangeAtATime,
+    OneLeader,
+    SameHistory,
+)
 
 REST_SECONDS = 240.0  # a healed cluster must have delivered everything within
 FORM_SECONDS = 30.0
@@ -73,7 +82,14 @@ class Options:
     twice: float = 0.0
     """How many frames between nodes come twice, and (`ghosts`) late frames of connections that are gone."""
     ghosts: float = 0.0
+    changes: float = 0.0
+    """Changes of the members of shards' groups in a second."""
     limits: Limits = field(default_factory=Limits)
+
+    def with_members(self, seed: int) -> Options:
+        """With changes of members, and nodes enough for them, in a quarter of the seeds."""
+        rnd = random.Random(f"options {seed}")
+        return replace(self, nodes=5, changes=rnd.choice((0.5, 2.0, 8.0))) if self.nodes > 1 and rnd.random() < 0.3 else self
 
     @classmethod
     def draw(cls, rnd: random.Random) -> Options:
@@ -103,7 +119,7 @@ class World:
     def __init__(self, seed: int, options: Options | None = None, show: Callable[[str], None] | None = None) -> None:
         self.seed = seed
         self.rnd = random.Random(seed)
-        self.options = options or Options.draw(self.rnd)
+        self.options = options or Options.draw(self.rnd).with_members(seed)
         self.counts: Counter[str] = Counter()
         self._hash = hashlib.blake2b(digest_size=16)
         self._show = show
@@ -119,8 +135,10 @@ class World:
         self.meta_history, self.leaders = SameHistory(), OneLeader()
         self.committed, self.unsynced = CommittedStays(), NothingUnsynced()
         self.elected, self.stale = ElectedByMajority(), NothingStale()
+        self.configurations = OneChangeAtATime()
         self.nodes = {n: SimNode(self, n) for n in self.names}
         self.faults = Faults(self)
+        self.members = Members(self, list(self.observers), voters_min=3)
         self.purged: set[str] = set()
         self.acks: list[tuple[Producer, Sent, int]] = []
         self.given: dict[tuple[int, int], str] = {}  # (shard, token) -> consumer that got the lease
@@ -213,6 +231,19 @@ class World:
         """Whether the others can bring a node with empty disks up to date."""
         return len(self.names) > 1 and all(n.whole for n in self.nodes.values() if n is not node)
 
+    def forgetful(self) -> bool:
+        """Whether a node may have forgotten something."""
+        return not all(n.whole for n in self.nodes.values()) and not self.options.faults.keys().isdisjoint(("wipe", "flipped_bit"))
+
+    def voters(self) -> list[list[str]]:
+        """Of all groups, by every configuration that may count."""
+        found = [self.names, *(nodes for shard, nodes in self.placement.items() if self.configurations.last(shard)[1] is None)]
+        for node in self.nodes.values():
+            if node.life:
+                found += [list(c.voters) for group in node.host.groups.values() if group.number
+                          for i, c in group.journal._configurations if c.voters and i >= self.configurations.last(group.number)[0]]
+        return found
+
     # -- what clients are told -----------------------------------------------------------------------------------
 
     def acknowledged(self, producer: Producer, sent: Sent, sequence: int) -> None:
@@ -295,6 +326,8 @@ class World:
         if self.options.operator:
             self.operator.start(self.operator.run())
         self.faults.begin()
+        if self.options.changes:
+            self.members.start()
         self._run_until(self.options.seconds)
         self._heal()
         self._final()
@@ -326,19 +359,23 @@ class World:
 
     def _same(self) -> bool:
         self.faults.replace_damaged()
+        if self.options.changes:
+            for shard in self.observers:
+                self.members.reconcile(shard)
         return all(n.whole and all(r.applied >= self.observers[s].last for s, r in n.node.shards.items()) for n in self.nodes.values())
 
     def _final(self) -> None:
         for number, observer in self.observers.items():
             for node in self.nodes.values():
                 runtime = node.node.shards.get(number)
-                if runtime is not None and runtime.applied == observer.last:
+                if runtime is not None and runtime.applied >= observer.last:
                     observer.compare(node.name, observer.last, runtime.state)
             wrong = violations(observer.ordered(), drained=True)
             if wrong:
                 raise Violation("I2", f"shard {number}: {wrong[0]}")
         self._fates()
         self._orders()
+        self.configurations.final()
         self.counts["runs"] += 1
         self.trace("end", "", f"{sorted(self.counts.items())}")
 

@@ -19,6 +19,7 @@ from spillway.cluster.transport.base import Handlers
 from spillway.cluster.transport.memory import MemoryTransport
 from spillway.peer.v1.raft_pb2 import RaftFrame
 
+from tests.simulation.members import Operator
 from tests.simulation.network import RoughNetwork
 from tests.simulation.raft.checkers import (
     CommittedStays,
@@ -33,7 +34,6 @@ from tests.simulation.raft.checkers import (
     Violation,
 )
 from tests.simulation.raft.disk import SimDisk
-from tests.simulation.raft.members import Operator
 
 FAULTS = ("drop", "drop", "block", "cut", "alone", "stop", "stop", "slow", "fail", "wipe", "pause", "heal", "transfer",
           "lag", "lag")
@@ -379,11 +379,11 @@ class World:
         self.lags: dict[tuple[str, str], float] = {}  # seconds, of a direction
         self.names = [f"n{i}" for i in range(self.options.nodes + self.options.spares)]
         self.founders = self.names[:self.options.nodes]
-        self.operator = Operator(self)
         self.wiped: SimNode | None = None
         self.network = RoughNetwork(self.later, lambda: self.now, self._delay, random.Random(seed), self.options.twice,
                                     self.options.ghosts)
         self.nodes = {n: self.node_class(self, n) for n in self.names}
+        self.operator = Operator(self, list(range(self.options.groups)), voters_min=1)
 
     # -- time ----------------------------------------------------------------------------------------------------
 
@@ -464,6 +464,10 @@ class World:
         else:
             return
         self.counts[kind] += 1
+
+    def forgetful(self) -> bool:
+        """Whether a node lost its disk and is not back."""
+        return self.wiped is not None and not self.wiped.whole
 
     def _may_wipe(self, node: SimNode) -> bool:
         """Whether the others can do without a node: a disk that is lost is made up for by a majority that does not count it."""

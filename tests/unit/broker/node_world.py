@@ -42,6 +42,18 @@ class Host:
         self.term: dict[int, int] = {}  # of groups whose leader has changed
         self.leader: str | None = None  # of the groups that this node does not lead
 
+    def fatal(self, error: BaseException) -> None:
+        """As RaftHost."""
+        raise error
+
+    def ended(self) -> list[int]:
+        """As RaftHost."""
+        return []
+
+    def has_replica(self, number: int, founders: list[str]) -> bool:
+        """As RaftHost."""
+        return "n1" in founders
+
     def add_group(self, number: int, nodes: list[str], machine: GroupMachine) -> None:
         """As RaftHost."""
         self.machines[number] = machine

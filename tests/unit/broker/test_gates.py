@@ -23,6 +23,18 @@ class Host:
     def __init__(self) -> None:
         self.machines: dict[int, Any] = {}
 
+    def fatal(self, error: BaseException) -> None:
+        """As RaftHost."""
+        raise error
+
+    def ended(self) -> list[int]:
+        """As RaftHost."""
+        return []
+
+    def has_replica(self, number: int, founders: list[str]) -> bool:
+        """As RaftHost."""
+        return True
+
     def add_group(self, number: int, nodes: list[str], machine: Any) -> None:
         """As RaftHost."""
         self.machines[number] = machine

@@ -349,3 +349,17 @@ def test_the_configuration_goes_with_the_next_commit(tmp_path: Path) -> None:
     assert store.configuration(1) == (7, b"members") and store.applied(1) == (9, 1)
     assert list(store.group(1).scan(b"", b"\xff\xff\xff\xff")) == [(b"k", b"v")]
     store.close()
+
+
+def test_a_replica_is_forgotten_for_good(tmp_path: Path) -> None:
+    """All its rows of all generations, and nobody else's; it may come again, blank."""
+    store = StateStore(tmp_path)
+    for group in (1, 2):
+        store.group(group).commit(4, 1, [(b"k", b"v")], [], [])
+    store.forget(1)
+    assert store.applied(1) == (0, 0) and rows_of(store.group(1)) == {}
+    store.close()
+    store = StateStore(tmp_path)
+    assert store.applied(1) == (0, 0) and rows_of(store.group(1)) == {}
+    assert store.applied(2) == (4, 1) and rows_of(store.group(2)) == {b"k": b"v"}
+    store.close()

@@ -89,10 +89,12 @@ class Node:
         self.shares = Shares(self)
         host.add_group(META_GROUP, sorted(self.members)[:7], self.meta)
         self.shards: dict[int, ShardRuntime] = {}
+        for number in host.ended():
+            store.forget(number)
         for number, nodes in placement.items():
-            if config.node_id in nodes:
-                runtime = self.shards[number] = ShardRuntime(self, number, store.group(number))
-                host.add_group(number, nodes, runtime)
+            if host.has_replica(number, nodes):
+                self.add_replica(number, nodes if config.node_id in nodes else [])
+        host.removed = self._removed
         host.before_collect = self.before_collect
         store.unreadable = host.fatal
         self.meta.changed = self._meta_changed
@@ -103,6 +105,21 @@ class Node:
         # What becomes of work for a shard that this node no longer leads; the forwarder sets them.
         self.pass_on: Callable[[int, Batch], None]
         self.pass_on_settlement: Callable[[int, Call, int, Settlement], None]
+
+    def add_replica(self, shard: int, founders: list[str]) -> ShardRuntime:
+        """A replica of a shard on this node; see RaftHost.add_group."""
+        runtime = self.shards[shard] = ShardRuntime(self, shard, self.store.group(shard))
+        self.host.add_group(shard, founders, runtime)
+        return runtime
+
+    def _removed(self, shard: int) -> None:
+        """This node is no member of a shard's group any more: nothing is left of its state."""
+        runtime = self.shards.pop(shard, None)
+        if runtime is not None:
+            runtime.ended()
+            self._due_checkpoints.pop(runtime, None)
+        self.store.forget(shard)
+        self.topology_changed()
 
     # -- small things --------------------------------------------------------------------------------------------
 
@@ -168,7 +185,7 @@ class Node:
             hungry = []
             for subscription in waiting:
                 if left <= 0:  # more next turn, then from here on
-                    self.host.wake(next(iter(self.shards)))
+                    self.wake()
                     return
                 for _ in range(PICKS_IN_A_ROW):
                     pick = scheduler.pick(subscription, now)
@@ -441,7 +458,7 @@ class Node:
         until, _ = self.gates.get(scope, (0, 0))
         if until and until <= now and self.scheduler.gate(scope) == sched.CLOSED:
             self.scheduler.set_gate(scope, sched.HALF_OPEN)
-            self.host.wake(next(iter(self.shards)))
+            self.wake()
 
     async def _upkeep(self) -> None:
         """Periodic checkpoints, syncs, sweeps, disk watermark."""
@@ -452,12 +469,13 @@ class Node:
             await asyncio.sleep(SYNC_SECONDS)
             if self.clock.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
                 last_checkpoint = self.clock.monotonic()
-                for runtime in self.shards.values():
-                    self._checkpoint(runtime)
+                for runtime in list(self.shards.values()):
+                    if runtime.number in self.shards:
+                        self._checkpoint(runtime)
                     await asyncio.sleep(0)
             if self.clock.monotonic() - last_sample > SAMPLE_SECONDS:
                 last_sample = self.clock.monotonic()
-                for runtime in self.shards.values():
+                for runtime in list(self.shards.values()):
                     if runtime.leading:
                         runtime.sample(self.now_ms())
                         await asyncio.sleep(0)

@@ -300,6 +300,11 @@ class ShardRuntime:
             self._take_over()
         self.node.topology_changed()
 
+    def ended(self) -> None:
+        """The replica is gone."""
+        self.leading = False
+        self._resign()
+
     def reload(self) -> None:
         """See GroupMachine."""
         self._resign()

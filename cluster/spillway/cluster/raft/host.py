@@ -111,7 +111,7 @@ class RaftHost:
         self.before_collect: Callable[[], None] = lambda: None
         self.removed: Callable[[int], None] = lambda group: None
         """A replica ended and its log is gone, durably: its state is to be dropped, durably on return. After a crash the owner does
-        so before it adds groups: for those in the store's `node.dropped`."""
+        so for those that `ended`, before it adds groups."""
         self.groups: dict[int, RaftGroup] = {}
         self.fetches: dict[int, str] = {}  # group -> peer: snapshots to fetch, for `run` or a simulator to take
         self.failed: BaseException | None = None
@@ -136,9 +136,17 @@ class RaftHost:
         self._written = 0
         self._event: asyncio.Event | None = None
         self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # group -> fetch of a snapshot
 
     # -- groups --------------------------------------------------------------------------------------------------
+
+    def ended(self) -> list[int]:
+        """Groups whose replica ended, and whose state may not be gone; before groups are added."""
+        return self.store.node.dropped
+
+    def has_replica(self, group: int, founders: list[str]) -> bool:
+        """Whether this node has a replica of a group that was founded with these voters; before groups are added."""
+        return self.node_id in founders if self.store.founding else self.store.has_replica(group)
 
     def add_group(self, group: int, members: list[str], machine: GroupMachine) -> None:
         """A replica of a group on this node. It starts with the host, once the cluster has formed, or in the next turn. `members` are
@@ -161,6 +169,9 @@ class RaftHost:
 
     def _drop_group(self, group: int) -> None:
         del self.groups[group], self._pending[group]
+        self.fetches.pop(group, None)
+        if group in self._tasks:
+            self._tasks[group].cancel()
         self.store.drop(group)
         self._leads.pop(group, None)
         self._claims_due = True
@@ -555,9 +566,8 @@ class RaftHost:
             self.fatal(error)
 
     def _start_fetch(self, group: int, peer: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._fetch(group, peer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = self._tasks[group] = asyncio.get_running_loop().create_task(self._fetch(group, peer))
+        task.add_done_callback(lambda done: self._tasks.pop(group) if self._tasks.get(group) is done else None)
 
     async def stop(self, seconds: float = STOP_SECONDS) -> None:
         """Hands leaderships over, for at most `seconds`, then ends `run`. The transport and the store stay open."""
@@ -573,6 +583,7 @@ class RaftHost:
         self._stopping = True
         if self._event is not None:
             self._event.set()
-        for task in list(self._tasks):
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -245,6 +245,8 @@ class JournalStore:
         self._batch = self.disk.batch()
         self.batch_bytes = 0
         self.groups: dict[int, GroupJournal] = {}
+        self.founding = True
+        """The replicas of this node are those that it is founded with; else those that it `has_replica` of."""
         row = self.disk.get(NODE_KEY)
         if row is None:
             self.node = NodeRow(FORMAT, cluster, node_id, incarnation())
@@ -260,6 +262,7 @@ class JournalStore:
         if (self.node.cluster, self.node.node_id) != (cluster, node_id):
             self._refuse(f"it belongs to node {self.node.node_id!r} of cluster {self.node.cluster!r}, not to {node_id!r} of "
                          f"{cluster!r}; start that node, or name another directory")
+        self.founding = not self.node.formed or self.node.format < FORMAT
         if self.node.format < FORMAT:
             self.change_node(format=FORMAT)
 
@@ -277,6 +280,10 @@ class JournalStore:
         """Changes fields of the node row; durable on return. Raises StorageFailed."""
         self.node = msgspec.structs.replace(self.node, **changes)
         self._put_node()
+
+    def has_replica(self, group: int) -> bool:
+        """Whether there is a log of a group, be it an empty one."""
+        return group not in self.node.dropped and self.disk.get(group.to_bytes(4, "big") + b"C") is not None
 
     def journal(self, group: int, tail_bytes_max: int = 2 << 20) -> GroupJournal:
         """The log of a group. Raises StoreRefused if entries are missing from it."""

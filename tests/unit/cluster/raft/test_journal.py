@@ -443,12 +443,24 @@ def test_a_dropped_replica_leaves_its_vote(store: JournalStore) -> None:
     assert (fresh.last, fresh.getCurrentTerm(), fresh.getVotedForNodeId()) == (0, 7, "b")
     assert (fresh.admitted, fresh.install_above, fresh._configurations) == (None, None, [])
     assert again.journal(4).getVotedForNodeId() == "x"
+    assert not again.has_replica(3) and again.node.dropped == [3]
 
 
 def test_a_store_without_configurations_is_raised(store: JournalStore) -> None:
-    """Format 1 is read; a version that knows no configurations must not open the store afterwards."""
-    store.change_node(format=1)
-    assert JournalStore(store.disk, "c", "n").node.format == journal_module.FORMAT == 2
+    """Format 1 is read, with the replicas that the node was founded with; a version that knows no configurations must not open the
+    store afterwards."""
+    store.change_node(format=1, formed=True)
+    again = JournalStore(store.disk, "c", "n")
+    assert again.node.format == journal_module.FORMAT == 2 and again.founding
+    assert not JournalStore(store.disk, "c", "n").founding
+
+
+def test_a_node_knows_its_replicas(store: JournalStore) -> None:
+    """Also those whose log is empty."""
+    store.journal(3).found(FOUNDED)
+    store.journal(4)
+    _turn(store)
+    assert store.has_replica(3) and not store.has_replica(4)
 
 
 def test_a_damaged_configuration_is_refused(store: JournalStore) -> None:

@@ -2,23 +2,39 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from spillway.cluster.errors import ChangeRefused
 from spillway.cluster.raft.configuration import Change, ChangeKind, Configuration
+from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.seam import LEADER
 
-if TYPE_CHECKING:
-    from tests.simulation.raft.world import SimNode, World
-
 LEARNERS_MAX = 2
+
+
+class Node(Protocol):
+    """What is changed of a simulated node."""
+
+    name: str
+    alive: bool
+    host: RaftHost
+
+    def join(self, group: int) -> None:
+        """Gets a replica, if it has none and can have one now."""
+
+    def kick(self) -> None:
+        """A turn comes soon."""
 
 
 class Operator:
     """Adds, promotes and removes; gives members their replicas, and takes those of nodes that were removed and have not heard of it."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: Any, groups: list[int], voters_min: int) -> None:
+        """Of these groups of a simulated world, raft's or the cluster's."""
         self._world = world
+        self._groups = groups
+        self._voters_min = voters_min
+        self._nodes: dict[str, Node] = world.nodes
         self._rnd = random.Random(f"members {world.seed}")
 
     def start(self) -> None:
@@ -30,10 +46,10 @@ class Operator:
         if world.calm:
             return
         world.later(rnd.expovariate(world.options.changes), self._step)
-        number = rnd.randrange(world.options.groups)
+        number = rnd.choice(self._groups)
         if rnd.random() < 0.3:
             self.reconcile(number)
-        leaders = [node for node in world.nodes.values() if node.alive and (group := node.host.groups.get(number)) is not None
+        leaders = [node for node in self._nodes.values() if node.alive and (group := node.host.groups.get(number)) is not None
                    and group.engine.state == LEADER]
         if not leaders:
             return
@@ -41,19 +57,16 @@ class Operator:
         for _ in range(rnd.choice((1, 1, 1, 2, 3))):  # more than one at once must be refused
             self._change(leader, number)
 
-    def _change(self, leader: SimNode, number: int) -> None:
+    def _change(self, leader: Node, number: int) -> None:
         world, rnd = self._world, self._rnd
-        group = leader.host.groups[number]
-        change = self._draw(group.configuration)
-        if change is None:
-            return
+        change = self._draw(leader.host.groups[number].configuration)
+        if change is None or world.forgetful():
+            return  # a change now could leave too few who remember
         if change.kind is ChangeKind.REMOVE and change.node_id == leader.name and rnd.random() < 0.8:
             leader.host.transfer(number)
             leader.kick()
             return
-        if world.wiped is not None and not world.wiped.whole:
-            return  # a change now could leave too few who remember
-        joins = world.nodes[change.node_id]
+        joins = self._nodes[change.node_id]
         if change.kind is ChangeKind.ADD_LEARNER and rnd.random() < 0.5:
             joins.join(number)
         soon = rnd.uniform(0, 1)
@@ -70,21 +83,21 @@ class Operator:
 
     def _draw(self, now: Configuration) -> Change | None:
         rnd = self._rnd
-        others = [name for name in self._world.names if name not in now]
+        others = [name for name in self._nodes if name not in now]
         kind = rnd.choice((ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.PROMOTE, ChangeKind.REMOVE))
         if kind is ChangeKind.ADD_LEARNER:
             return Change(kind, rnd.choice(others)) if others and len(now.learners) < LEARNERS_MAX else None
         if kind is ChangeKind.PROMOTE:
             return Change(kind, rnd.choice(now.learners)) if now.learners else None
-        return Change(kind, rnd.choice((*now.voters, *now.learners)))
+        able = now.learners if len(now.voters) <= self._voters_min else (*now.voters, *now.learners)
+        return Change(kind, rnd.choice(able)) if able else None
 
     def reconcile(self, number: int) -> None:
         """Who is a member by the last committed configuration gets a replica; who is none loses the one that it has."""
-        world = self._world
-        index, configuration = world.configurations.last(number)
-        for node in world.nodes.values():
-            if configuration is None:
-                return
+        index, configuration = self._world.configurations.last(number)
+        if configuration is None:
+            return
+        for node in self._nodes.values():
             if node.name in configuration:
                 node.join(number)
             elif node.alive and number in node.host.groups:
