@@ -1,11 +1,13 @@
 """Disks of nodes that can be full: file systems in memory, of their own, mounted where the node's directory is."""
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
 
 FILLER = "filler"
+PIECE_BYTES = 1 << 20
 
 
 class Disks:
@@ -35,13 +37,16 @@ class Disks:
             self._mounted.append(path)
 
     def fill(self, node_id: str, leave_bytes: int) -> None:
-        """Takes all space but so much."""
+        """Takes all space but so much, whoever else takes some meanwhile."""
         path = self._directory / node_id
-        free = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
-        with (path / FILLER).open("ab") as file:
-            size = file.tell() + max(0, free - leave_bytes)
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)
+        with (path / FILLER).open("ab", buffering=0) as file:
+            while (free := _free(path)) > leave_bytes:
+                try:
+                    file.write(bytes(min(PIECE_BYTES, free - leave_bytes)))
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    return
 
     def free(self, node_id: str) -> None:
         """Gives the space back."""
@@ -52,3 +57,8 @@ class Disks:
         for path in self._mounted:
             subprocess.run(["umount", "-l", str(path)], check=True)
         self._mounted.clear()
+
+
+def _free(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize

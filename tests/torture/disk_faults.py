@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Self
 
-from tests.integration.cluster_process import NodeProcess
 from tests.torture.damage import FILES, WAYS, Damage
-from tests.torture.nodes import DISK_FREE_BYTES_MIN, tail, until
+from tests.torture.nodes import DISK_FREE_BYTES_MIN, Node, tail, until
 from tests.torture.world import World
 
 EXIT_DATA, EXIT_FATAL = 3, 70
@@ -42,6 +41,7 @@ class DiskFull:
                          seconds=self.seconds):
             for node_id in victims:
                 world.disks.fill(node_id, self.leave_bytes)
+            world.in_effect()
             if not self.leave_bytes:
                 deadline = time.monotonic() + FULL_SECONDS
                 while any(world.nodes.nodes[n].running for n in victims) and time.monotonic() < deadline:
@@ -106,7 +106,7 @@ class Damaged:
         world.look()
         return world.progress.moving(world.progress.shards, since)
 
-    def _outcome(self, world: World, node: NodeProcess, done: str) -> None:
+    def _outcome(self, world: World, node: Node, done: str) -> None:
         """It works, or it refuses and is replaced."""
         until(f"{node.node_id} at work or ended after {done}", lambda: not node.running or world.nodes.healthy())
         if node.running:
@@ -115,7 +115,7 @@ class Damaged:
             self._replace(world, node, done)
 
     @staticmethod
-    def _replace(world: World, node: NodeProcess, done: str) -> None:
+    def _replace(world: World, node: Node, done: str) -> None:
         why = _explained(node, (EXIT_DATA,), REMEDIES)
         world.notes.append(f"{done}: {node.node_id} refused: {why}")
         shutil.rmtree(node.data_dir)
@@ -123,11 +123,11 @@ class Damaged:
         until(f"{node.node_id} at work after it was replaced", world.nodes.healthy)
 
 
-def _explained(node: NodeProcess, codes: tuple[int, ...], words: tuple[str, ...]) -> str:
+def _explained(node: Node, codes: tuple[int, ...], words: tuple[str, ...]) -> str:
     """The end of a node is one that an operator understands: returns what it said. Raises RuntimeError if it is not."""
     assert node.process is not None
-    said = tail(node)
+    said = node.said()
     line = next((line for line in said.splitlines()[::-1] if any(word in line for word in words)), "")
     if node.process.returncode not in codes or not line or ("Traceback" in said and EXIT_FATAL not in codes):
-        raise RuntimeError(f"{node.node_id} ended with {node.process.returncode}, and said neither why nor what to do:\n{said}")
+        raise RuntimeError(f"{node.node_id} ended with {node.process.returncode}, and said neither why nor what to do:\n{tail(node)}")
     return line

@@ -13,7 +13,7 @@ Every line has `at` (seconds of the machine's monotonic clock, which all process
     closing      the consumer gives back what it holds
     dead, left   q, n, seq                    found among the dead letters, or in its queue, at the end
     books        destination, enqueued, acked, dead, left     the broker's own counts at the end
-    fault        number, fault, shards [...], until healed    and `healed` number
+    fault        number, fault, shards [...], until healed    and `healed` number; `effect` number, if it works only from then on
     drained      complete                     whether everything was delivered at the end
 
 A line is written before what it tells of goes on, with one call to the system: what a killed process did is there.

@@ -222,6 +222,9 @@ class Ledger:
     def _fault(self, event: Event) -> None:
         self.faults[event["number"]] = (event, inf)
 
+    def _effect(self, event: Event) -> None:
+        pass
+
     def _healed(self, event: Event) -> None:
         self.faults[event["number"]] = (self.faults[event["number"]][0], event["at"])
 

@@ -36,6 +36,21 @@ def until(what: str, condition: Callable[[], bool], seconds: float = WAIT_SECOND
         time.sleep(0.05)
 
 
+class Node(NodeProcess):
+    """A node that remembers where in its log its present life begins."""
+
+    said_from = 0
+
+    def start(self) -> None:
+        """Starts it; does not wait."""
+        self.said_from = self.log.stat().st_size if self.log.exists() else 0
+        super().start()
+
+    def said(self) -> str:
+        """Its log since it was started last."""
+        return self.log.read_bytes()[self.said_from:].decode(errors="replace")
+
+
 class Nodes(ClusterProcesses):
     """A cluster whose nodes can be reached, frozen and looked at while they suffer."""
 
@@ -43,12 +58,12 @@ class Nodes(ClusterProcesses):
         """With `disk_mib`, each node's directory is a disk of its own of that size (see `disk`), which must be mounted there."""
         ids = [f"n{i + 1}" for i in range(count)]
         self.addresses_of_clients: list[str] = []
-        self.nodes = {}
+        self.nodes: dict[str, Node] = {}  # type: ignore[assignment]
         for node_id, place in network.places(ids).items():
             flags = ["--disk-free-bytes-min", str(DISK_FREE_BYTES_MIN if disk_mib else 0)]
             if count > 1:
                 flags += ["--peers", place.peers]
-            node = NodeProcess(directory, node_id, place.listen, place.peer_listen, flags)
+            node = Node(directory, node_id, place.listen, place.peer_listen, flags)
             if disk_mib:
                 node.data_dir = directory / node_id / "data"  # beside what fills the disk
                 node.argv[node.argv.index("--data-dir") + 1] = str(node.data_dir)
@@ -62,7 +77,7 @@ class Nodes(ClusterProcesses):
         return list(self.nodes)
 
     @property
-    def running(self) -> list[NodeProcess]:
+    def running(self) -> list[Node]:
         """Nodes whose process lives, frozen ones too."""
         return [node for node in self.nodes.values() if node.running]
 
@@ -82,7 +97,7 @@ class Nodes(ClusterProcesses):
             assert process is not None
             process.wait(WAIT_SECONDS)
 
-    def seen_by(self, node: NodeProcess) -> pb.Topology | None:
+    def seen_by(self, node: Node) -> pb.Topology | None:
         """The topology as a node sees it, if it answers."""
         try:
             with _channel(node) as channel:
@@ -90,7 +105,7 @@ class Nodes(ClusterProcesses):
         except grpc.RpcError:
             return None
 
-    def groups(self, node: NodeProcess) -> dict[int, pb.GroupStatus]:
+    def groups(self, node: Node) -> dict[int, pb.GroupStatus]:
         """A node's replicas; empty if it does not answer."""
         try:
             with _channel(node) as channel:
@@ -147,12 +162,12 @@ class Nodes(ClusterProcesses):
             raise TimeoutError(f"{error}; {state}") from None
 
 
-def tail(node: NodeProcess, lines: int = 12) -> str:
+def tail(node: Node, lines: int = 12) -> str:
     """The end of a node's log."""
-    return "\n".join(node.text().splitlines()[-lines:])
+    return "\n".join(node.said().splitlines()[-lines:])
 
 
-def _channel(node: NodeProcess) -> grpc.Channel:
+def _channel(node: Node) -> grpc.Channel:
     return grpc.insecure_channel(node.address, options=[("grpc.use_local_subchannel_pool", 1)])
 
 

@@ -59,6 +59,8 @@ def report(directory: Path, **more: Any) -> dict[str, Any]:
         progress.feed(event)
         if event["kind"] == "fault":
             faults.append(event)
+        elif event["kind"] == "effect":
+            faults[-1] = faults[-1] | {"at": event["at"]}
     verdict = judge(read(directory)).summary()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"commit": commit, **more, "faults": outages(progress, faults), **verdict}

@@ -41,6 +41,7 @@ class World:
         self.notes: list[str] = []
         self._tail = Tail(directory, self.progress.feed)
         self._faults = count(1)
+        self._fault = 0  # the one that goes on
         self._names = count(1)
         self._per_second = per_second
         self._messages = messages
@@ -95,8 +96,13 @@ class World:
         number = next(self._faults)
         at = time.monotonic()
         self.history.write({"kind": "fault", "at": at, "number": number, "fault": kind, "shards": list(shards), **more})
+        self._fault = number
         yield at
         self.history.write({"kind": "healed", "number": number})
+
+    def in_effect(self) -> None:
+        """The fault that has begun takes effect only now: from here on it is measured."""
+        self.history.write({"kind": "effect", "number": self._fault})
 
     def look(self) -> None:
         """Takes in what the load has written. Raises RuntimeError if a process of it failed."""

@@ -81,10 +81,12 @@ class _Stream:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        call: Any = self._link.channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
-        reader = asyncio.get_running_loop().create_task(self._read(call))
+        call: Any = None
+        reader: asyncio.Task[None] | None = None
         why = "the stream ended"
         try:
+            call = self._link.channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
+            reader = asyncio.get_running_loop().create_task(self._read(call))
             while not reader.done():
                 while self._out:
                     request, item = self._out.popleft()
@@ -98,8 +100,9 @@ class _Stream:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             why = error.details() or "broken" if isinstance(error, grpc.aio.AioRpcError) else str(error)
         finally:
-            reader.cancel()
-            call.cancel()
+            if reader is not None:
+                reader.cancel()
+                call.cancel()
             waiting = [*self._waiting, *(item for _, item in self._out)]
             self._waiting.clear()
             self._out.clear()
