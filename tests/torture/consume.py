@@ -70,6 +70,9 @@ class Handler:
             if outcome.name == "extend":
                 await self._settle(0, "extend", lambda: run.extend(LEASE_SECONDS))
             elif outcome.name == "forget":
+                task = asyncio.get_running_loop().create_task(self._too_late(message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
                 return
             elif outcome is not ACK:
                 if handled is not None:
@@ -79,6 +82,11 @@ class Handler:
             handled = message
         if handled is not None:
             self._settle(handled.sequence, "ack", run.ack)
+
+    async def _too_late(self, message: LeasedMessage) -> None:
+        """A handler that hangs until the client extends its lease no more, and the lease is over."""
+        await asyncio.sleep(LEASE_TOTAL_SECONDS + 2 * LEASE_SECONDS)
+        self._settle(message.sequence, "release", self._run.release)
 
     def _fail(self, outcome: Outcome) -> Settlement:
         """Ends the lease."""
