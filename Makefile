@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help run demo test sim lint protos bench clean venv dev
+.PHONY: help run demo test sim torture lint protos bench clean venv dev
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ test: dev  ## all tests (ARGS="-k name" to choose)
 
 sim: dev  ## 2,000 seeds of a simulated cluster under faults (ARGS="--seeds 100 --first 7" or "--seed 7")
 	@$(PY) -m tests.simulation $(ARGS)
+
+torture: dev  ## real faults on real clusters for 20 minutes (ARGS="--minutes 60 --nodes 5 --seed 7 --faults kill,cut")
+	@$(PY) -m tests.torture $(ARGS)
 
 lint: dev  ## ruff, mypy --strict, import contracts, generated code
 	@.venv/bin/ruff check .
