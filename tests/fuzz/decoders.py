@@ -1,0 +1,17 @@
+"""Every decoder of the product: what takes bytes or text that another process, a disk or a person made."""
+from __future__ import annotations
+
+from functools import cache
+
+from tests.fuzz import core_decoders
+from tests.fuzz.decoder import Decoder
+
+
+@cache
+def all_decoders() -> dict[str, Decoder]:
+    """By name."""
+    found = {}
+    for decoder in core_decoders.decoders():
+        assert decoder.name not in found, decoder.name
+        found[decoder.name] = decoder
+    return found
