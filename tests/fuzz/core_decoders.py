@@ -169,7 +169,8 @@ def _state(data: bytes) -> None:
         if queue is not None:
             shard.ensure(queue, 100)
             if queue.front:
-                _expect_frame(run_parts(1, queue, queue.front)[0], len(queue.front))
+                # Their bodies are nobody's business but the consumers'.
+                _expect_frame(run_parts(1, queue, [(*m[:3], BODY, m[4]) for m in queue.front])[0], len(queue.front))
     shard.digest()
     dead = [key for key, _ in view.scan(rows.DEAD, b"e")]
     tokens = list(shard.leases)
@@ -190,7 +191,7 @@ def _expect_frame(pieces: list[bytes], count: int) -> None:
 def _state_samples() -> tuple[bytes, ...]:
     found = stored()
     old = {key: _older(key, value) for key, value in found.items()}
-    one = {key: value for key, value in found.items() if b"e\0t\0k" in key or key[:1] in b"xgs"}
+    one = {key: value for key, value in found.items() if key[1:2] == b"e" or key in (rows.CLOCK, b"pp")}
     return tuple(join(part for row in sorted(one.items()) for part in row) for one in (found, old, one))
 
 
@@ -268,7 +269,7 @@ def _directory_samples() -> tuple[bytes, ...]:
 FILTERS = (
     'headers["type"] == "order"', 'tenant in ["a", "b"] && !(key == "k")', 'headers.type.matches(r"^a[b-d]{2,5}\\w+$") || id != ""',
     'headers.exists(h, h.startsWith("x-"))', 'size(key) > 3 ? has(headers.a) : int(id) + 1 < 5', '"x" in headers',
-    'timestamp(headers.at) < timestamp("2030-01-01T00:00:00Z")', '[1, 2.5, 3u].all(n, n > 0)', '"""a""" + b"\\x00"',
+    'timestamp(headers.at) < timestamp("2030-01-01T00:00:00Z")', '[1, 2.5, 3u].all(n, n > 0)',
     'duration("1h").getHours() == 1 // why', '{"a": [1]}["a"][0] == 1')
 HEADERS = [{}, {"type": "order", "a": "1", "x-y": "", "at": "2029-01-01T00:00:00Z"}]
 

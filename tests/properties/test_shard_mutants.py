@@ -72,9 +72,10 @@ class ForgetsToDeleteRanges(Shard):
 class WrongFloor(Shard):
     """Reads the head again that it removed."""
 
-    def _remove_head(self, queue: Queue, count: int, sequence: int) -> None:
-        super()._remove_head(queue, count, sequence)
+    def _remove_head(self, queue: Queue, count: int) -> int:
+        sequence = super()._remove_head(queue, count)
         queue.floor = sequence
+        return sequence
 
 
 class TakesStaleTokens(Shard):

@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from spillway.broker.core import rows
+from spillway.broker.core.bounds import COUNT_MAX, NUMBER_MAX, TIME_MS_MAX
 from spillway.broker.core.entry import VERSION, Enqueue, Entry, decode_entry, encode_entry
 from spillway.broker.core.errors import CorruptEntry
 
-NUMBER = st.integers(0, (1 << 64) - 1)
+UNSIGNED = st.integers(0, (1 << 64) - 1)
+NUMBER = st.integers(0, NUMBER_MAX)
+COUNT = st.integers(0, COUNT_MAX)
+TIME = st.integers(0, TIME_MS_MAX)
 NAME = st.binary(max_size=20)
 TEXT = st.text(max_size=10)
+PART = st.text(st.characters(min_codepoint=0x20, exclude_categories=["Cs", "Cc"]), max_size=5)
+QUEUES = st.tuples(PART, PART, PART).map(lambda parts: "\0".join(parts).encode())
+SCOPES = QUEUES.map(lambda queue: queue[:queue.rindex(b"\0")]) | PART.map(str.encode)
+DEAD_KEYS = NAME.map(rows.DEAD.__add__)
 ROWS = [rows.QueueRow, rows.StatsRow, rows.TenantRow, rows.ProducerRow, rows.CopierRow, rows.GateRow, rows.ClockRow, rows.DeadRow]
 SAMPLES: dict[type, msgspec.Struct] = {
     rows.QueueRow: rows.QueueRow(1, 3, 1 << 40, 2, 99, 98, 7 << 20, 3, 1, 1_000, "c", (2, 5, 6), 77, 9),
@@ -30,20 +38,20 @@ SAMPLES: dict[type, msgspec.Struct] = {
 @st.composite
 def enqueues(draw: st.DrawFn) -> Enqueue:
     """A batch of a producer."""
-    records = draw(st.lists(st.tuples(NAME, NAME), max_size=4))
-    return Enqueue(draw(TEXT), draw(NUMBER), [r[0] for r in records], [r[1] for r in records], None,
-                   draw(st.none() | st.dictionaries(st.integers(0, 3), st.tuples(NUMBER, NUMBER, NAME, NUMBER), max_size=3)),
-                   draw(st.none() | st.lists(NUMBER, min_size=len(records), max_size=len(records))), draw(NUMBER))
+    records = draw(st.lists(st.tuples(QUEUES, NAME), max_size=4))
+    return Enqueue(draw(TEXT), draw(UNSIGNED), [r[0] for r in records], [r[1] for r in records], None,
+                   draw(st.none() | st.dictionaries(st.integers(0, 3), st.tuples(TIME, TIME, NAME, TIME), max_size=3)),
+                   draw(st.none() | st.lists(UNSIGNED, min_size=len(records), max_size=len(records))), draw(UNSIGNED))
 
 
 ENTRIES = st.builds(
-    Entry, st.just(VERSION), NUMBER, st.lists(enqueues(), max_size=3),
-    st.lists(st.tuples(NUMBER, NUMBER, NUMBER, st.integers(1, 8), NUMBER, TEXT), max_size=3),
-    st.lists(st.tuples(NUMBER, st.integers(0, 3), NUMBER, TEXT), max_size=3),
-    st.lists(st.tuples(NAME, NUMBER, NUMBER), max_size=3),
-    st.lists(st.tuples(NAME, NUMBER, NUMBER, st.integers(0, 9)), max_size=3), st.lists(TEXT, max_size=3),
-    st.lists(st.tuples(NAME, NUMBER, NUMBER, st.integers(0, 3), TEXT), max_size=3), st.lists(NAME, max_size=3),
-    st.lists(NAME, max_size=3), st.lists(NAME, max_size=3), st.lists(st.tuples(NAME, NUMBER), max_size=3))
+    Entry, st.just(VERSION), TIME, st.lists(enqueues(), max_size=3),
+    st.lists(st.tuples(UNSIGNED, UNSIGNED, UNSIGNED, st.integers(1, 8), TIME, TEXT), max_size=3),
+    st.lists(st.tuples(UNSIGNED, st.integers(0, 2), TIME, TEXT), max_size=3),
+    st.lists(st.tuples(SCOPES, TIME, COUNT), max_size=3),
+    st.lists(st.tuples(NAME, UNSIGNED, TIME, st.integers(0, 2)), max_size=3), st.lists(TEXT, min_size=3, max_size=3),
+    st.lists(st.tuples(NAME, UNSIGNED, UNSIGNED, st.integers(1, 3), TEXT), max_size=3), st.lists(NAME, max_size=3),
+    st.lists(DEAD_KEYS, max_size=3), st.lists(DEAD_KEYS, max_size=3), st.lists(st.tuples(SCOPES, COUNT), max_size=3))
 
 
 @given(entry=ENTRIES)
@@ -134,7 +142,7 @@ def test_a_damaged_row_is_read_or_refused(where: int, byte: int, cut: int, kind:
         pass
 
 
-@given(sequence=NUMBER, enqueue_ms=NUMBER, deliver_ms=NUMBER, body=st.binary(max_size=50), expire_ms=st.just(0) | NUMBER)
+@given(sequence=NUMBER, enqueue_ms=TIME, deliver_ms=TIME, body=st.binary(max_size=50), expire_ms=st.just(0) | TIME)
 def test_messages_survive_the_store(sequence: int, enqueue_ms: int, deliver_ms: int, body: bytes, expire_ms: int) -> None:
     """A message row gives back sequence, times and body, byte for byte."""
     message = (sequence, enqueue_ms, deliver_ms, body, expire_ms)
@@ -143,16 +151,13 @@ def test_messages_survive_the_store(sequence: int, enqueue_ms: int, deliver_ms: 
 
 @given(garbage=st.binary(max_size=40))
 def test_garbage_is_no_message(garbage: bytes) -> None:
-    """A message row that is too short or of another version raises CorruptEntry."""
-    if len(garbage) >= {1: 17, 2: 25}.get(garbage[0] if garbage else 0, 99):
+    """A message row that is too short, of another version or of a time beyond any raises CorruptEntry."""
+    size = {1: 17, 2: 25}.get(garbage[0] if garbage else 0, 99)
+    if len(garbage) >= size and max(int.from_bytes(garbage[at:at + 8], "little") for at in range(1, size, 8)) <= TIME_MS_MAX:
         rows.decode_message(b"mq\0" + b"\0" * 8, garbage)
     else:
         with pytest.raises(CorruptEntry):
             rows.decode_message(b"mq\0" + b"\0" * 8, garbage)
-
-
-PART = st.text(st.characters(min_codepoint=0x20, exclude_categories=["Cs", "Cc"]), max_size=5)
-QUEUES = st.tuples(PART, PART, PART).map(lambda parts: "\0".join(parts).encode())
 
 
 @given(one=QUEUES, other=QUEUES, sequence=NUMBER, last=NUMBER)
@@ -177,8 +182,8 @@ def test_ids_survive_the_store(sequence: int, until: int, digest: bytes) -> None
 
 @given(garbage=st.binary(max_size=20))
 def test_garbage_is_no_id(garbage: bytes) -> None:
-    """A dedup row of another length raises CorruptEntry."""
-    if len(garbage) == 16:
+    """A dedup row of another length, or for a time beyond any, raises CorruptEntry."""
+    if len(garbage) == 16 and int.from_bytes(garbage[8:], "big") <= TIME_MS_MAX:
         rows.decode_dedup(garbage)
     else:
         with pytest.raises(CorruptEntry):

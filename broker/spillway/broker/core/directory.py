@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
+from spillway.broker.core.bounds import Count, Name, Number, Time, check_scope
 from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.policy import Nack, Policy
 
@@ -24,26 +25,26 @@ class HttpTarget(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     """Where the HTTP dispatcher sends a destination's messages."""
 
     url: str
-    timeout_ms: int = 10_000
-    concurrency_max: int = 16
+    timeout_ms: Time = 10_000
+    concurrency_max: Count = 16
     headers: dict[str, str] = {}
     signing_secrets: tuple[str, ...] = ()
     allow_private_addresses: bool = False
-    redirects_max: int = 0
+    redirects_max: Count = 0
 
 
 class DestinationV1(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """A destination as version 1 stored it."""
 
-    name: str
-    revision: int
-    run_messages_max: int
-    lease_ms: int
-    backoff_base_ms: int
-    backoff_cap_ms: int
+    name: Name
+    revision: Number
+    run_messages_max: Count
+    lease_ms: Time
+    backoff_base_ms: Time
+    backoff_cap_ms: Time
     nack: int
-    attempts_max: int
-    age_ms_max: int
+    attempts_max: Count
+    age_ms_max: Time
     http: HttpTarget | None = None
 
     def current(self) -> Destination:
@@ -56,8 +57,8 @@ class DestinationV1(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
 class Destination(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
     """A destination as stored."""
 
-    name: str
-    revision: int  # log index of its last change: its etag
+    name: Name
+    revision: Number  # log index of its last change: its etag
     policy: Policy
     http: HttpTarget | None = None
 
@@ -74,7 +75,7 @@ def destination(name: str, policy: Policy, http: HttpTarget | None = None) -> De
 class Target(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """One target of a route."""
 
-    destination: str
+    destination: Name
     filter: str = ""  # CEL; "": everything
     skip_over_budget: bool = False
 
@@ -82,8 +83,8 @@ class Target(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 class Route(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """A route as stored."""
 
-    source: str
-    revision: int
+    source: Name
+    revision: Number
     targets: tuple[Target, ...]
 
 
@@ -92,7 +93,7 @@ class Hold(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
 
     scope: bytes  # destination, or destination NUL tenant
     paused: str | None  # why; None: not paused
-    parked_until: int  # ms since 1970; 0: not parked
+    parked_until: Time  # ms since 1970; 0: not parked
     parked_why: str = ""
 
 
@@ -134,7 +135,7 @@ class DropRoute(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag
 
     origin: str
     number: int
-    source: str
+    source: Name
     etag: int
 
 
@@ -146,7 +147,7 @@ class SetHold(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=5
     scope: bytes
     pause: str | None = None
     paused: bool = False  # with `pause`: whether it pauses
-    park_until: int | None = None
+    park_until: Time | None = None
     park_why: str = ""
 
 
@@ -192,6 +193,7 @@ class Directory:
                     self.routes[route.source] = route
                 elif key.startswith(_HOLD):
                     hold = _decode_hold(value)
+                    check_scope(hold.scope)
                     self.holds[hold.scope] = hold
                 else:
                     row = _decode_destination(value).current()
@@ -207,6 +209,9 @@ class Directory:
                         if isinstance(c, PutV1) else c for c in _decode_commands(command)]
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as e:
             raise CorruptEntry(f"a meta entry of {len(command)} bytes does not decode: {e}") from e
+        for c in commands:
+            if isinstance(c, SetHold):
+                check_scope(c.scope)
         changes: list[Change] = []
         puts: dict[bytes, bytes] = {}
         deletes: dict[bytes, None] = {}

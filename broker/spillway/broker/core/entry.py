@@ -10,7 +10,10 @@ Whoever changes a shape here raises VERSION in the same commit and keeps decodin
 """
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from spillway.broker.core.bounds import Count, Unsigned, Time, check_queues, check_scope
 from spillway.broker.core.errors import CorruptEntry
 
 VERSION = 2
@@ -27,39 +30,39 @@ KEEP, DEAD, GONE, DONE = range(4)
 #   sequence: of the last of them (0 when position is 0);
 #   argument: RETRY not before; THROTTLED, DOWN parked until; EXTEND new deadline; all milliseconds since 1970;
 #   reason: RETRY, REJECT; for people.
-Settle = tuple[int, int, int, int, int, str]
+Settle = tuple[Unsigned, Unsigned, Unsigned, Annotated[int, msgspec.Meta(ge=ACK, le=DISCARD)], Time, str]
 # (fencing token, KEEP to retry the head, DEAD to dead-letter it, GONE to discard it; not before, reason)
-Expire = tuple[int, int | bool, int, str]  # version 1 has false and true for KEEP and DEAD
+Expire = tuple[Unsigned, Annotated[int, msgspec.Meta(ge=KEEP, le=GONE)] | bool, Time, str]  # version 1 has false and true for KEEP and DEAD
 # (queue, how many of its first messages, sequence of the last of them, DEAD, GONE or DONE, reason): their TTL has passed,
 # or (DONE) the outbox has been copied that far
-Trim = tuple[bytes, int, int, int, str]
+Trim = tuple[bytes, Unsigned, Unsigned, Annotated[int, msgspec.Meta(ge=DEAD, le=DONE)], str]
 # (deliver not before, or 0; not after, or 0; digest of the dedup id, or empty; remember it until) in ms since 1970
-Option = tuple[int, int, bytes, int]
+Option = tuple[Time, Time, bytes, Time]
 # (scope, parked until in ms since 1970 or 0 to open, times in a row that it closed)
 #   scope: destination, or destination NUL tenant
-GateChange = tuple[bytes, int, int]
+GateChange = tuple[bytes, Time, Count]
 # (queue, messages, deadline in ms since 1970, index into Entry.consumers)
-Grant = tuple[bytes, int, int, int]
+Grant = tuple[bytes, Unsigned, Time, Unsigned]
 
 
 class Enqueue(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
     """Messages of one producer, in order. `queues[i]` takes `bodies[i]`."""
 
     producer: str  # "" is nobody: no deduplication
-    first: int  # producer sequence of the first; the others follow without a gap. Of copies: the number before the first
+    first: Unsigned  # producer sequence of the first; the others follow without a gap. Of copies: the number before the first
     queues: list[bytes]  # spillway.contract.hashing.queue_key
     bodies: list[bytes]  # serialized spillway.v1.Message, opaque here
-    delays: dict[int, int] | None = None  # version 1 only: position -> deliver not before
+    delays: dict[int, Time] | None = None  # version 1 only: position -> deliver not before
     options: dict[int, Option] | None = None  # by position; most messages have none
-    copies: list[int] | None = None  # numbers of a route's copies: they grow, with gaps; see core.outbox
-    epoch: int = 0  # of copies: the life of the copier that made them
+    copies: list[Unsigned] | None = None  # numbers of a route's copies: they grow, with gaps; see core.outbox
+    epoch: Unsigned = 0  # of copies: the life of the copier that made them
 
 
 class Entry(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
     """One log entry."""
 
     version: int
-    now_ms: int  # the leader's clock, milliseconds since 1970; apply never lets it go back
+    now_ms: Time  # the leader's clock, milliseconds since 1970; apply never lets it go back
     enqueues: list[Enqueue] = []
     settles: list[Settle] = []
     expires: list[Expire] = []
@@ -70,7 +73,7 @@ class Entry(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=Tru
     purges: list[bytes] = []  # queues that lose all messages and their lease
     redrives: list[bytes] = []  # rows of dead letters that go back to the head of their queues
     dead_purges: list[bytes] = []  # rows of dead letters that go
-    overflows: list[tuple[bytes, int]] = []  # (destination, copies that routes left out)
+    overflows: list[tuple[bytes, Count]] = []  # (destination, copies that routes left out)
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -83,7 +86,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def decode_entry(command: bytes) -> Entry:
-    """The entry from the log. Raises CorruptEntry for anything that `encode_entry` did not make."""
+    """The entry from the log, such that it can be applied. Raises CorruptEntry for anything that `encode_entry` did not make."""
     try:
         entry = _decode(command)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -95,6 +98,19 @@ def decode_entry(command: bytes) -> Entry:
             raise CorruptEntry("an enqueue has another number of queues than of bodies")
         if batch.copies is not None and len(batch.copies) != len(batch.queues):
             raise CorruptEntry("an enqueue has another number of queues than of copies")
+        check_queues(batch.queues)
         if batch.delays:
             batch.options = {position: (until, 0, b"", 0) for position, until in batch.delays.items()}
+    consumers = len(entry.consumers)
+    for _, _, _, consumer in entry.grants:
+        if consumer >= consumers:
+            raise CorruptEntry(f"a grant is for consumer {consumer} of {consumers}")
+    for scope, _, _ in entry.gates:
+        check_scope(scope)
+    for name, _ in entry.overflows:
+        check_scope(name)
+    for keys in (entry.redrives, entry.dead_purges):
+        for key in keys:
+            if key[:1] != b"d":
+                raise CorruptEntry(f"{key!r} is no row of a dead letter")
     return entry

@@ -8,6 +8,8 @@ the copies' source sequences tell the target's shard which of them it has.
 from __future__ import annotations
 
 import msgspec
+from spillway.broker.core.bounds import Time, decoded
+from spillway.broker.core.errors import CorruptEntry
 
 DESTINATION = b"\2"  # no producer can name it
 OUTBOX = b"\2\0\0"  # the queue; each shard has its own
@@ -20,8 +22,8 @@ class Promise(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=T
     overflowed: list[str]  # destinations that get none: over their budget when the message came
     rest: bytes  # tenant NUL key
     body: bytes  # serialized spillway.v1.Message
-    deliver: int = 0  # not before, ms since 1970
-    expire: int = 0  # not after, ms since 1970; 0: no limit
+    deliver: Time = 0  # not before, ms since 1970
+    expire: Time = 0  # not after, ms since 1970; 0: no limit
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -34,8 +36,15 @@ def encode_promise(promise: Promise) -> bytes:
 
 
 def decode_promise(body: bytes) -> Promise:
-    """From a message's body in the outbox. Raises msgspec.DecodeError for anything else."""
-    return _decode(body)
+    """From a message's body in the outbox. Raises CorruptEntry."""
+    try:
+        promise = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise CorruptEntry(f"a promise of {len(body)} bytes does not decode: {e}") from e
+    if promise.rest.count(b"\0") != 1:
+        raise CorruptEntry(f"a promise is for {promise.rest!r}, which is no tenant and key")
+    decoded("a promise's tenant and key", promise.rest)
+    return promise
 
 
 def copy_number(sequence: int, ordinal: int) -> int:

@@ -3,8 +3,10 @@ need the policy: they apply what was decided."""
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
+from spillway.broker.core.bounds import Count, Number, Rate, Time, Weight
 
 
 class Nack(enum.IntEnum):
@@ -18,22 +20,22 @@ class Nack(enum.IntEnum):
 class Limit(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """How fast and how much at a time. Zeros: unlimited."""
 
-    per_second: float = 0.0  # messages
-    burst: int = 0  # messages at once after a rest; 0: what a second gives, at least 1
-    leases_max: int = 0
+    per_second: Rate = 0.0  # messages
+    burst: Count = 0  # messages at once after a rest; 0: what a second gives, at least 1
+    leases_max: Count = 0
 
 
 class Retention(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """What may wait before producers are pushed back. Zeros: unlimited."""
 
-    bytes_max: int = 0
-    age_ms_max: int = 0
+    bytes_max: Number = 0
+    age_ms_max: Time = 0
 
 
 class TenantPolicy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A tenant that differs from the others of its destination."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     limit: Limit | None = None  # None: as all tenants
     retention: Retention | None = None
 
@@ -42,8 +44,8 @@ class Adaptive(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     """Bounds of the limit that follows how a destination fares."""
 
     disabled: bool = False
-    floor: int = 1
-    pinned: int = 0  # 0: adapts
+    floor: Count = 1
+    pinned: Count = 0  # 0: adapts
 
 
 UNLIMITED = Limit()
@@ -53,28 +55,28 @@ UNBOUNDED = Retention()
 class Policy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """How a destination's messages are kept, leased and retried. Times in milliseconds."""
 
-    run_messages_max: int = 64  # long enough to amortise a lease, short enough that a retry blocks little
-    lease_ms: int = 30_000
-    backoff_base_ms: int = 200
-    backoff_cap_ms: int = 60_000
+    run_messages_max: Count = 64  # long enough to amortise a lease, short enough that a retry blocks little
+    lease_ms: Time = 30_000
+    backoff_base_ms: Time = 200
+    backoff_cap_ms: Time = 60_000
     nack: Nack = Nack.BLOCK
-    attempts_max: int = 0  # BLOCK_UNTIL only; 0: no limit
-    age_ms_max: int = 0  # BLOCK_UNTIL only; 0: no limit
-    backoff_factor: float = 2.0
-    jitter: float = 1.0  # part of a waiting time that is drawn at random
+    attempts_max: Count = 0  # BLOCK_UNTIL only; 0: no limit
+    age_ms_max: Time = 0  # BLOCK_UNTIL only; 0: no limit
+    backoff_factor: Annotated[float, msgspec.Meta(ge=1.0, le=1e9)] = 2.0
+    jitter: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 1.0  # part of a waiting time that is drawn at random
     ordered: bool = True
-    lease_ms_max: int = 12 * 3_600_000
+    lease_ms_max: Time = 12 * 3_600_000
     discard: bool = False  # instead of keeping dead letters
-    ttl_ms: int = 0  # 0: for ever
-    message_bytes_max: int = 0  # 0: the node's
+    ttl_ms: Time = 0  # 0: for ever
+    message_bytes_max: Count = 0  # 0: the node's
     limit: Limit = UNLIMITED
     tenant_limit: Limit = UNLIMITED
     retention: Retention = UNBOUNDED
     tenant_retention: Retention = UNBOUNDED
-    weight: float = 1.0
+    weight: Weight = 1.0
     tenants: dict[str, TenantPolicy] = {}
     adaptive: Adaptive = Adaptive()
-    dedup_ms: int = 600_000
+    dedup_ms: Time = 600_000
 
 
 def _ceiling(policy: Policy, step: int) -> int:

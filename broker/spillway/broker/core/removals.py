@@ -43,8 +43,8 @@ class Removals(ShardState):
         if queue.gap is not None and queue.gap[2] < sequence:  # a redriven message may come before what is missing
             queue.gap = None
 
-    def _remove_head(self, queue: Queue, count: int, sequence: int) -> None:
-        """Removes the first `count` messages, the last of which is `sequence`."""
+    def _remove_head(self, queue: Queue, count: int) -> int:
+        """Removes the first `count` messages; returns the sequence of the last of them."""
         if len(queue.front) < count:
             self.ensure(queue, count)
         front = queue.front
@@ -63,10 +63,12 @@ class Removals(ShardState):
                 self.unsaved_bytes -= len(m[3])
         del front[:count]
         self._weigh(queue, -count, -size)
+        sequence = gone[-1][0]
         queue.floor = sequence + 1
         if not queue.cold and queue.tail:
             front += queue.tail
             queue.tail = []
+        return sequence
 
     def _head_changed(self, queue: Queue, effects: Effects) -> None:
         """Reports when the queue may be leased; called whenever it has no lease and its head or time changed. A head
@@ -121,7 +123,7 @@ class Removals(ShardState):
             else:  # redriven and dropped again, a message may be before the others
                 queue.gap = (gap[0] + 1, min(gap[1], sequence), max(gap[2], sequence))
             attempts = 0
-        self._remove_head(queue, count, sequence)
+        self._remove_head(queue, count)
         queue.attempts = 0
         queue.not_before = 0
 
@@ -137,8 +139,7 @@ class Removals(ShardState):
         counters = queue.counters
         if fate == DONE:
             counters.acked += count
-            self._remove_head(queue, count, last)
-            self._head_done(queue, last)
+            self._head_done(queue, self._remove_head(queue, count))
         else:
             counters.ttl_expired += count
             self._drop(queue, count, fate, queue.attempts, reason, now)

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
+from spillway.broker.core.bounds import NUMBER_MAX, TIME_MS_MAX, Count, Unsigned, Number, Time, check_queues
 from spillway.broker.core.errors import CorruptEntry
 
 if TYPE_CHECKING:
@@ -45,80 +46,80 @@ class QueueRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A non-empty queue."""
 
     version: int
-    count: int  # messages, all of them in message rows
-    floor: int  # rows below this sequence are dead
-    attempts: int  # failed attempts of the head
-    not_before: int  # ms since 1970
-    head_ms: int  # enqueue time of the head, 0 if unknown
-    token: int = 0  # fencing token of the live lease, 0: none
-    lease_size: int = 0
-    lease_acked: int = 0
-    deadline: int = 0
+    count: Annotated[int, msgspec.Meta(ge=1, le=NUMBER_MAX)]  # messages, all of them in message rows
+    floor: Number  # rows below this sequence are dead
+    attempts: Count  # failed attempts of the head
+    not_before: Time  # ms since 1970
+    head_ms: Time  # enqueue time of the head, 0 if unknown
+    token: Number = 0  # fencing token of the live lease, 0: none
+    lease_size: Number = 0
+    lease_acked: Number = 0
+    deadline: Time = 0
     consumer: str = ""
-    gap: tuple[int, int, int] | None = None  # see Queue.gap
-    size: int | None = None  # bytes of the messages; None: nobody knows, see ShardState.reload
-    gap_since: int = 0
+    gap: tuple[Number, Number, Number] | None = None  # see Queue.gap
+    size: Number | None = None  # bytes of the messages; None: nobody knows, see ShardState.reload
+    gap_since: Number = 0
 
 
 class StatsRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Counters of a destination in a shard; `queues` and `messages` are levels, the rest totals."""
 
     version: int
-    queues: int
-    messages: int
-    dead: int
-    enqueued: int
-    acked: int
-    dead_lettered: int
-    retried: int
-    expired: int
-    size: int | None = None  # bytes of the messages: a level; None: nobody knows
-    ttl_expired: int = 0
-    purged: int = 0
-    redriven: int = 0
-    discarded: int = 0
-    deduplicated: int = 0
-    overflowed: int = 0
+    queues: Number
+    messages: Number
+    dead: Number
+    enqueued: Number
+    acked: Number
+    dead_lettered: Number
+    retried: Number
+    expired: Number
+    size: Number | None = None  # bytes of the messages: a level; None: nobody knows
+    ttl_expired: Number = 0
+    purged: Number = 0
+    redriven: Number = 0
+    discarded: Number = 0
+    deduplicated: Number = 0
+    overflowed: Number = 0
 
 
 class TenantRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What one tenant of a destination has waiting in a shard."""
 
     version: int
-    messages: int
-    size: int  # their bytes
+    messages: Number
+    size: Number  # their bytes
 
 
 class ProducerRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What is known of an idempotent producer."""
 
     version: int
-    last: int  # its last sequence stored
-    used: int  # the shard's sequence at its last use: the order in which producers are forgotten
+    last: Number  # its last sequence stored
+    used: Number  # the shard's sequence at its last use: the order in which producers are forgotten
 
 
 class CopierRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What is known of the copier of another shard's outbox."""
 
     version: int
-    epoch: int  # its life
-    chain: int  # number of the last copy that came in it
-    last: int  # highest number of a copy that is stored
+    epoch: Unsigned  # its life
+    chain: Unsigned  # number of the last copy that came in it
+    last: Unsigned  # highest number of a copy that is stored
 
 
 class GateRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A closed gate."""
 
     version: int
-    until: int  # ms since 1970
-    step: int  # times in a row that it closed
+    until: Time  # ms since 1970
+    step: Count  # times in a row that it closed
 
 
 class ClockRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """The shard's clock: the highest time of its entries, so that it never goes back."""
 
     version: int
-    now_ms: int
+    now_ms: Time
 
 
 class DeadRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -126,12 +127,12 @@ class DeadRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     version: int
     queue: bytes
-    attempts: int
+    attempts: Count
     reason: str
-    enqueue_ms: int
-    dead_ms: int
+    enqueue_ms: Time
+    dead_ms: Time
     body: bytes
-    dead_at: int = 0  # index of the entry that made it one
+    dead_at: Unsigned = 0  # index of the entry that made it one
 
 
 VERSION = 1
@@ -154,6 +155,8 @@ def decode_row(kind: type[Row], value: bytes) -> Row:
         raise CorruptEntry(f"a {kind.__name__} of {len(value)} bytes does not decode: {e}") from e
     if row.version != VERSION:
         raise CorruptEntry(f"a {kind.__name__} has version {row.version}; this node reads {VERSION}")
+    if isinstance(row, DeadRow):
+        check_queues((row.queue,))
     return row
 
 
@@ -199,11 +202,16 @@ def decode_message(key: bytes, value: bytes) -> Message:
     version = value[0] if len(value) >= _MESSAGE.size else 0
     if version == _MESSAGE_VERSION:
         _, enqueue_ms, deliver_ms = _MESSAGE.unpack_from(value)
-        return (sequence_of(key), enqueue_ms, deliver_ms, value[_MESSAGE.size:], 0)
-    if version == 2 and len(value) >= _MESSAGE_2.size:
+        body, expire_ms = value[_MESSAGE.size:], 0
+    elif version == 2 and len(value) >= _MESSAGE_2.size:
         _, enqueue_ms, deliver_ms, expire_ms = _MESSAGE_2.unpack_from(value)
-        return (sequence_of(key), enqueue_ms, deliver_ms, value[_MESSAGE_2.size:], expire_ms)
-    raise CorruptEntry(f"message row {key!r} has version {value[:1]!r}; this node reads 1 and 2")
+        body = value[_MESSAGE_2.size:]
+    else:
+        raise CorruptEntry(f"message row {key!r} has version {value[:1]!r}; this node reads 1 and 2")
+    sequence = int.from_bytes(key[-8:], "big")
+    if sequence > NUMBER_MAX or enqueue_ms > TIME_MS_MAX or deliver_ms > TIME_MS_MAX or expire_ms > TIME_MS_MAX:
+        raise CorruptEntry(f"message row {key!r} has a number or a time that is beyond any")
+    return (sequence, enqueue_ms, deliver_ms, body, expire_ms)
 
 
 def dedup_row(sequence: int, until_ms: int) -> bytes:
@@ -216,6 +224,8 @@ def decode_dedup(value: bytes) -> tuple[int, int]:
     if len(value) != _PAIR.size:
         raise CorruptEntry(f"a dedup row has {len(value)} bytes; it has {_PAIR.size}")
     sequence, until = _PAIR.unpack(value)
+    if until > TIME_MS_MAX:
+        raise CorruptEntry(f"a dedup row is for {until} ms, which is beyond any time")
     return sequence, until
 
 

@@ -236,7 +236,7 @@ class Shard(Removals):
         return queue
 
     def _settle(self, settle: Settle, now: int, effects: Effects) -> int:
-        token, position, sequence, outcome, argument, reason = settle
+        token, position, _, outcome, argument, reason = settle
         queue = self.leases.get(token)
         if queue is None:
             done = self.settled.get(token)
@@ -246,7 +246,7 @@ class Shard(Removals):
         if position > queue.lease_acked:
             if outcome != ACK or position > queue.lease_size:
                 return SettleStatus.NOT_FIRST
-            self._ack(queue, position - queue.lease_acked, sequence, effects)
+            self._ack(queue, position - queue.lease_acked, effects)
             return SettleStatus.OK
         if outcome == ACK:
             return SettleStatus.ALREADY
@@ -270,8 +270,8 @@ class Shard(Removals):
         self._end_lease(queue, outcome, effects)
         return SettleStatus.OK
 
-    def _ack(self, queue: Queue, count: int, sequence: int, effects: Effects) -> None:
-        """The first `count` messages are done; the last of them is `sequence`."""
+    def _ack(self, queue: Queue, count: int, effects: Effects) -> None:
+        """The first `count` messages are done."""
         counters = queue.counters
         counters.acked += count
         counters.leased -= count
@@ -279,8 +279,7 @@ class Shard(Removals):
             counters.dirty = True
             self._dirty_counters.append(counters)
         queue.lease_acked += count
-        self._remove_head(queue, count, sequence)
-        self._head_done(queue, sequence)
+        self._head_done(queue, self._remove_head(queue, count))
         if queue.lease_acked == queue.lease_size:
             self._remember_settled(queue.token, queue)
             self._end_lease(queue, ACK, effects)

@@ -16,6 +16,8 @@ from itertools import islice
 from typing import Protocol
 
 from spillway.broker.core import rows
+from spillway.broker.core.bounds import check_queues, check_scope, decoded
+from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.queue import Counters, Message, Queue, Tenant
 
 CACHE_BYTES_MAX = 1 << 20  # message bytes a shard keeps in memory across a checkpoint
@@ -64,7 +66,8 @@ class ShardState:
         self.reload()
 
     def reload(self) -> None:
-        """(Re)builds memory from the view: counters, producers, gates, live leases. Queues load when touched."""
+        """(Re)builds memory from the view: counters, producers, gates, live leases. Queues load when touched. Raises
+        CorruptEntry, as does everything else here that reads rows."""
         view = self.view
         self.now_ms = 0
         self._index = 0  # of the entry that is or was applied last, since the start
@@ -98,6 +101,7 @@ class ShardState:
             self.now_ms = rows.decode_row(rows.ClockRow, clock).now_ms
         for key, value in view.scan(rows.STATS, prefix_end(rows.STATS)):
             row = rows.decode_row(rows.StatsRow, value)
+            decoded("a destination", key[1:])
             c = self.counters[key[1:]] = Counters(key[1:])
             c.queues, c.messages, c.dead, c.enqueued = row.queues, row.messages, row.dead, row.enqueued
             c.acked, c.dead_lettered, c.retried, c.expired = row.acked, row.dead_lettered, row.retried, row.expired
@@ -110,16 +114,19 @@ class ShardState:
                 c.size = row.size
         producers = [(rows.decode_row(rows.ProducerRow, v), k) for k, v in view.scan(rows.PRODUCER, prefix_end(rows.PRODUCER))]
         for producer, key in sorted(producers, key=lambda found: found[0].used):
-            self.producers[key[1:].decode()] = (producer.last, producer.used)
+            self.producers[decoded("a producer", key[1:])] = (producer.last, producer.used)
         for key, value in view.scan(rows.COPIER, prefix_end(rows.COPIER)):
             copier = rows.decode_row(rows.CopierRow, value)
-            self.copiers[key[1:].decode()] = (copier.epoch, copier.chain, copier.last)
+            self.copiers[decoded("a copier", key[1:])] = (copier.epoch, copier.chain, copier.last)
         for key, value in view.scan(rows.GATE, prefix_end(rows.GATE)):
             gate = rows.decode_row(rows.GateRow, value)
+            check_scope(key[1:])
             self.gates[key[1:]] = (gate.until, gate.step)
-        for _, leased in view.scan(rows.LEASE, prefix_end(rows.LEASE)):
-            queue = self.open(leased)
-            assert queue is not None and queue.token, f"a lease row names {leased!r}, which is not leased"
+        for key, leased in view.scan(rows.LEASE, prefix_end(rows.LEASE)):
+            found = view.get(rows.QUEUE + leased)
+            queue = None if found is None else self._load(leased, found)
+            if queue is None or key != rows.lease_key(queue.token):
+                raise CorruptEntry(f"a lease row names {leased!r}, which does not have this lease")
             self.leases[queue.token] = queue
             queue.counters.leased += queue.lease_size - queue.lease_acked
 
@@ -127,7 +134,10 @@ class ShardState:
         """Finds out the size of a destination and what its tenants have: earlier versions did not write it down."""
         prefix = rows.MESSAGE + counters.name + b"\0"
         for key, value in self.view.scan(prefix, prefix_end(prefix)):
-            scope = key[1:key.index(b"\0", len(prefix))]
+            end = key.find(b"\0", len(prefix))
+            if end < 0:
+                raise CorruptEntry(f"message row {key!r} is of no tenant")
+            scope = key[1:end]
             tenant = self.tenants.get(scope)
             if tenant is None:
                 tenant = self.tenants[scope] = Tenant(scope)
@@ -150,10 +160,16 @@ class ShardState:
             value = self.view.get(b"q" + name)
             if value is not None:
                 queue = self._load(name, value)
+                if queue.token:  # those that are leased are in memory
+                    raise CorruptEntry(f"{queue!r} has no lease row")
         return queue
 
     def _load(self, name: bytes, value: bytes) -> Queue:
         row = rows.decode_row(rows.QueueRow, value)
+        check_queues((name,))
+        if row.token and not row.lease_acked < row.lease_size <= row.lease_acked + row.count:
+            raise CorruptEntry(f"the lease of {name!r} is of {row.lease_size} messages, of which {row.lease_acked} are acknowledged, "
+                               f"and {row.count} are left")
         queue = self.queues[name] = self._queue(name)
         queue.cold = row.count
         queue.floor = row.floor
@@ -227,7 +243,8 @@ class ShardState:
                 size += len(value)
                 if size > size_max:
                     break
-            assert found == want or size > size_max, f"{queue!r} lacks rows: {found} of {want}"
+            if found < want and size <= size_max:
+                raise CorruptEntry(f"{queue!r} lacks rows: {found} of {want}")
             queue.cold -= found
         if not queue.cold and queue.tail:
             front += queue.tail
@@ -246,6 +263,8 @@ class ShardState:
             queue = self.queues.get(name)  # loaded meanwhile: an enqueue to a waiting queue reports nothing
             if queue is None:
                 row = rows.decode_row(rows.QueueRow, value)
+                if name.count(b"\0") != 2 or not name.isascii():
+                    check_queues((name,))
                 if not row.token:
                     yield name, row.not_before
             elif not queue.token and not queue.granting:
@@ -276,7 +295,7 @@ class ShardState:
     def _stored_head_ms(self, name: bytes, floor: int) -> int:
         for key, value in self.view.scan(rows.message_key(name, floor), rows.message_end(name), 1):
             return rows.decode_message(key, value)[1]
-        raise AssertionError(f"queue {name!r} has no message row from {floor} on")
+        raise CorruptEntry(f"queue {name!r} has no message row from {floor} on")
 
     def tenant(self, scope: bytes) -> tuple[int, int]:
         """(messages, bytes) that wait or are leased of `destination NUL tenant`."""
@@ -298,7 +317,10 @@ class ShardState:
         for scope, tenant in self.tenants.items():
             if scope.startswith(prefix):
                 found[scope] = (tenant.messages, tenant.size, scope)
-        return heapq.nlargest(limit, (f for f in found.values() if f[0]))
+        best = heapq.nlargest(limit, (f for f in found.values() if f[0]))
+        for _, _, scope in best:
+            check_scope(scope)
+        return best
 
     def queue_names(self, prefix: bytes, start: bytes, limit: int) -> list[bytes]:
         """Up to `limit` names of queues that begin with `prefix`, from `start` on, sorted."""
@@ -464,7 +486,8 @@ class ShardState:
                 if name in self._gone:
                     continue
                 queue = self.open(name)
-            assert queue is not None
+            if queue is None:
+                raise CorruptEntry(f"the counters of a destination know nothing of {name!r}")
             messages = [(*m[:3], m[4], zlib.crc32(m[3])) for m in self.messages(queue)]
             total = zlib.crc32(repr((name, messages, queue.size, queue.attempts, queue.not_before, queue.token, queue.lease_size,
                                      queue.lease_acked, queue.deadline, queue.gap, queue.gap_since)).encode(), total)
