@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from spillway.broker.core.bounds import Count, Unsigned, Time, check_queues, check_scope
+from spillway.broker.core.bounds import Count, Time, Unsigned, check_queues, check_scope
 from spillway.broker.core.errors import CorruptEntry
 
 VERSION = 2

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
-from spillway.broker.core.bounds import NUMBER_MAX, TIME_MS_MAX, Count, Unsigned, Number, Time, check_queues
+from spillway.broker.core.bounds import NUMBER_MAX, TIME_MS_MAX, Count, Number, Time, Unsigned, check_queues
 from spillway.broker.core.errors import CorruptEntry
 
 if TYPE_CHECKING:
