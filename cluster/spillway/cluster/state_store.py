@@ -49,6 +49,7 @@ INSTALL_SYNC_BYTES = 8 << 20  # of a snapshot between two syncs, so that none is
 _BUFFERS_MAX = 4  # one is filled while others are written; only a disk that is too slow ever needs more than two
 _BUFFER_BYTES_FACTOR = 4  # RocksDB's own limit of a buffer, in ours: out of reach
 _FORMAT_KEY = b"F"
+_GENERATION_MAX = 0xFFFF_FF00  # each snapshot that is installed takes one, and keys have room for those behind it
 _META = struct.Struct("<BIQQ")
 _META_KEY = struct.Struct(">cI")
 _PREFIX = struct.Struct(">cII")
@@ -461,6 +462,8 @@ def _unpack_meta(path: Path, group_id: int, meta: bytes) -> tuple[int, int, int]
         raise StoreRefused(f"the state of group {group_id} in {path} is damaged: its meta row has {len(meta)} bytes. "
                            f"{REPLACE_HINT}")
     _, generation, index, term = _META.unpack(meta)
+    if not 0 < generation <= _GENERATION_MAX:
+        raise StoreRefused(f"the state of group {group_id} in {path} is damaged: there is no generation {generation}. {REPLACE_HINT}")
     return generation, index, term
 
 

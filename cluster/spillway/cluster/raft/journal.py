@@ -30,7 +30,8 @@ import msgspec
 from rocksdict import DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
 from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused, is_damage
 from spillway.cluster.raft.configuration import Configuration, decode_configuration
-from spillway.cluster.raft.seam import CONFIGURATION, NO_OP, Journal
+from spillway.cluster.raft.seam import CONFIGURATION, NO_OP, REGULAR, Journal
+from spillway.cluster.raft.wire import NUMBER_MAX
 
 FORMAT = 2  # 1: without configurations; read, and raised when opened
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
@@ -42,6 +43,7 @@ _KEY = struct.Struct(">IcQ")
 _TERM = struct.Struct("<Q")
 _MARK = struct.Struct("<QI")
 _INDEX_MAX = (1 << 64) - 1
+_TYPES = (REGULAR, NO_OP, CONFIGURATION)
 
 LogEntry = tuple[bytes, int, int]  # command with its type byte, index, term: the library's order
 
@@ -254,7 +256,7 @@ class JournalStore:
             return
         try:
             self.node = msgspec.msgpack.decode(row, type=NodeRow)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             self._refuse("its node row is damaged; replace this node by an empty one")
         if self.node.format > FORMAT:
             self._refuse(f"it has format {self.node.format}, written by a newer Spillway, and this one reads up to "
@@ -286,7 +288,7 @@ class JournalStore:
         return group not in self.node.dropped and self.disk.get(group.to_bytes(4, "big") + b"C") is not None
 
     def journal(self, group: int, tail_bytes_max: int = 2 << 20) -> GroupJournal:
-        """The log of a group. Raises StoreRefused if entries are missing from it."""
+        """The log of a group. Raises StoreRefused if entries are missing from it, or damaged."""
         journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
         return journal
 
@@ -374,29 +376,53 @@ class GroupJournal(Journal):  # type: ignore[misc]
         disk = self.store.disk
         founded = disk.get(self._name + b"C")
         if founded is not None:
-            self._configurations.append((_TERM.unpack_from(founded)[0], self._decode(founded[8:])))
+            if len(founded) < _TERM.size:
+                raise self._damaged("its row of the configuration is cut")
+            self._configurations.append((_TERM.unpack_from(founded)[0], self._decode(founded[_TERM.size:])))
         hard = disk.get(self._name + b"H")
-        self._term = _TERM.unpack_from(hard)[0] if hard else 0
-        self._vote = (hard[8:].decode() or None) if hard else None
+        self._term, self._vote = self._unpack_hard(hard) if hard else (0, None)
         for key, value in disk.scan(self._key(0), self._key(_INDEX_MAX)):
             index = int.from_bytes(key[-8:], "big")
             if self.last and index != self.last + 1:
                 raise StoreRefused(f"the log of group {self.group} lacks the entries {self.last + 1} to {index - 1}; "
                                    "replace this node by an empty one")
-            self._append((value[8:], index, _TERM.unpack_from(value)[0]))
+            if len(key) != _KEY.size or len(value) <= _TERM.size or value[_TERM.size:_TERM.size + 1] not in _TYPES:
+                raise self._damaged(f"the row of entry {index} is none")
+            term = _TERM.unpack_from(value)[0]
+            if self._runs and term < self._runs[-1][1]:
+                raise self._damaged(f"entry {index} has term {term}, after {self._runs[-1][1]}")
+            self._append((value[8:], index, term))
         if self.last > 1 and not hard:
             raise StoreRefused(f"term and vote of group {self.group} are lost; replace this node by an empty one")
+        if max(self._term, self.last, self._runs[-1][1] if self._runs else 0, *(at for at, _ in self._configurations)) > NUMBER_MAX:
+            raise self._damaged("a term or an index is beyond any")
         self.synced = self.last
         intent = disk.get(self._name + b"I")
+        if intent is not None and len(intent) != _TERM.size:
+            raise self._damaged("what it says of a snapshot is nothing")
         self.install_above: int | None = None if intent is None else _TERM.unpack(intent)[0]
         admitted = disk.get(self._name + b"A")
-        self.admitted: str | None = None if admitted is None else admitted.decode()
+        self.admitted: str | None = None if admitted is None else self._text(admitted)
+
+    def _unpack_hard(self, hard: bytes) -> tuple[int, str | None]:
+        if len(hard) < _TERM.size:
+            raise self._damaged("its row of term and vote is cut")
+        return _TERM.unpack_from(hard)[0], self._text(hard[_TERM.size:]) or None
+
+    def _text(self, value: bytes) -> str:
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise self._damaged(f"{value!r} is no name") from None
+
+    def _damaged(self, why: str) -> StorageDamaged:
+        return StorageDamaged(f"the log of group {self.group} is damaged: {why}. {REPLACE_HINT}")
 
     def _decode(self, data: bytes) -> Configuration:
         try:
             return decode_configuration(data)
         except ValueError as e:
-            raise StoreRefused(f"the log of group {self.group} is damaged: {e}. {REPLACE_HINT}") from None
+            raise self._damaged(str(e)) from None
 
     def _key(self, index: int) -> bytes:
         return _KEY.pack(self.group, b"E", index)
