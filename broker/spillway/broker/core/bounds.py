@@ -1,12 +1,12 @@
 """What numbers and names in entries and rows may be. Whatever is written stays within, so what is outside is damage, or was
-written by nobody: it is refused as it is decoded, before it can do anything.
+written by nobody. It is refused as it is decoded, or, where that would cost every message of every entry something, as it is
+used for the first time: a shard that meets damage ends there, and what it had not saved is read again from the log.
 
 The bounds are those of what uses a value: keys and frames of fixed width, and the times that the protocol can tell. Nothing
 that a client may send is outside of them; what another node sends is checked as it comes in.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -25,24 +25,34 @@ Name = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f-\x9f
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]  # 0: no limit
 Weight = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
 
-_NEITHER = bytes(byte for byte in range(256) if byte not in b"\0\n")
+
+class _Versioned(msgspec.Struct, array_like=True):
+    version: int
 
 
-def check_queues(names: Sequence[bytes]) -> None:
-    """Raises CorruptEntry unless all of them can name queues: three names in UTF-8 with NUL between them. Tens of nanoseconds for
-    each, as every entry's are looked at."""
-    if not names:
-        return
-    joined = b"\n".join(names)  # a line feed is in no name
-    if joined.translate(None, _NEITHER) != b"\0\0\n" * (len(names) - 1) + b"\0\0":
-        raise CorruptEntry("what names a queue has not three parts")
-    if not joined.isascii():
-        try:
-            joined.decode()
-        except UnicodeDecodeError:
-            raise CorruptEntry("what names a queue is not UTF-8") from None
-    if len(joined) > QUEUE_BYTES_MAX and max(map(len, names)) > QUEUE_BYTES_MAX:
-        raise CorruptEntry(f"the name of a queue has more than {QUEUE_BYTES_MAX} bytes")
+_decode_version = msgspec.msgpack.Decoder(_Versioned).decode
+
+
+def version_of(value: bytes) -> int | None:
+    """The version that an encoded array begins with, None if it does not: for what is said of an array that was refused."""
+    try:
+        return _decode_version(value).version
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def check_queue(name: bytes) -> None:
+    """Raises CorruptEntry unless it can name a queue: three names in UTF-8 with NUL between them."""
+    if name.count(b"\0") != 2 or len(name) > QUEUE_BYTES_MAX:
+        raise CorruptEntry(f"what names a queue has not three parts, or too many bytes: {name[:100]!r}")
+    if not name.isascii():
+        decoded("the name of a queue", name)
+
+
+def check_time(value: int) -> None:
+    """Raises CorruptEntry unless it can be milliseconds since 1970."""
+    if not 0 <= value <= TIME_MS_MAX:
+        raise CorruptEntry(f"{value} ms since 1970 are no time")
 
 
 def check_scope(scope: bytes) -> None:

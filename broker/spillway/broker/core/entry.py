@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from spillway.broker.core.bounds import Count, Time, Unsigned, check_queues, check_scope
+from spillway.broker.core.bounds import Count, Time, Unsigned, version_of
 from spillway.broker.core.errors import CorruptEntry
 
 VERSION = 2
 VERSIONS_READ = (1, 2)  # 1 had no trims, purges, redrives, options, copies
+_Version = Annotated[int, msgspec.Meta(ge=VERSIONS_READ[0], le=VERSIONS_READ[-1])]
 
 # Settlement outcomes, as in the public protocol, and DISCARD: REJECT where dead letters are not kept.
 ACK, RETRY, THROTTLED, DOWN, REJECT, RELEASE, EXTEND, DISCARD = range(1, 9)
@@ -30,19 +31,19 @@ KEEP, DEAD, GONE, DONE = range(4)
 #   sequence: of the last of them (0 when position is 0);
 #   argument: RETRY not before; THROTTLED, DOWN parked until; EXTEND new deadline; all milliseconds since 1970;
 #   reason: RETRY, REJECT; for people.
-Settle = tuple[Unsigned, Unsigned, Unsigned, Annotated[int, msgspec.Meta(ge=ACK, le=DISCARD)], Time, str]
+Settle = tuple[int, int, int, int, int, str]
 # (fencing token, KEEP to retry the head, DEAD to dead-letter it, GONE to discard it; not before, reason)
 Expire = tuple[Unsigned, Annotated[int, msgspec.Meta(ge=KEEP, le=GONE)] | bool, Time, str]  # version 1 has false and true for KEEP and DEAD
 # (queue, how many of its first messages, sequence of the last of them, DEAD, GONE or DONE, reason): their TTL has passed,
 # or (DONE) the outbox has been copied that far
 Trim = tuple[bytes, Unsigned, Unsigned, Annotated[int, msgspec.Meta(ge=DEAD, le=DONE)], str]
 # (deliver not before, or 0; not after, or 0; digest of the dedup id, or empty; remember it until) in ms since 1970
-Option = tuple[Time, Time, bytes, Time]
+Option = tuple[int, int, bytes, int]
 # (scope, parked until in ms since 1970 or 0 to open, times in a row that it closed)
 #   scope: destination, or destination NUL tenant
 GateChange = tuple[bytes, Time, Count]
 # (queue, messages, deadline in ms since 1970, index into Entry.consumers)
-Grant = tuple[bytes, Unsigned, Time, Unsigned]
+Grant = tuple[bytes, int, int, int]
 
 
 class Enqueue(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
@@ -54,14 +55,14 @@ class Enqueue(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=T
     bodies: list[bytes]  # serialized spillway.v1.Message, opaque here
     delays: dict[int, Time] | None = None  # version 1 only: position -> deliver not before
     options: dict[int, Option] | None = None  # by position; most messages have none
-    copies: list[Unsigned] | None = None  # numbers of a route's copies: they grow, with gaps; see core.outbox
+    copies: list[int] | None = None  # numbers of a route's copies: they grow, with gaps; see core.outbox
     epoch: Unsigned = 0  # of copies: the life of the copier that made them
 
 
 class Entry(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
     """One log entry."""
 
-    version: int
+    version: _Version
     now_ms: Time  # the leader's clock, milliseconds since 1970; apply never lets it go back
     enqueues: list[Enqueue] = []
     settles: list[Settle] = []
@@ -86,31 +87,20 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def decode_entry(command: bytes) -> Entry:
-    """The entry from the log, such that it can be applied. Raises CorruptEntry for anything that `encode_entry` did not make."""
+    """The entry from the log. Raises CorruptEntry for what has not the shape of one; what its numbers and names cannot be,
+    `Shard.apply` sees as it uses them."""
     try:
         entry = _decode(command)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        version = version_of(command)
+        if version is not None and version not in VERSIONS_READ:
+            raise CorruptEntry(f"a log entry has version {version}; this node reads {VERSIONS_READ}") from None
         raise CorruptEntry(f"a log entry of {len(command)} bytes does not decode: {e}") from e
-    if entry.version not in VERSIONS_READ:
-        raise CorruptEntry(f"a log entry has version {entry.version}; this node reads {VERSIONS_READ}")
     for batch in entry.enqueues:
         if len(batch.queues) != len(batch.bodies):
             raise CorruptEntry("an enqueue has another number of queues than of bodies")
         if batch.copies is not None and len(batch.copies) != len(batch.queues):
             raise CorruptEntry("an enqueue has another number of queues than of copies")
-        check_queues(batch.queues)
         if batch.delays:
             batch.options = {position: (until, 0, b"", 0) for position, until in batch.delays.items()}
-    consumers = len(entry.consumers)
-    for _, _, _, consumer in entry.grants:
-        if consumer >= consumers:
-            raise CorruptEntry(f"a grant is for consumer {consumer} of {consumers}")
-    for scope, _, _ in entry.gates:
-        check_scope(scope)
-    for name, _ in entry.overflows:
-        check_scope(name)
-    for keys in (entry.redrives, entry.dead_purges):
-        for key in keys:
-            if key[:1] != b"d":
-                raise CorruptEntry(f"{key!r} is no row of a dead letter")
     return entry

@@ -178,6 +178,7 @@ class Removals(ShardState):
         """Dead letters go back to their queues, before what was behind them."""
         back: dict[bytes, dict[bytes, rows.DeadRow]] = {}
         for key in keys:
+            rows.check_dead(key)
             row = self.dead_letter(key)
             if row is not None:
                 back.setdefault(row.queue, {})[key] = row

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
-from spillway.broker.core.bounds import NUMBER_MAX, TIME_MS_MAX, Count, Number, Time, Unsigned, check_queues
+from spillway.broker.core.bounds import NUMBER_MAX, TIME_MS_MAX, Count, Number, Time, Unsigned, check_queue, version_of
 from spillway.broker.core.errors import CorruptEntry
 
 if TYPE_CHECKING:
@@ -39,32 +39,37 @@ _PAIR = struct.Struct(">QQ")
 _MINUTE = struct.Struct(">I")
 _pack_sequence = _SEQUENCE.pack
 _pack_message = _MESSAGE.pack
+_unpack_message = _MESSAGE.unpack_from
+_unpack_message_2 = _MESSAGE_2.unpack_from
+_MESSAGE_BYTES = _MESSAGE.size
 _encode = msgspec.msgpack.Encoder().encode
+VERSION = 1
+_Version = Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
 
 
 class QueueRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A non-empty queue."""
 
-    version: int
+    version: _Version
     count: Annotated[int, msgspec.Meta(ge=1, le=NUMBER_MAX)]  # messages, all of them in message rows
     floor: Number  # rows below this sequence are dead
     attempts: Count  # failed attempts of the head
     not_before: Time  # ms since 1970
     head_ms: Time  # enqueue time of the head, 0 if unknown
-    token: Number = 0  # fencing token of the live lease, 0: none
-    lease_size: Number = 0
-    lease_acked: Number = 0
+    token: int = 0  # fencing token of the live lease, 0: none
+    lease_size: int = 0
+    lease_acked: int = 0
     deadline: Time = 0
     consumer: str = ""
     gap: tuple[Number, Number, Number] | None = None  # see Queue.gap
     size: Number | None = None  # bytes of the messages; None: nobody knows, see ShardState.reload
-    gap_since: Number = 0
+    gap_since: int = 0
 
 
 class StatsRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Counters of a destination in a shard; `queues` and `messages` are levels, the rest totals."""
 
-    version: int
+    version: _Version
     queues: Number
     messages: Number
     dead: Number
@@ -85,7 +90,7 @@ class StatsRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class TenantRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What one tenant of a destination has waiting in a shard."""
 
-    version: int
+    version: _Version
     messages: Number
     size: Number  # their bytes
 
@@ -93,7 +98,7 @@ class TenantRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class ProducerRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What is known of an idempotent producer."""
 
-    version: int
+    version: _Version
     last: Number  # its last sequence stored
     used: Number  # the shard's sequence at its last use: the order in which producers are forgotten
 
@@ -101,7 +106,7 @@ class ProducerRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class CopierRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What is known of the copier of another shard's outbox."""
 
-    version: int
+    version: _Version
     epoch: Unsigned  # its life
     chain: Unsigned  # number of the last copy that came in it
     last: Unsigned  # highest number of a copy that is stored
@@ -110,7 +115,7 @@ class CopierRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class GateRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A closed gate."""
 
-    version: int
+    version: _Version
     until: Time  # ms since 1970
     step: Count  # times in a row that it closed
 
@@ -118,14 +123,14 @@ class GateRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class ClockRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """The shard's clock: the highest time of its entries, so that it never goes back."""
 
-    version: int
+    version: _Version
     now_ms: Time
 
 
 class DeadRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A dead letter."""
 
-    version: int
+    version: _Version
     queue: bytes
     attempts: Count
     reason: str
@@ -135,11 +140,12 @@ class DeadRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     dead_at: Unsigned = 0  # index of the entry that made it one
 
 
-VERSION = 1
 Row = TypeVar("Row", QueueRow, StatsRow, TenantRow, ProducerRow, CopierRow, GateRow, ClockRow, DeadRow)
 _decoders: dict[type, Callable[[bytes], Any]] = {
     kind: msgspec.msgpack.Decoder(kind).decode for kind in (
         QueueRow, StatsRow, TenantRow, ProducerRow, CopierRow, GateRow, ClockRow, DeadRow)}
+
+_decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
 
 
 def encode_row(row: msgspec.Struct) -> bytes:
@@ -152,12 +158,36 @@ def decode_row(kind: type[Row], value: bytes) -> Row:
     try:
         row: Row = _decoders[kind](value)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise CorruptEntry(f"a {kind.__name__} of {len(value)} bytes does not decode: {e}") from e
-    if row.version != VERSION:
-        raise CorruptEntry(f"a {kind.__name__} has version {row.version}; this node reads {VERSION}")
-    if isinstance(row, DeadRow):
-        check_queues((row.queue,))
+        raise _refused(kind, value, e) from e
     return row
+
+
+def decode_queue(value: bytes) -> QueueRow:
+    """As `decode_row`, of the rows of which there are most."""
+    try:
+        return _decode_queue(value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise _refused(QueueRow, value, e) from e
+
+
+def _refused(kind: type, value: bytes, error: Exception) -> CorruptEntry:
+    version = version_of(value)
+    if version not in (None, VERSION):
+        return CorruptEntry(f"a {kind.__name__} has version {version}; this node reads {VERSION}")
+    return CorruptEntry(f"a {kind.__name__} of {len(value)} bytes does not decode: {error}")
+
+
+def decode_dead(value: bytes) -> DeadRow:
+    """The row of a dead letter, with a queue that can be one. Raises CorruptEntry."""
+    row = decode_row(DeadRow, value)
+    check_queue(row.queue)
+    return row
+
+
+def check_dead(key: bytes) -> None:
+    """Raises CorruptEntry unless it can be a dead letter's key."""
+    if key[:1] != DEAD:
+        raise CorruptEntry(f"{key!r} is no row of a dead letter")
 
 
 def queue_key(queue: bytes) -> bytes:
@@ -199,18 +229,22 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(key: bytes, value: bytes) -> Message:
     """The message of a row. Raises CorruptEntry."""
-    version = value[0] if len(value) >= _MESSAGE.size else 0
-    if version == _MESSAGE_VERSION:
-        _, enqueue_ms, deliver_ms = _MESSAGE.unpack_from(value)
-        body, expire_ms = value[_MESSAGE.size:], 0
-    elif version == 2 and len(value) >= _MESSAGE_2.size:
-        _, enqueue_ms, deliver_ms, expire_ms = _MESSAGE_2.unpack_from(value)
-        body = value[_MESSAGE_2.size:]
-    else:
-        raise CorruptEntry(f"message row {key!r} has version {value[:1]!r}; this node reads 1 and 2")
     sequence = int.from_bytes(key[-8:], "big")
-    if sequence > NUMBER_MAX or enqueue_ms > TIME_MS_MAX or deliver_ms > TIME_MS_MAX or expire_ms > TIME_MS_MAX:
-        raise CorruptEntry(f"message row {key!r} has a number or a time that is beyond any")
+    expire_ms = 0
+    try:
+        version, enqueue_ms, deliver_ms = _unpack_message(value)
+        if version == _MESSAGE_VERSION:
+            body = value[_MESSAGE_BYTES:]
+        else:
+            version, enqueue_ms, deliver_ms, expire_ms = _unpack_message_2(value)
+            body = value[_MESSAGE_2.size:]
+            if version != 2 or expire_ms > TIME_MS_MAX:
+                version = 0
+    except struct.error:
+        version = 0
+    if not version or sequence > NUMBER_MAX or enqueue_ms > TIME_MS_MAX or deliver_ms > TIME_MS_MAX:
+        raise CorruptEntry(f"message row {key!r} of {len(value)} bytes has version {value[:1]!r}, or a number or a time beyond any; this "
+                           "node reads versions 1 and 2")
     return (sequence, enqueue_ms, deliver_ms, body, expire_ms)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from spillway.broker.core import rows
+from spillway.broker.core.bounds import TIME_MS_MAX, check_queue, check_scope, check_time
 from spillway.broker.core.entry import (
     ACK,
     DEAD,
@@ -26,6 +27,7 @@ from spillway.broker.core.entry import (
     Option,
     Settle,
 )
+from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.removals import Effects, Removals
 from spillway.broker.core.state import Checkpoint, View, destination_of, tenant_scope_of
@@ -34,7 +36,6 @@ from spillway.contract.hashing import PART
 SEQUENCE_SHIFT = 20  # sequence = log index << 20 | position: an entry holds fewer than 2^20 messages
 PRODUCERS_MAX = 65_536  # idempotent producers remembered per shard; the longest idle is forgotten first
 SETTLED_MAX = 4_096  # recent settled leases remembered, to tell "already settled" from "stale"
-_PART = PART[0]
 _NO_OPTION: Option = (0, 0, b"", 0)
 
 
@@ -53,7 +54,8 @@ class Shard(Removals):
     # -- writes --------------------------------------------------------------------------------------------------
 
     def apply(self, index: int, entry: Entry, effects: Effects | None = None) -> None:
-        """Applies a committed entry. Never raises on what an entry asks: refusals are results in `effects`."""
+        """Applies a committed entry. Never raises on what an entry asks: refusals are results in `effects`. Raises CorruptEntry,
+        half way through, if it names or counts what nothing can be: then the state must not be used any more."""
         now = self.now_ms = max(self.now_ms, entry.now_ms)
         base = index << SEQUENCE_SHIFT
         if effects is None:
@@ -69,6 +71,7 @@ class Shard(Removals):
             if queue is not None and queue.deadline <= now:
                 self._expire(queue, fate, not_before, reason, now, effects)
         for scope, until, step in entry.gates:
+            check_scope(scope)
             self._gate(scope, until, step, effects)
         for trim in entry.trims:
             effects.trimmed.append(self._trim(*trim, now, effects))
@@ -77,13 +80,19 @@ class Shard(Removals):
         if entry.redrives:
             self._redrive(entry.redrives, effects)
         for key in entry.dead_purges:
+            rows.check_dead(key)
             self._purge_dead(key)
         for name, copies in entry.overflows:
+            check_scope(name)
             self._counters(name).overflowed += copies
         token = index << SEQUENCE_SHIFT
         for name, messages, deadline, consumer in entry.grants:
             token += 1
-            effects.granted.append(self._grant(name, messages, deadline, entry.consumers[consumer], token))
+            try:
+                who = entry.consumers[consumer]
+            except IndexError:
+                raise CorruptEntry(f"a grant is for consumer {consumer} of {len(entry.consumers)}") from None
+            effects.granted.append(self._grant(name, messages, deadline, who, token))
 
     def _enqueue(self, batch: Enqueue, base: int, now: int, effects: Effects) -> int:
         """Appends a batch's messages from sequence `base` on; returns the sequence after the last."""
@@ -121,7 +130,7 @@ class Shard(Removals):
         for name, body in zip(names, bodies, strict=True):
             queue = queues.get(name)
             if queue is None:
-                if name[-1] == _PART:
+                if name[-1:] == PART:
                     name += b"%x" % sequence
                 elif self._stored_queues:
                     queue = self.open(name)
@@ -162,13 +171,16 @@ class Shard(Removals):
     def _enqueue_one(self, name: bytes, body: bytes, sequence: int, option: Option, now: int, effects: Effects) -> None:
         """A message with a delay, a time to live or a dedup id; as the loop of `_enqueue`, one at a time."""
         deliver, expire, digest, until = option
+        check_queue(name)
+        if not (0 <= deliver <= TIME_MS_MAX and 0 <= expire <= TIME_MS_MAX and 0 <= until <= TIME_MS_MAX):
+            raise CorruptEntry(f"a message has the times {deliver}, {expire} and {until}, of which one is beyond any")
         if digest:
             first = self._deduplicate(digest, sequence, until, now)
             if first:
                 effects.duplicates[sequence] = first
                 self._counters(destination_of(name)).deduplicated += 1
                 return
-        if name[-1] == _PART:
+        if name[-1:] == PART:
             name += b"%x" % sequence
         queue = self.open(name)
         message = (sequence, now, deliver, body, expire)
@@ -223,6 +235,7 @@ class Shard(Removals):
         if queue is None:
             return None
         queue.granting = False
+        check_time(deadline)
         if queue.token or messages < 1 or messages > queue.count:
             return None
         queue.token = token
@@ -250,6 +263,7 @@ class Shard(Removals):
             return SettleStatus.OK
         if outcome == ACK:
             return SettleStatus.ALREADY
+        check_time(argument)
         if outcome == EXTEND:
             queue.deadline = max(queue.deadline, argument)
             self._touch(queue)
@@ -266,6 +280,8 @@ class Shard(Removals):
             self._close_gate(destination_of(queue.key), argument, now, effects)
         elif outcome in (REJECT, DISCARD):
             self._drop_head(queue, DEAD if outcome == REJECT else GONE, queue.attempts + 1, reason, now)
+        elif outcome != RELEASE:
+            raise CorruptEntry(f"a settlement has the outcome {outcome}")
         self._remember_settled(token, queue)
         self._end_lease(queue, outcome, effects)
         return SettleStatus.OK

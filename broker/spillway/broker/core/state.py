@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Protocol
 
 from spillway.broker.core import rows
-from spillway.broker.core.bounds import check_queues, check_scope, decoded
+from spillway.broker.core.bounds import NUMBER_MAX, QUEUE_BYTES_MAX, check_queue, check_scope, decoded
 from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.queue import Counters, Message, Queue, Tenant
 
@@ -165,11 +165,10 @@ class ShardState:
         return queue
 
     def _load(self, name: bytes, value: bytes) -> Queue:
-        row = rows.decode_row(rows.QueueRow, value)
-        check_queues((name,))
-        if row.token and not row.lease_acked < row.lease_size <= row.lease_acked + row.count:
-            raise CorruptEntry(f"the lease of {name!r} is of {row.lease_size} messages, of which {row.lease_acked} are acknowledged, "
-                               f"and {row.count} are left")
+        row = rows.decode_queue(value)
+        if row.token and not (0 < row.token <= NUMBER_MAX and 0 <= row.lease_acked < row.lease_size <= row.lease_acked + row.count):
+            raise CorruptEntry(f"the lease {row.token} of {name!r} is of {row.lease_size} messages, of which {row.lease_acked} are "
+                               f"acknowledged, and {row.count} are left")
         queue = self.queues[name] = self._queue(name)
         queue.cold = row.count
         queue.floor = row.floor
@@ -188,13 +187,19 @@ class ShardState:
         return queue
 
     def _queue(self, name: bytes) -> Queue:
-        """A queue without messages, as yet."""
-        cut = name.index(b"\0")
-        scope = name[:name.index(b"\0", cut + 1)]
+        """A queue without messages, as yet. Raises CorruptEntry."""
+        try:
+            destination, _, key = name.split(b"\0")
+        except ValueError:
+            check_queue(name)
+            raise
+        if len(name) > QUEUE_BYTES_MAX or not name.isascii():
+            check_queue(name)
+        scope = name[:-1 - len(key)]
         tenant = self.tenants.get(scope)
         if tenant is None:
             tenant = self._tenant(scope)
-        return Queue(name, self._counters(name[:cut]), tenant)
+        return Queue(name, self._counters(destination), tenant)
 
     def _tenant(self, scope: bytes) -> Tenant:
         tenant = self.tenants[scope] = Tenant(scope)
@@ -262,9 +267,8 @@ class ShardState:
                 continue
             queue = self.queues.get(name)  # loaded meanwhile: an enqueue to a waiting queue reports nothing
             if queue is None:
-                row = rows.decode_row(rows.QueueRow, value)
-                if name.count(b"\0") != 2 or not name.isascii():
-                    check_queues((name,))
+                row = rows.decode_queue(value)
+                check_queue(name)
                 if not row.token:
                     yield name, row.not_before
             elif not queue.token and not queue.granting:
@@ -283,7 +287,7 @@ class ShardState:
         for key, value in self.view.scan(rows.QUEUE + prefix, prefix_end(rows.QUEUE + prefix)):
             name = key[1:]
             if name not in self.queues and name not in self._gone:
-                row = rows.decode_row(rows.QueueRow, value)
+                row = rows.decode_queue(value)
                 head = row.head_ms or self._stored_head_ms(name, row.floor)
                 if best is None or head < best[1]:
                     best = (name, head)
@@ -339,7 +343,7 @@ class ShardState:
         value = None if name in self._gone else self.view.get(rows.QUEUE + name)
         if value is None:
             return 0
-        row = rows.decode_row(rows.QueueRow, value)
+        row = rows.decode_queue(value)
         return row.head_ms or self._stored_head_ms(name, row.floor)
 
     def holds_since(self, name: bytes, head_ms: int) -> bool:
@@ -519,14 +523,14 @@ class ShardState:
         end = prefix_end(prefix)
         found = dict(islice(((k, v) for k, v in self.view.scan(start, end) if k not in self._dead_gone), limit))
         found.update((k, v) for k, v in self._dead_puts.items() if start <= k < end)
-        return [(k, rows.decode_row(rows.DeadRow, found[k])) for k in sorted(found)[:limit]]
+        return [(k, rows.decode_dead(found[k])) for k in sorted(found)[:limit]]
 
     def dead_letter(self, key: bytes) -> rows.DeadRow | None:
         """A dead letter by its row's key; None if it is not there (any more)."""
         value = self._dead_puts.get(key)
         if value is None and key not in self._dead_gone:
             value = self.view.get(key)
-        return None if value is None else rows.decode_row(rows.DeadRow, value)
+        return None if value is None else rows.decode_dead(value)
 
 
 def prefix_end(prefix: bytes) -> bytes:
