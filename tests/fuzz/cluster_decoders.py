@@ -1,6 +1,7 @@
 """Decoders of the cluster layer: what peers send, and what logs and stores hold."""
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,7 @@ from spillway.cluster.raft import wire
 from spillway.cluster.raft.claims import Claims
 from spillway.cluster.raft.formation import decide
 from spillway.cluster.raft.group import RaftGroup
-from spillway.cluster.raft.journal import FORMAT, NODE_KEY, JournalStore, LogViolation, NodeRow
+from spillway.cluster.raft.journal import _MARK, FORMAT, NODE_KEY, JournalStore, LogViolation, NodeRow, SyncMark
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing, drive
 from spillway.cluster.snapshots import Exporter, Installer
@@ -28,7 +29,7 @@ from spillway.cluster.transport.grpc import GrpcTransport
 from spillway.peer.v1.peer_service_pb2 import Hello
 from spillway.peer.v1.raft_pb2 import RaftFrame
 
-from tests.fuzz.decoder import Decode, Decoder, expect, join, pairs, plain, split
+from tests.fuzz.decoder import Decode, Decoder, Rewritten, expect, join, pairs, plain, split
 from tests.simulation.raft.disk import SimDisk
 
 TERM, LAST = 3, 6  # of the replicas that messages are delivered to
@@ -193,6 +194,21 @@ def _journal_samples() -> tuple[bytes, ...]:
     return tuple(join(part for row in sorted(one.items()) for part in row) for one in (rows, intent, blank))
 
 
+@contextmanager
+def _mark() -> Iterator[Decode]:
+    """The file beside the log that says how far it was synced."""
+    with TemporaryDirectory() as name, Rewritten(Path(name) / "log.synced") as file:
+
+        def decode(data: bytes) -> None:
+            file.write(data)
+            mark = SyncMark(file.path)
+            expect(not mark.value or mark.value == int.from_bytes(data[:8], "little"), data)
+            mark.set(mark.value)
+            mark.close()
+
+        yield decode
+
+
 # -- snapshots --------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +270,7 @@ def _snapshot_samples() -> tuple[bytes, ...]:
     made = []
     for cut in (1 << 20, 40):
         chunks = _chunks(*rows, cut=cut)
-        exporter = Exporter(None, b"R" + bytes(8), 1, 9, 3, 1)  # type: ignore[arg-type]
+        exporter = Exporter(mock.Mock(), b"R" + bytes(8), 1, 9, 3, 1)
         for kind, body in chunks:
             exporter._add(kind, body)
         made.append(b"\2" + join(exporter._ready))
@@ -374,6 +390,7 @@ def decoders() -> list[Decoder]:
         Decoder("raft-replica", plain(_deliver), (WireInvalid, LogViolation), _replica_samples(),
                 (raft + "wire", raft + "group", raft + "guard", raft + "journal", raft + "engine")),
         Decoder("journal", plain(_journal), (StoreRefused,), _journal_samples(), (raft + "journal", raft + "group")),
+        Decoder("sync-mark", _mark, (), (_MARK.pack(7, zlib.crc32((7).to_bytes(8, "little"))),), (raft + "journal",)),
         Decoder("snapshot", plain(_snapshot), (SnapshotInvalid,), _snapshot_samples(), ("spillway.cluster.snapshots",)),
         Decoder("state-store", _store, (StoreRefused,), _store_samples(), ("spillway.cluster.state_store",)),
         # What gRPC cannot parse it refuses by itself.

@@ -1,9 +1,13 @@
 """What a fuzzer needs to know of a decoder, and how inputs of several parts are one string of bytes."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 Decode = Callable[[bytes], object]
 
@@ -27,6 +31,49 @@ class Decoder:
     """Valid inputs; at least one."""
     modules: tuple[str, ...] = ()
     """Product modules whose branches guide the search."""
+
+    @contextmanager
+    def opened(self) -> Iterator[Decode]:
+        """As `open`, while nothing is logged: what is said of thousands of bad inputs is read by nobody."""
+        before = logging.root.manager.disable
+        logging.disable()
+        try:
+            with self.open() as decode:
+                yield decode
+        finally:
+            logging.disable(before)
+
+
+def undeclared(decoder: Decoder, decode: Decode, data: bytes) -> BaseException | None:
+    """What a decoder raises for an input although it does not declare it."""
+    try:
+        decode(data)
+    except decoder.declared:
+        return None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too
+        return error
+    return None
+
+
+class Rewritten:
+    """A file that gets other contents again and again; to create or truncate one by name costs more than most decoders."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        """All that it holds from now on."""
+        os.pwrite(self._file.fileno(), data, 0)
+        os.ftruncate(self._file.fileno(), len(data))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def plain(decode: Decode) -> Callable[[], AbstractContextManager[Decode]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 from spillway.broker import config as config_module
 from spillway.broker.config import NodeConfig, load, members_of
 from spillway.broker.core import directory as d
 from spillway.broker.core.directory import Target
 from spillway.broker.core.entry import decode_entry
-from spillway.broker.core.policy import Limit, Policy, Retention
+from spillway.broker.core.policy import Limit, Policy, Retention, TenantPolicy
 from spillway.broker.core.scheduler import Consumer
 from spillway.broker.datadir import claim
 from spillway.broker.errors import ConfigError, DataDirError, RequestError, Unavailable
@@ -54,8 +55,8 @@ from spillway.v1.queue_service_pb2 import (
     Subscribe,
 )
 
-from tests.fuzz.core_decoders import DESTINATION
-from tests.fuzz.decoder import Decode, Decoder, expect, join, pairs, plain
+from tests.fuzz.core_decoders import HTTP, POLICY
+from tests.fuzz.decoder import Decode, Decoder, Rewritten, expect, join, pairs, plain
 from tests.unit.broker.node_world import World
 
 NOW = 1_000_000_000_000  # the world's
@@ -80,7 +81,8 @@ class Node:
         world = self.world
         world.host.lead()
         world.know("d", "e")
-        world.know("l", policy=Policy(message_bytes_max=50, retention=Retention(500, 1_000), limit=Limit(5.0), tenant_retention=Retention(90)))
+        world.know("l", policy=Policy(message_bytes_max=50, retention=Retention(500, 1_000), limit=Limit(5.0),
+                                      tenant_retention=Retention(90)))
         world.know("u", policy=Policy(ordered=False, tenant_limit=Limit(1.0)))
         world.route("r", "d", Target("u", 'headers["h"] == "v"', True))
         for key in "abc":
@@ -322,8 +324,9 @@ def _frames(made: Node) -> Callable[[bytes], Awaitable[object]]:
 
 
 def _run() -> LeasedRun:
+    message = Message(id="m", headers={"h": "v"}, payload=b"p")
     return LeasedRun(shard=1, fencing_token=5, expire_unix_ms=NOW, destination="d", tenant="t", key="k", messages=[
-        LeasedMessage(sequence=i, attempt=1, enqueue_unix_ms=NOW, message=Message(id="m", headers={"h": "v"}, payload=b"p")) for i in (1, 2)])
+        LeasedMessage(sequence=i, attempt=1, enqueue_unix_ms=NOW, message=message) for i in (1, 2)])
 
 
 # -- admin ------------------------------------------------------------------------------------------------------------
@@ -364,7 +367,9 @@ def _shards(made: Node) -> Callable[[bytes], Awaitable[object]]:
             return () if self._value is None else ((operations.SHARDS_METADATA, self._value),)
 
     async def one(data: bytes) -> None:
-        plan = await service._plan(Context(data[1:].decode("latin-1") if data else None))
+        context = Context(data[1:].decode("latin-1") if data else None)
+        expect(service._shards_asked_for(context), data)
+        plan = await service._plan(context)
         expect(set(plan) == {"n1"}, plan)
 
     return one
@@ -393,8 +398,18 @@ def _route(data: bytes) -> None:
     expect(parse_route(route_proto(made)) == made, made)
 
 
-_ROUTE = pb.Route(source="r", etag="7", targets=[pb.RouteTarget(destination="d", filter='tenant == "t"', over_budget=pb.OVER_BUDGET_SKIP),
-                                                 pb.RouteTarget(destination="e", filter='headers.h.matches("a+")')])
+
+
+def destination_sample() -> pb.Destination:
+    """One with everything. The core takes ages that are shorter than what may be asked for."""
+    return destination_proto(d.destination("d", replace(POLICY, tenants={"t": TenantPolicy(0.5, Limit(2.0), Retention(5, 6_000))}), HTTP))
+
+
+def route_sample() -> pb.Route:
+    """One with everything."""
+    return pb.Route(source="r", etag="7", targets=[
+        pb.RouteTarget(destination="d", filter='tenant == "t"', over_budget=pb.OVER_BUDGET_SKIP),
+        pb.RouteTarget(destination="e", filter='headers.h.matches("a+")')])
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -411,9 +426,12 @@ log_level = 'debug'
 
 @contextmanager
 def _config() -> Iterator[Decode]:
-    parser = config_module.parser()
-    with TemporaryDirectory() as name, mock.patch.object(config_module, "parser", lambda: parser):
-        file = Path(name) / "spillway.toml"
+    parser, fields = config_module.parser(), config_module._fields()
+    with ExitStack() as stack:
+        name = stack.enter_context(TemporaryDirectory())
+        stack.enter_context(mock.patch.object(config_module, "parser", lambda: parser))
+        stack.enter_context(mock.patch.object(config_module, "_fields", lambda: fields))
+        file = stack.enter_context(Rewritten(Path(name) / "spillway.toml"))
 
         def decode(data: bytes) -> None:
             """A settings file; or, with a first byte of 0, variables of the environment."""
@@ -422,8 +440,8 @@ def _config() -> Iterator[Decode]:
                          if key != b"CONFIG"}
                 config = load((), found)
             else:
-                file.write_bytes(data)
-                config = load(("--config", str(file)), {})
+                file.write(data)
+                config = load(("--config", str(file.path)), {})
             expect(members_of(config), config)
 
         yield decode
@@ -439,13 +457,13 @@ def _data_dir() -> Iterator[Decode]:
     with TemporaryDirectory() as name:
         settings = NodeConfig(data_dir=name)
         claim(settings)
-        file = Path(name) / "node.json"
+        with Rewritten(Path(name) / "node.json") as file:
 
-        def decode(data: bytes) -> None:
-            file.write_bytes(data)
-            claim(settings)
+            def decode(data: bytes) -> None:
+                file.write(data)
+                claim(settings)
 
-        yield decode
+            yield decode
 
 
 _NODE_JSON = b'{"format": 1, "node_id": "n1", "cluster": "spillway", "shards": 16, "replicas": 3}'
@@ -474,8 +492,9 @@ def decoders() -> list[Decoder]:
                 (services + "pages", services + "gates", services + "admin")),
         Decoder("etag", plain(_etag), request, (b"17", b""), (services + "names",)),
         Decoder("destination-request", plain(_destination), (RequestError, DecodeError), (
-            destination_proto(DESTINATION).SerializeToString(), pb.Destination(name="d").SerializeToString()), (services + "destinations",)),
-        Decoder("route-request", plain(_route), (RequestError, DecodeError), (_ROUTE.SerializeToString(),),
+            destination_sample().SerializeToString(), pb.Destination(name="d").SerializeToString()),
+                (services + "destinations",)),
+        Decoder("route-request", plain(_route), (RequestError, DecodeError), (route_sample().SerializeToString(),),
                 (services + "routes", "spillway.broker.core.filters")),
         Decoder("config", _config, (ConfigError,), _config_samples(), ("spillway.broker.config",)),
         Decoder("data-directory", _data_dir, (DataDirError,), (_NODE_JSON,), ("spillway.broker.datadir",)),
