@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 from spillway.broker.errors import ConfigError
-from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX
+from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -84,7 +84,7 @@ def _convert(source: str, name: str, value: Any) -> Any:
         value = value.lower() in ("true", "1", "yes")
     try:
         return msgspec.convert(value, kind, strict=not isinstance(value, str))
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:  # bytes of a variable that are no text become surrogates
         raise ConfigError(f"{source}: {name} is {value!r}: {e}") from None
 
 
@@ -109,7 +109,7 @@ def load(argv: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Node
                 table = tomllib.load(f)
         except OSError as e:
             raise ConfigError(f"{asked}: {path} cannot be read: {e.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
             raise ConfigError(f"{asked}: {path} is not valid TOML: {e}") from None
         for name, value in table.items():
             take(f"file {path}", name, value)
@@ -134,8 +134,8 @@ def validate(config: NodeConfig) -> NodeConfig:
             raise ConfigError(f"{name} is {value!r}; use 1 to 63 letters, digits, '-', '_' or '.'")
     for name in ("listen", "peer_listen"):
         split_address(name, getattr(config, name))
-    if not 1 <= config.shards <= 1024:
-        raise ConfigError(f"shards is {config.shards}; it must be 1 to 1024")
+    if not 1 <= config.shards <= SHARDS_MAX:
+        raise ConfigError(f"shards is {config.shards}; it must be 1 to {SHARDS_MAX}")
     if not 1 <= config.replicas <= 7:
         raise ConfigError(f"replicas is {config.replicas}; it must be 1 to 7")
     if not 1 <= config.payload_bytes_max <= FRAME_BYTES_MAX // 2:

@@ -28,7 +28,7 @@ def claim(config: NodeConfig) -> Path:
         found = json.loads(file.read_text())
     except OSError as e:
         raise DataDirError(f"data_dir {path} cannot be used: {e.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataDirError(f"{file} is damaged; restore it from a backup, or replace this node by an empty one") from None
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise DataDirError(f"{file} is damaged; restore it from a backup, or replace this node by an empty one")

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from spillway.broker.core.directory import Destination, destination
 from spillway.broker.core.entry import Option
 from spillway.broker.core.outbox import decode_promise
@@ -24,6 +25,7 @@ from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import AlreadyExists, RequestError, Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
+from spillway.cluster.errors import WireInvalid
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from spillway.broker.runtime.node import Node
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer", ProduceResponse, AckResponse, LeaseResponse)
 
 LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a leader
 LEADER_POLL_SECONDS = 0.02
@@ -99,6 +102,8 @@ class _Stream:
             await reader
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             why = error.details() or "broken" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+        except WireInvalid as error:
+            why = str(error)
         finally:
             if reader is not None:
                 reader.cancel()
@@ -114,7 +119,10 @@ class _Stream:
             data = await call.read()
             if data is grpc.aio.EOF:
                 return
-            self._answer(self._waiting.popleft(), data)
+            if not self._waiting:
+                raise WireInvalid("it answered what it was not asked")
+            self._answer(self._waiting[0], data)  # raises before anything is taken: then it is failed with all others
+            self._waiting.popleft()
 
     def stop(self) -> None:
         """Ends the stream; what waits is failed."""
@@ -390,9 +398,27 @@ class _Acks:
         self.give_up = give_up
 
 
+def _parsed(kind: type[Answer], data: bytes) -> Answer:
+    """What another node sent. Raises WireInvalid."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise WireInvalid(f"it sent what does not parse as {kind.DESCRIPTOR.full_name}") from None
+
+
+def _check_answer(asked: int, answered: int, errors: Sequence[ItemError]) -> None:
+    """Raises WireInvalid for an answer to something else than so many items."""
+    if answered != asked:
+        raise WireInvalid(f"it answered {answered} items of {asked}")
+    for error in errors:
+        if error.index >= asked:
+            raise WireInvalid(f"it refused item {error.index} of {asked}")
+
+
 def _produced(item: tuple[Forwarder, int, Batch], data: bytes) -> None:
     forwarder, shard, batch = item
-    response = ProduceResponse.FromString(data)
+    response = _parsed(ProduceResponse, data)
+    _check_answer(len(batch.positions), len(response.sequences), response.errors)
     if response.errors and response.errors[0].field == NOT_LEADER:  # then nothing of it was stored
         asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, forwarder.produce, shard, batch)
         return
@@ -422,7 +448,8 @@ def _produce_failed(batch: Batch, why: str) -> None:
 
 def _acked(item: _Acks, data: bytes) -> None:
     call, indexes = item.call, list(item.settlements)
-    response = AckResponse.FromString(data)
+    response = _parsed(AckResponse, data)
+    _check_answer(len(indexes), len(response.results), response.errors)
     moved = {indexes[e.index]: item.settlements[indexes[e.index]] for e in response.errors if e.field == NOT_LEADER}
     if moved:
         call.waiting += 1
@@ -567,10 +594,12 @@ class LeaseProxy:
                     frame = await call.read()
                     if frame is grpc.aio.EOF:
                         break
-                    wait = LEADER_POLL_SECONDS
                     self._pass_on(peer, frame)
+                    wait = LEADER_POLL_SECONDS
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
                 pass
+            except WireInvalid as error:
+                log.warning("a lease stream to node %s is opened again: %s", peer, error)
             finally:
                 call.cancel()
                 self._calls.pop(peer, None)
@@ -584,7 +613,7 @@ class LeaseProxy:
             wait = min(wait * 2, 0.5)
 
     def _pass_on(self, peer: str, frame: bytes) -> None:
-        response = LeaseResponse.FromString(frame)
+        response = _parsed(LeaseResponse, frame)
         messages = size = 0
         for run in response.runs:
             messages += len(run.messages)

@@ -419,11 +419,7 @@ class Operations:
             for shard in range(1, self.node.config.shards + 1):
                 plan.setdefault(await self.forwarder.await_leader(shard), []).append(shard)
             return plan
-        asked = dict(context.invocation_metadata()).get(SHARDS_METADATA, "")
-        numbers = asked.split(",") if isinstance(asked, str) else []
-        if not all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers) or not numbers:
-            raise RequestError(SHARDS_METADATA, "must name shards by number, with commas, in the call's metadata")
-        plan[own] = [int(number) for number in numbers]
+        plan[own] = parse_shards(dict(context.invocation_metadata()).get(SHARDS_METADATA, ""))
         self._own(plan)
         return plan
 
@@ -463,6 +459,14 @@ class Operations:
 def metadata_of(shards: list[int]) -> tuple[tuple[str, str], ...]:
     """Of a call to another node: the shards that it is for."""
     return ((SHARDS_METADATA, ",".join(map(str, shards))),)
+
+
+def parse_shards(asked: object) -> list[int]:
+    """What `metadata_of` says. Raises RequestError."""
+    numbers = asked.split(",") if isinstance(asked, str) else []
+    if not all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers) or not numbers:
+        raise RequestError(SHARDS_METADATA, "must name shards by number, with commas, in the call's metadata")
+    return [int(number) for number in numbers]
 
 
 def _is_unavailable(error: Exception) -> bool:

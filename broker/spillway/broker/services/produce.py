@@ -9,6 +9,7 @@ import hashlib
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from spillway.broker.core.bounds import TIME_MS_MAX
 from spillway.broker.core.entry import Option
 from spillway.broker.core.outbox import OUTBOX, Promise, encode_promise
 from spillway.broker.core.policy import UNBOUNDED, Policy
@@ -43,6 +44,7 @@ BATCH_BYTES_MAX = 16 << 10  # of messages for one shard in one piece: entries ar
 RECORD_BYTES = 48  # what a message takes in memory and log beside body and name, roughly
 MESSAGE_EXTRA_BYTES_MAX = 4 * HEADERS_BYTES_MAX  # of a message beside its payload: id and headers with their framing
 CREATIONS_MAX = 64  # of destinations at a time, for one request
+DIGEST_BYTES = 16  # of a dedup id
 _Error = tuple[int, int, str, str]
 
 
@@ -145,6 +147,9 @@ class Intake:
             if self.peer:
                 if record.deliver_unix_ms or record.expire_unix_ms or record.dedup_digest:
                     option = (record.deliver_unix_ms, record.expire_unix_ms, record.dedup_digest, record.dedup_until_unix_ms)
+                    if max(option[0], option[1], option[3]) > TIME_MS_MAX or len(option[2]) > DIGEST_BYTES:
+                        call.fail(i, ERROR_CODE_INVALID_ARGUMENT, f"records[{i}]", "has a time or a digest that is none")
+                        continue
             elif record.HasField("delay") or record.HasField("ttl") or record.HasField("deliver_at") or record.dedup_id:
                 try:
                     option = _option(record, i, node.now_ms(), (rule.policy if rule is not _PLAIN
@@ -253,16 +258,16 @@ class Intake:
         return encode_promise(Promise(targets, overflowed, rest, body, deliver, expire))
 
     def _ingest_copies(self, stream: int, view: ProduceRequestView, size: int) -> Call:
-        """Copies that another node makes of what was produced to a route's source: checked and decided there."""
+        """Copies that another node makes of what was produced to a route's source: checked and decided there. Raises RequestError
+        for what no copier sends."""
+        shard = self._shard_of_copies(view)
         call = Call(len(view.records), size, self._loop, self.node.call_done, self.peer)
         self.node.ingress_bytes += size
         batch = Batch(call, view.producer_id, view.copy_previous)
         batch.epoch = view.copy_epoch
         batch.copies = []
-        shard = 0
         for i, record in enumerate(view.records):
             name = queue_key(record.destination, record.tenant, record.key)
-            shard = shard_of(name, self.node.config.shards)
             if not self.node.policy(record.destination.encode()).ordered:
                 name += PART
             if record.deliver_unix_ms or record.expire_unix_ms:
@@ -275,6 +280,25 @@ class Intake:
             batch.size += len(record.message) + len(name) + RECORD_BYTES
         self._submit(stream, call, [(shard, batch)])
         return call
+
+    def _shard_of_copies(self, view: ProduceRequestView) -> int:
+        if len(view.producer_id) > PRODUCER_ID_BYTES_MAX:
+            raise RequestError("producer_id", f"has {len(view.producer_id)} bytes; at most {PRODUCER_ID_BYTES_MAX}")
+        shards = set()
+        last = 0
+        for i, record in enumerate(view.records):
+            names = record.destination + record.tenant + record.key
+            if not record.destination or not names.isprintable() or len(names) > 63:
+                _check_names(record.destination, record.tenant, record.key, i)
+            if record.deliver_unix_ms > TIME_MS_MAX or record.expire_unix_ms > TIME_MS_MAX:
+                raise RequestError(f"records[{i}]", "has a time beyond any")
+            if record.copy_sequence <= last:
+                raise RequestError(f"records[{i}].copy_sequence", f"is {record.copy_sequence}, after {last}")
+            last = record.copy_sequence
+            shards.add(shard_of(queue_key(record.destination, record.tenant, record.key), self.node.config.shards))
+        if len(shards) > 1:
+            raise RequestError("records", f"are copies for the shards {sorted(shards)}; they must be for one")
+        return shards.pop()
 
     # -- destinations that do not exist --------------------------------------------------------------------------
 
@@ -389,7 +413,7 @@ def _option(record: ProduceRecordView, i: int, now: int, dedup_ms: int) -> Optio
     if record.dedup_id:
         check_name(f"records[{i}].dedup_id", record.dedup_id)
         name = f"{record.destination}\0{record.tenant}\0{record.key}\0{record.dedup_id}".encode()
-        digest = hashlib.blake2b(name, digest_size=16).digest()
+        digest = hashlib.blake2b(name, digest_size=DIGEST_BYTES).digest()
         until = now + dedup_ms
     return deliver, expire, digest, until
 

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from spillway.broker.errors import BrokerError
 from spillway.broker.runtime.shard import ShardRuntime
-from spillway.broker.services.operations import CALL_SECONDS, SHARDS_METADATA, Operations, metadata_of
+from spillway.broker.services.operations import CALL_SECONDS, SHARDS_METADATA, Operations, metadata_of, parse_shards
 from spillway.broker.services.status import pass_on
 from spillway.v1 import admin_service_pb2 as pb
 
@@ -29,13 +29,14 @@ class Stats(Operations):
         try:
             if not self.peer:
                 await self.known("name", request.name)
+            asked = self._shards_asked_for(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         node = self.node
         response = pb.GetDestinationStatsResponse()
         led: list[ShardRuntime] = []
         remote: dict[str, list[int]] = {}
-        for shard in self._shards_asked_for(context):
+        for shard in asked:
             runtime = node.shards.get(shard)
             leader = node.leader_of(shard)
             if runtime is not None and runtime.leading:
@@ -64,7 +65,7 @@ class Stats(Operations):
 
     def _shards_asked_for(self, context: Any) -> list[int]:
         named = dict(context.invocation_metadata()).get(SHARDS_METADATA) if self.peer else None
-        return [int(n) for n in named.split(",")] if named else list(range(1, self.node.config.shards + 1))
+        return parse_shards(named) if named else list(range(1, self.node.config.shards + 1))
 
     async def _own_stats(self, name: str, led: list[ShardRuntime]) -> pb.DestinationStats:
         stats = pb.DestinationStats()
