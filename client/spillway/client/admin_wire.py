@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from spillway.client.errors import InvalidArgument
+from spillway.client.errors import InternalError, InvalidArgument
 from spillway.client.model import (
     AdaptiveLimit,
     DeadLetter,
@@ -32,6 +32,7 @@ from spillway.v1 import admin_service_pb2 as pb
 
 DURATION_SECONDS_MAX = 315_576_000_000  # as google.protobuf.Duration has it
 
+_NACK_POLICIES = frozenset(policy.value for policy in NackPolicy)  # later brokers may have others
 E = TypeVar("E", bound=enum.Enum)
 
 # The protocol's names of what is called or shaped otherwise in Python.
@@ -80,8 +81,11 @@ def _number(field: str, value: float | None) -> float:
 
 
 def moment(stamp: Timestamp) -> datetime:
-    """A moment, in UTC."""
-    return stamp.ToDatetime(UTC)
+    """A moment, in UTC. Raises InternalError for what is none."""
+    try:
+        return stamp.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        raise InternalError(f"the broker sent {stamp.seconds} s since 1970, which is no time") from None
 
 
 def _moment_of(message: Any, name: str) -> datetime | None:
@@ -195,7 +199,7 @@ def _policy_from_pb(p: pb.DeliveryPolicy) -> DeliveryPolicy:
         lease_seconds=_seconds_of(p, "lease_duration"),
         backoff_base=_seconds_of(p.backoff, "base"),
         backoff_cap=_seconds_of(p.backoff, "cap"),
-        nack_policy=NackPolicy(p.nack_policy) if p.nack_policy else None,
+        nack_policy=NackPolicy(p.nack_policy) if p.nack_policy in _NACK_POLICIES else None,
         attempts_max=p.attempts_max or None,
         age_max=_seconds_of(p, "age_max"),
         ordered=p.ordering == pb.ORDERING_ORDERED if p.ordering else None,

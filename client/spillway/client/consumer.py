@@ -513,6 +513,8 @@ class Consumer:
         for one in response.runs:
             messages = one.messages
             count = len(messages)
+            if not count:
+                continue  # no broker sends it; nothing of it could be settled
             size = messages[0].message.ByteSize() if count == 1 else sum([m.message.ByteSize() for m in messages])
             messages_all += count
             bytes_all += size

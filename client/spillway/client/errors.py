@@ -174,4 +174,5 @@ def from_item_error(item: message_pb2.ItemError) -> SpillwayError:
         case message_pb2.ERROR_CODE_PERMISSION_DENIED:
             return PermissionDenied(text)
         case _:
-            return InternalError(f"{message_pb2.ErrorCode.Name(code)}: {text}")
+            known = message_pb2.ErrorCode.DESCRIPTOR.values_by_number.get(code)  # there may be later ones
+            return InternalError(f"{code if known is None else known.name}: {text}")

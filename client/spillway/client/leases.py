@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from spillway.client.errors import StaleLease
+from spillway.client.errors import InternalError, StaleLease
 from spillway.client.model import Gap
 from spillway.client.outcomes import Down, Outcome, Reject, Release, Retry, Throttled
 from spillway.client.settlements import ACK, DOWN, EXTEND, REJECT, RELEASE, RETRY, THROTTLED, Settlement
@@ -272,8 +272,11 @@ class LeasedMessage:
 
     @property
     def enqueue_time(self) -> datetime:
-        """When the broker accepted it."""
-        return datetime.fromtimestamp(self._pb.enqueue_unix_ms / 1000, UTC)
+        """When the broker accepted it. Raises InternalError for what is no time."""
+        try:
+            return datetime.fromtimestamp(self._pb.enqueue_unix_ms / 1000, UTC)
+        except (ValueError, OverflowError, OSError):
+            raise InternalError(f"the broker sent {self._pb.enqueue_unix_ms} ms since 1970, which is no time") from None
 
     @property
     def enqueue_unix_ms(self) -> int:

@@ -6,6 +6,7 @@ seconds; sizes are "10MiB", "1 GB" or numbers of bytes. What is left out takes t
 """
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ DEFAULT_POLICY = DeliveryPolicy(
     backoff_factor=2.0, backoff_jitter=1.0)
 DEFAULT_HTTP = HttpTarget("", 10.0, 16)
 
+_NUMBER_MAX = 1e30  # far beyond everything, and far below what sums and products of it are infinite from
 _UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
                "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -49,13 +51,13 @@ def parse_duration(value: str | float) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{value!r} is not a duration, such as \"30s\", \"5m\", \"1h\", \"7d\" or a number of seconds")
     if isinstance(value, int | float):
-        return float(value)
+        return _finite(value)
     if re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", value, re.ASCII):
-        return float(value)
+        return _finite(value)
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|[smhd])\s*", value, re.ASCII)
     if not re.fullmatch(r"\s*(?:\d+(?:\.\d+)?\s*(?:ms|[smhd])\s*)+", value, re.ASCII):
         raise ValueError(f"{value!r} is not a duration, such as \"30s\", \"5m\", \"1h\", \"7d\" or a number of seconds")
-    return round(sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts), 6)
+    return round(sum(_finite(number) * _UNIT_SECONDS[unit] for number, unit in parts), 6)
 
 
 def parse_size(value: str | int) -> int:
@@ -67,7 +69,17 @@ def parse_size(value: str | int) -> int:
         parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value, re.ASCII)
     if parts is None or parts[2].lower() not in _UNIT_BYTES:
         raise ValueError(f"{value!r} is not a size, such as \"10MiB\", \"1GB\" or a number of bytes")
-    return round(float(parts[1]) * _UNIT_BYTES[parts[2].lower()])
+    return round(_finite(parts[1]) * _UNIT_BYTES[parts[2].lower()])
+
+
+def _finite(value: str | float) -> float:
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not abs(found) < _NUMBER_MAX:
+        raise ValueError(f"{str(value)[:20]} is too large, or no number")
+    return found
 
 
 def _with(parse: Callable[[Any], Any]) -> Parse:
@@ -90,7 +102,11 @@ def _typed(kind: type | tuple[type, ...], what: str) -> Parse:
 
 
 def _number(path: str, value: Any) -> float:
-    return float(_typed((int, float), "a number")(path, value))
+    number = _typed((int, float), "a number")(path, value)
+    try:
+        return _finite(number)
+    except ValueError as error:
+        raise InvalidArgument(path, str(error)) from None
 
 
 def _nack(path: str, value: Any) -> NackPolicy:
@@ -217,7 +233,7 @@ def _tables(path: Path, kind: str) -> dict[str, Mapping[str, Any]]:
             found = tomllib.load(f)
     except OSError as error:
         raise InvalidArgument(str(path), error.strerror or "it cannot be read") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgument(str(path), f"it is not TOML: {error}") from None
     if not {"destination", "route"} & set(found):
         return {"": found}

@@ -32,7 +32,7 @@ from spillway.client.errors import (
 from spillway.client.model import Receipt, Record
 from spillway.client.retry import Backoff, Verdict, verdict_of
 from spillway.client.sequencing import Entry, Lane, Refusal
-from spillway.client.streams import Batch, BatchStream
+from spillway.client.streams import Batch, BatchStream, check_answer
 from spillway.client.topology import Router, Topology
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX, PRODUCER_ID_BYTES_MAX, RECORDS_PER_REQUEST_MAX
 from spillway.v1 import queue_service_pb2 as pb
@@ -188,6 +188,9 @@ class _Stream(BatchStream[_Request]):
                 break
         self.first_at = self._loop.time() if ready else None
         return _Request(b"".join(pieces), parts) if parts else None
+
+    def check(self, batch: _Request, response: pb.ProduceResponse) -> None:
+        check_answer(sum([len(entries) for _, entries in batch.parts]), len(response.sequences), response.errors)
 
     def answered(self, batch: _Request, response: pb.ProduceResponse) -> None:
         self.producer._answered(self, batch, response)

@@ -17,7 +17,7 @@ from spillway.client import wire
 from spillway.client.connection import Channels
 from spillway.client.errors import Closed, SpillwayError, StaleLease, from_item_error
 from spillway.client.retry import Backoff
-from spillway.client.streams import Batch, BatchStream
+from spillway.client.streams import Batch, BatchStream, check_answer
 from spillway.client.topology import Router, Topology
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX, SETTLEMENTS_PER_REQUEST_MAX
 from spillway.v1 import message_pb2
@@ -131,6 +131,9 @@ class _Stream(BatchStream[_Request]):
             pieces.append(piece)
             room -= len(piece)
         return _Request(b"".join(pieces), settlements) if settlements else None
+
+    def check(self, batch: _Request, response: pb.AckResponse) -> None:
+        check_answer(len(batch.settlements), len(response.results), response.errors)
 
     def answered(self, batch: _Request, response: pb.AckResponse) -> None:
         self.settler._answered(self, batch.settlements, response)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
 from spillway.client.connection import Health
 from spillway.client.errors import InternalError, SpillwayError, Unavailable, from_rpc_error
 from spillway.client.retry import is_final
+from spillway.v1.message_pb2 import ItemError
 
 log = logging.getLogger("spillway.client")
 
@@ -54,6 +56,10 @@ class BatchStream(Generic[B]):
 
     def fill(self) -> B | None:
         """The next request, or None if nothing is to be sent now. `wake` makes it be asked again."""
+        raise NotImplementedError
+
+    def check(self, batch: B, response: Any) -> None:
+        """Raises InternalError unless the response answers the batch, and does nothing."""
         raise NotImplementedError
 
     def answered(self, batch: B, response: Any) -> None:
@@ -116,6 +122,8 @@ class BatchStream(Generic[B]):
             if isinstance(result, grpc.aio.AioRpcError):
                 return from_rpc_error(result), is_final(result.code())
         for result in ended:
+            if isinstance(result, InternalError):
+                return result, True
             if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
                 raise result  # a bug
         return Unavailable(f"{self.address} ended the stream"), False
@@ -146,5 +154,14 @@ class BatchStream(Generic[B]):
             if response is grpc.aio.EOF:
                 return
             self.health.worked(self.address)
+            if not in_flight:
+                raise InternalError(f"{self.address} answered what it was not asked")
+            self.check(in_flight[0], response)
             self.answered(in_flight.popleft(), response)
             self._work.set()
+
+
+def check_answer(asked: int, answered: int, errors: Sequence[ItemError]) -> None:
+    """Raises InternalError unless an answer is one to so many items."""
+    if answered != asked or any(error.index >= asked for error in errors):
+        raise InternalError(f"the broker answered {answered} items, and refused {len(errors)}, of a request of {asked}")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import grpc
 from spillway.client.connection import Channels, Health
-from spillway.client.errors import Unavailable
+from spillway.client.errors import InternalError, Unavailable
 from spillway.client.retry import Backoff
+from spillway.contract.limits import SHARDS_MAX
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import cluster_service_pb2_grpc as rpc
 
@@ -49,8 +50,11 @@ class Topology:
 
 
 def merged(old: Topology, heard: pb.Topology) -> Topology:
-    """What is known after a node said `heard`: its view, but for shards of which a later term is known already."""
+    """What is known after a node said `heard`: its view, but for shards of which a later term is known already. Raises
+    InternalError for more shards than a cluster can have."""
     count = heard.shard_count
+    if count > SHARDS_MAX:
+        raise InternalError(f"a node says that there are {count} shards; there can be {SHARDS_MAX}")
     leaders = [""] * count
     terms = [0] * count
     replicas: list[tuple[str, ...]] = [()] * count
@@ -178,7 +182,11 @@ class TopologyWatch:
         if not heard.shard_count:
             return  # the node has not joined yet
         old = self.current
-        new = merged(old, heard)
+        try:
+            new = merged(old, heard)
+        except InternalError as error:
+            log.error("%s; what it says is left out", error)
+            return
         if new == old:
             return
         self.current = new

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 NAME_BYTES_MAX = 255  # destination, tenant, key, message id: fits a row key and a log line
 PRODUCER_ID_BYTES_MAX = 64
+SHARDS_MAX = 1024  # every node has a Raft group and a log of each
 PAYLOAD_BYTES_MAX = 1 << 20  # default; an entry of the log carries at least one message of this size
 HEADERS_BYTES_MAX = 64 << 10
 RECORDS_PER_REQUEST_MAX = 4096  # one request must fit one turn of the broker

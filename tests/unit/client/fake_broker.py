@@ -242,6 +242,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.forwards = True  # what it does not lead; else UNAVAILABLE
         self.swallow_answers = 0  # this many Produce answers are lost with their stream
         self.swallow_acks = 0
+        self.spoil_answers = 0  # this many answers of either kind say nothing of what was asked
         self.hang = asyncio.Event()  # clear: Produce waits
         self.hang.set()
         self.flowing = asyncio.Event()  # clear: what is leased stays on its way
@@ -302,6 +303,9 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
             if self.swallow_answers:
                 self.swallow_answers -= 1
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer is lost")
+            if self.spoil_answers:
+                self.spoil_answers -= 1
+                response.Clear()
             await context.write(response)
 
     async def Ack(self, requests: AsyncIterator[q.AckRequest], context: Any) -> None:
@@ -323,6 +327,9 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
             if self.swallow_acks:
                 self.swallow_acks -= 1
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer is lost")
+            if self.spoil_answers:
+                self.spoil_answers -= 1
+                response.Clear()
             await context.write(response)
 
     async def Lease(self, requests: AsyncIterator[q.LeaseRequest], context: Any) -> None:

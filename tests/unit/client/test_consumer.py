@@ -12,6 +12,7 @@ from spillway.client import (
     ConsumerState,
     Down,
     Gap,
+    InternalError,
     InvalidArgument,
     LeasedRun,
     PermissionDenied,
@@ -238,6 +239,18 @@ async def test_a_lost_answer_to_an_ack_is_success() -> None:
             assert run is not None
             await run.ack()
         assert committed(cluster, q.OUTCOME_ACK) == 1 and not any(cluster.queues.values())
+
+
+async def test_an_answer_to_something_else_fails_the_settlement() -> None:
+    """A broken node's answer says nothing: it is not taken for a commit."""
+    async with serving() as (cluster, client), client.producer() as producer:
+        await producer.send("d", b"1")
+        async with client.consumer("d") as consumer:
+            run = await consumer.next_run(5)
+            assert run is not None
+            cluster.nodes["n1"].spoil_answers = 1
+            with pytest.raises(InternalError, match="answered 0 items"):
+                await run.ack()
 
 
 async def test_a_settlement_follows_its_shard() -> None:

@@ -9,6 +9,7 @@ from spillway.client import (
     Client,
     Closed,
     DestinationNotFound,
+    InternalError,
     InvalidArgument,
     OutcomeUnknown,
     PartialFailure,
@@ -107,6 +108,15 @@ async def test_a_lost_answer_stores_nothing_twice() -> None:
         receipts = await producer.send_many([Record("d", b"%d" % i) for i in range(1, 50)])
         assert cluster.stored("d") == [b"%d" % i for i in range(50)]
         assert any(r.duplicate for r in receipts)
+
+
+async def test_an_answer_to_something_else_fails_what_it_was_for() -> None:
+    """Nobody waits for ever for what a broken node answered; the next record gets through."""
+    async with serving() as (cluster, client), client.producer() as producer:
+        cluster.nodes["n1"].spoil_answers = 1
+        with pytest.raises(InternalError, match="answered 0 items"):
+            await producer.send("d", b"1", timeout=10)
+        await producer.send("d", b"2", timeout=10)
 
 
 async def test_a_leader_change_in_the_middle_keeps_order() -> None:

@@ -154,7 +154,7 @@ def _record(number: int, line: bytes, template: Record) -> Record:
     where = f"line {number}"
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(where, f"it is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise InvalidArgument(where, "it is not a JSON object")
