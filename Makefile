@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help run demo test sim torture lint protos bench clean venv dev
+.PHONY: help run demo test sim torture fuzz lint protos bench clean venv dev
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +28,9 @@ sim: dev  ## 2,000 seeds of a simulated cluster under faults (ARGS="--seeds 100 
 
 torture: dev  ## real faults on real clusters for 20 minutes (ARGS="--minutes 60 --nodes 5 --seed 7 --faults kill,cut")
 	@$(PY) -m tests.torture $(ARGS)
+
+fuzz: dev  ## 100,000 inputs for every decoder (ARGS="--decoder entry --inputs 1000000 --seed 2", "--list")
+	@$(PY) -m tests.fuzz $(ARGS)
 
 lint: dev  ## ruff, mypy --strict, import contracts, generated code
 	@.venv/bin/ruff check .
