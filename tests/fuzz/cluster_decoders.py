@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,13 @@ from unittest import mock
 import msgspec
 from google.protobuf.message import DecodeError
 from spillway.cluster import snapshots, state_store
-from spillway.cluster.errors import PeerRefused, SnapshotInvalid, StoreRefused, WireInvalid
+from spillway.cluster.errors import ChangeInvalid, PeerRefused, SnapshotInvalid, StoreRefused, WireInvalid
 from spillway.cluster.machine import Role
 from spillway.cluster.raft import wire
 from spillway.cluster.raft.claims import Claims
+from spillway.cluster.raft.configuration import Change, ChangeKind, Configuration, decode_configuration
 from spillway.cluster.raft.formation import decide
-from spillway.cluster.raft.group import RaftGroup
+from spillway.cluster.raft.group import RaftGroup, adopt_snapshot
 from spillway.cluster.raft.journal import _MARK, FORMAT, NODE_KEY, JournalStore, LogViolation, NodeRow, SyncMark
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing, drive
@@ -49,6 +50,8 @@ MESSAGES: list[dict[str, Any]] = [
     {"type": "snapshot_offer", "term": 3, "round": 2, "first_index": 50},
     {"type": "recovery_request", "incarnation": "abc"},
     {"type": "recovery_answer", "incarnation": "abc", "barrier_index": 12},
+    {"type": "append_entries", "term": 3, "round": 0, "prevLogIdx": 6, "prevLogTerm": 3, "commit_index": 6,
+     "entries": [(b"\2" + Configuration(("n1", "n2", "n3"), ("n4",)).encode(), 7, 3)]},
 ]
 
 
@@ -112,6 +115,7 @@ def _log() -> dict[bytes, bytes]:
     journal.setCurrentTerm(TERM, None)
     for index in range(1, LAST + 1):
         journal.add(b"\1" if index in (1, LAST) else b"\0command", index, 1 if index == 1 else 3 if index == LAST else 2)
+    journal.found(Configuration.of(["n1", "n2", "n3"]))
     journal.admit("abc")
     store.write()
     return dict(disk.rows)
@@ -192,6 +196,16 @@ def _journal_samples() -> tuple[bytes, ...]:
     intent = {**rows, b"\0\0\0\0I": (5).to_bytes(8, "little")}
     blank = {NODE_KEY: msgspec.msgpack.encode(NodeRow(FORMAT, "c", "n1", "abc"))}
     return tuple(join(part for row in sorted(one.items()) for part in row) for one in (rows, intent, blank))
+
+
+def _configuration(data: bytes) -> None:
+    made = decode_configuration(data)
+    expect(decode_configuration(made.encode()) == made, made)
+    for kind in ChangeKind:
+        for node_id in ("n2", "n9"):
+            with suppress(ChangeInvalid):
+                after = made.after(Change(kind, node_id))
+                expect(decode_configuration(after.encode()) == after, after)
 
 
 @contextmanager
@@ -342,6 +356,15 @@ class _Database:
         pass
 
 
+def _adopt(applied: tuple[int, int], configuration: tuple[int, bytes] | None) -> None:
+    """What a log is made of that begins with a snapshot."""
+    if applied > (LAST, 0):
+        group = _replica(dict(_log()), 2)
+        adopt_snapshot(group.journal, *applied, configuration)
+        group.journal.store.write()
+        _replica(group.journal.store.disk.rows, applied[0])  # type: ignore[attr-defined]
+
+
 @contextmanager
 def _store() -> Iterator[Decode]:
     with TemporaryDirectory() as name, mock.patch.object(state_store, "Rdict", _Database), \
@@ -355,6 +378,7 @@ def _store() -> Iterator[Decode]:
             for group_id in (0, 1, 2):
                 rows = store.group(group_id)
                 rows.commit(rows.applied_index, rows.applied_term, [(b"k", b"v")], [], [])
+                _adopt(store.applied(group_id), store.configuration(group_id))
                 Installer(store, group_id).abort()
                 rows.flip(rows.generation + 1, rows.applied_index, rows.applied_term)
 
@@ -363,7 +387,9 @@ def _store() -> Iterator[Decode]:
 
 def _store_samples() -> tuple[bytes, ...]:
     meta = state_store._META.pack(1, 2, 77, 3)
-    rows = {b"F": b"\1", b"M\0\0\0\0": meta, b"M\0\0\0\1": meta, b"R\0\0\0\0\0\0\0\2k": b"v", b"R\0\0\0\1\0\0\0\3k": b"v"}
+    members = state_store._INDEX.pack(70) + Configuration(("n1", "n2"), ("n3",)).encode()
+    rows = {b"F": b"\1", b"R\0\0\0\0\0\0\0\2" + state_store.CONFIGURATION_KEY: members,
+            b"M\0\0\0\0": meta, b"M\0\0\0\1": meta, b"R\0\0\0\0\0\0\0\2k": b"v", b"R\0\0\0\1\0\0\0\3k": b"v"}
     return (join(part for row in rows.items() for part in row), join((b"F", b"\1")), b"")
 
 
@@ -390,6 +416,9 @@ def decoders() -> list[Decoder]:
         Decoder("raft-replica", plain(_deliver), (WireInvalid, LogViolation), _replica_samples(),
                 (raft + "wire", raft + "group", raft + "guard", raft + "journal", raft + "engine")),
         Decoder("journal", plain(_journal), (StoreRefused,), _journal_samples(), (raft + "journal", raft + "group")),
+        Decoder("configuration", plain(_configuration), (ValueError,), (
+            Configuration(("n1", "n2"), ("n3",)).encode(), Configuration(("n1",)).encode(), Configuration().encode()),
+                (raft + "configuration",)),
         Decoder("sync-mark", _mark, (), (_MARK.pack(7, zlib.crc32((7).to_bytes(8, "little"))),), (raft + "journal",)),
         Decoder("snapshot", plain(_snapshot), (SnapshotInvalid,), _snapshot_samples(), ("spillway.cluster.snapshots",)),
         Decoder("state-store", _store, (StoreRefused,), _store_samples(), ("spillway.cluster.state_store",)),

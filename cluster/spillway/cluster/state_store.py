@@ -333,8 +333,11 @@ class GroupRows:
 
     @property
     def configuration(self) -> tuple[int, bytes] | None:
-        """The index of the last entry that said who the members are, and what it said. Raises StorageFailed."""
+        """The index of the last entry that said who the members are, and what it said. Raises StorageFailed, StorageDamaged."""
         row = self._configuration or self.get(CONFIGURATION_KEY)
+        if row is not None and len(row) < _INDEX.size:
+            raise StorageDamaged(f"the state of group {self._group_id} in {self._store.path} is damaged: its row of the configuration is "
+                                 f"cut. {REPLACE_HINT}")
         return None if row is None else (_INDEX.unpack_from(row)[0], row[_INDEX.size:])
 
     def configure(self, index: int, configuration: bytes) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from spillway.cluster.clock import Clock
-from spillway.cluster.errors import StoreRefused
+from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StoreRefused
 from spillway.cluster.machine import ENTRY_BYTES_MAX, GroupMachine, Role
 from spillway.cluster.raft.configuration import Change, Configuration, decode_configuration
 from spillway.cluster.raft.engine import Engine
@@ -630,13 +630,23 @@ _OF_ANYBODY = frozenset(("append_entries", "request_vote", "prevote_request", "t
 
 
 def adopt_snapshot(journal: GroupJournal, index: int, term: int, configuration: tuple[int, bytes] | None) -> None:
-    """Makes the log agree with a state as of (index, term): kept if it has that entry, else started there."""
+    """Makes the log agree with a state as of (index, term): kept if it has that entry, else started there. Raises StorageDamaged if
+    the state's configuration is none."""
     if journal.term_at(index) == term:
         journal.commit = max(journal.commit, index)
         journal.applied = max(journal.applied, index)
     else:
-        journal.restart(index, term, None if configuration is None else (configuration[0], decode_configuration(configuration[1])))
+        journal.restart(index, term, None if configuration is None else _adopted(journal.group, index, *configuration))
     journal.end_install()
+
+
+def _adopted(group: int, index: int, at: int, configuration: bytes) -> tuple[int, Configuration]:
+    try:
+        if at > index:
+            raise ValueError(f"entry {at} has a configuration, but the state is as of entry {index}")
+        return at, decode_configuration(configuration)
+    except ValueError as error:
+        raise StorageDamaged(f"the state of group {group} is damaged: {error}. {REPLACE_HINT}") from None
 
 
 def check_fit(group: int, journal: GroupJournal, durable: int, members: list[str]) -> None:
