@@ -86,6 +86,9 @@ class _Machine:
     def apply(self, index: int, term: int, command: bytes) -> None:
         pass
 
+    def configured(self, index: int, term: int, configuration: bytes) -> None:
+        decode_configuration(configuration)
+
     def collect(self) -> bytes | None:
         return None
 
@@ -378,7 +381,9 @@ def _store() -> Iterator[Decode]:
             for group_id in (0, 1, 2):
                 rows = store.group(group_id)
                 rows.commit(rows.applied_index, rows.applied_term, [(b"k", b"v")], [], [])
-                _adopt(store.applied(group_id), store.configuration(group_id))
+                configuration = store.configuration(group_id)
+                if not group_id:
+                    _adopt(store.applied(group_id), configuration)
                 Installer(store, group_id).abort()
                 rows.flip(rows.generation + 1, rows.applied_index, rows.applied_term)
 

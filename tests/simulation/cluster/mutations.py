@@ -98,8 +98,8 @@ def _miscount() -> Any:
     """I7: the last message of a run is not counted when it is acknowledged."""
     ack = Shard._ack
 
-    def short(self: Any, queue: Queue, count: int, sequence: int, effects: Any) -> None:
-        ack(self, queue, count, sequence, effects)
+    def short(self: Any, queue: Queue, count: int, effects: Any) -> None:
+        ack(self, queue, count, effects)
         if count > 1:
             queue.counters.acked -= 1
     return patch.object(Shard, "_ack", short)
