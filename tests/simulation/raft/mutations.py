@@ -63,7 +63,7 @@ def _apply_again() -> Any:
 
     def unsafe(self: Engine, *args: Any) -> None:
         init(self, *args)
-        journal = args[3]
+        journal = args[2]
         self.applied = journal.applied = max(1, journal.first)
     return patch.object(Engine, "__init__", unsafe)
 

@@ -147,7 +147,8 @@ class QueueService:
                 state.some.clear()
                 await state.some.wait()
             if state.error is not None:
-                await abort(context, state.error)
+                error, state.error = state.error, None  # whose traceback leads to `state`: a cycle
+                await abort(context, error)
             await reader
         finally:
             self.open_streams -= 1
