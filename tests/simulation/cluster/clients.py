@@ -260,6 +260,8 @@ class Consumer(Client):
                 for settlement, result in zip(settlements, AckResponse.FromString(data).results, strict=True):
                     if result == SETTLEMENT_RESULT_OK:
                         self.world.settled(self, settlement)
+                for error in AckResponse.FromString(data).errors:
+                    self.world.refused(settlements[error.index], error)
 
     async def _work(self, held: Held, ack: Any) -> None:
         """Settles a lease, message by message or some at a time; or lets it hang."""
@@ -313,6 +315,8 @@ class Consumer(Client):
                 result = response.results[0]
             if response.results[0] == SETTLEMENT_RESULT_OK:
                 self.world.settled(self, settlement)
+            for error in response.errors:
+                self.world.refused(settlement, error)
         return result
 
 

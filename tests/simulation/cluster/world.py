@@ -19,7 +19,7 @@ from spillway.cluster.placement import place
 from spillway.cluster.raft.progress import Limits
 from spillway.contract.hashing import PART, queue_key
 from spillway.v1 import admin_service_pb2 as admin
-from spillway.v1.message_pb2 import Message
+from spillway.v1.message_pb2 import ERROR_CODE_STALE_TOKEN, ItemError, Message
 from spillway.v1.queue_service_pb2 import OUTCOME_ACK, LeasedRun, Settlement
 
 from tests.properties.order_history import violations
@@ -295,6 +295,15 @@ class World:
             open_ = [s for s in lease.run if s <= settlement.sequence and observer.gone.get(s) != "acked"]
             if open_:
                 raise Violation("I4", f"messages {open_} of shard {settlement.shard} are acknowledged, says the broker, and are not")
+
+    def refused(self, settlement: Settlement, error: ItemError) -> None:
+        """A consumer was told that a settlement did not take effect. Once a lease is over it stays so."""
+        if error.code == ERROR_CODE_STALE_TOKEN:
+            self.counts["settlements of ended leases"] += 1
+            lease = self.observers[settlement.shard].live.get(settlement.fencing_token)
+            if lease is not None:
+                raise Violation("I3", f"lease {lease.token} of {lease.queue!r} in shard {settlement.shard} is over, the broker says, and "
+                                "it is not")
 
     # -- the run -------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ SETTLES_PER_ENTRY_BYTES = 256 << 10  # with their reasons
 SETTLE_BYTES = 64  # without its reason
 GRANTS_PER_ENTRY_MAX = 256  # with names at their limit, about 200 KiB
 EXPIRES_PER_ENTRY_MAX = 4096
+BEYOND = 1 << 20  # position of a settlement in a run that is not known: greater than any
 UNSAVED_BYTES_MAX = 512 << 10  # a checkpoint is due: keeps memory bounded and one checkpoint a few milliseconds
 UNSAVED_QUEUES_MAX = 1024
 LOG_BYTES_MAX = 3 << 20  # log applied since the last checkpoint; bounds the replay at start
@@ -103,9 +104,15 @@ class ShardRuntime:
         if queue is None:
             if state.settled_before(token, sequence, outcome):
                 call.results[index] = SETTLEMENT_RESULT_ALREADY_SETTLED
-            else:
+            elif token in state.settled:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
+            else:
+                # Perhaps another node leads, and granted it, and this one does not know yet. The log tells.
+                call.waiting += 1
+                until = self.node.now_ms() + delay_ms if delay_ms >= 0 else 0
+                self._settles.append((token, BEYOND, sequence, outcome, until, reason))
+                self._settle_calls.append((call, index))
             return
         position = 0
         if outcome != e.EXTEND:
