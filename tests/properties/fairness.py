@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from spillway.broker.core.policy import Adaptive, Policy, TenantPolicy
 from spillway.broker.core.scheduler import Consumer
 
-from tests.properties.scheduler_world import Make, Simulation, jain, percentile, ten_ms, tenant_of
+from tests.properties.scheduler_world import Make, Simulation, destination_of, jain, percentile, ten_ms, tenant_of
 
 WINDOW = 5_000  # deliveries
 BUSY = 1 << 30  # messages: never all delivered
@@ -161,6 +161,23 @@ def hanging_tenants_have_no_more_than_their_share(make: Make, hanging: int, work
     fair = slots / len(names) * 10_000 / 50
     for begin in range(1_000, 71_000, 10_000):
         got = sim.served(tenant_of, begin, begin + 10_000)
+        for name in names[hanging:]:
+            assert got[name] >= 0.95 * fair, (begin, name, got[name], fair)
+
+
+def hanging_destinations_have_no_more_than_their_share(make: Make, hanging: int, working: int, slots: int) -> None:
+    """The same among destinations, whose leases expire: that says nothing about them, so no limit of theirs shrinks."""
+    sim = Simulation(lambda queue, _: LEASE_MS if queue.startswith(b"h") else 50.0, 1, make)
+    sim.fails = lambda pick: None if pick.queue.startswith(b"h") else False
+    names = [b"h%d" % n for n in range(hanging)] + [b"w%d" % n for n in range(working)]
+    for key in range(slots):
+        for name in names:
+            sim.arrive(name + b"\0t\0%d" % key, BUSY)
+    sim.consumer(slots, "*")
+    sim.run(until=71_000)
+    fair = slots / len(names) * 10_000 / 50
+    for begin in range(1_000, 71_000, 10_000):
+        got = sim.served(destination_of, begin, begin + 10_000)
         for name in names[hanging:]:
             assert got[name] >= 0.95 * fair, (begin, name, got[name], fair)
 

@@ -55,6 +55,12 @@ def test_hanging_tenants_have_no_more_than_their_share(hanging: int, working: in
     fairness.hanging_tenants_have_no_more_than_their_share(Scheduler, hanging, working, slots, adaptive)
 
 
+@pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40)])
+def test_hanging_destinations_have_no_more_than_their_share(hanging: int, working: int, slots: int) -> None:
+    """The others keep at least 95 % of theirs, among destinations, too."""
+    fairness.hanging_destinations_have_no_more_than_their_share(Scheduler, hanging, working, slots)
+
+
 def test_hanging_tenants_do_not_pile_up() -> None:
     """Not even in the moments in which the others have nothing to give."""
     fairness.hanging_tenants_do_not_pile_up(Scheduler)
