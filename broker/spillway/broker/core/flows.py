@@ -59,7 +59,7 @@ class Tenant(Share):
         own = policy.tenants.get(name, _ORDINARY)
         self.weight = own.weight
         limit = tenant_limit(policy, name)
-        self.bucket = _bucket(self.bucket, limit, now_ms)
+        self.bucket = _bucket(self.bucket, limit, self.destination.share, now_ms)
         self.leases_max = limit.leases_max
         self.limited = limit != UNLIMITED or self.hold != 0
 
@@ -100,7 +100,7 @@ class Destination:
         """Takes on a policy."""
         self.policy = policy
         self.weight = policy.weight
-        self.bucket = _bucket(self.bucket, policy.limit, now_ms)
+        self.bucket = _bucket(self.bucket, policy.limit, self.share, now_ms)
         self.congestion.follow(self._adaptive())
         self.special = bool(policy.tenants) or policy.tenant_limit != UNLIMITED
         self.look()
@@ -126,12 +126,13 @@ _ORDINARY = TenantPolicy()
 _NEVER = Adaptive(disabled=True)
 
 
-def _bucket(old: Bucket | None, limit: Limit, now_ms: int) -> Bucket | None:
-    """The bucket for a limit; what is in the old one stays in it."""
+def _bucket(old: Bucket | None, limit: Limit, share: float, now_ms: int) -> Bucket | None:
+    """The bucket for a limit; what is in the old one, at the old rate until now, stays in it."""
     if not limit.per_second:
         return None
     bucket = Bucket(limit, now_ms)
     if old is not None:
+        old.available(now_ms, share)
         bucket.tokens = min(bucket.tokens, old.tokens)
         bucket.at_ms = old.at_ms
     return bucket

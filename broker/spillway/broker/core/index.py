@@ -183,6 +183,9 @@ class Index:
             self._node_shares[name] = share
         destination = self.destinations.get(name)
         if destination is not None:
+            for who in (destination, *(destination.tenants.values() if destination.special else ())):
+                if who.bucket is not None:
+                    who.bucket.available(self._now_ms, destination.share)  # what came in until now came with the old one
             destination.share = share
             destination.look()
             self._unblock(destination)

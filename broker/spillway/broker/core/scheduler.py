@@ -170,6 +170,8 @@ class Scheduler(Index):
         if restrained is not None:
             for entry in restrained:
                 heappush(heap, entry)
+            if found is None:  # nothing else may happen until then
+                self._sleep(destination, destination.light_ms + LIGHT_MS + 1)
         return found
 
     def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
