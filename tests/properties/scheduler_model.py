@@ -100,6 +100,7 @@ class Modelled:
         self.ready: Counter[bytes] = Counter()
         self.gates: dict[bytes, int] = {}
         self.probes: dict[bytes, Pick] = {}  # scope -> the probe that is out
+        self.begun: list[tuple[bytes, Pick]] = []  # probes that are out, also of gates that changed since
         self.holds: dict[bytes, int] = {}
         self.out: list[Pick] = []
         self.consumers = [Consumer(f"c{number}") for number in range(4)]
@@ -143,8 +144,11 @@ class Modelled:
 
     def allowed(self, subscription: Subscription) -> set[bytes]:
         """Queues that are ready and that nothing stops but what they are kept from for others."""
+        probes = sum(p.subscription is subscription and b"\0" not in s for s, p in self.begun)
+        enough = probes >= subscription.free and probes * 8 >= subscription.free + subscription.taken
         return {queue for queue in +self.ready if subscription.matches(split(queue)[0]) and not any(
-            self.is_shut(scope) or not self.tokens[scope].open(self.now) for scope in scopes_of(queue))}
+            self.is_shut(scope) or not self.tokens[scope].open(self.now) for scope in scopes_of(queue)) and not (
+            enough and self.state(split(queue)[0]) == HALF_OPEN)}
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -221,7 +225,7 @@ class Modelled:
         """One pick; what it may and must be."""
         scheduler = self.scheduler
         able = {c for c in subscription.consumers if c.messages > 0 and c.bytes > 0}
-        pick = scheduler.pick(subscription, self.now)
+        pick = self.ask(subscription)
         deadline = self.now + PATIENCE_MS
         while pick is None and able and self.allowed(subscription):
             # What is kept for others is not kept for ever, and a timer stands for its end: nobody else will ask.
@@ -229,7 +233,7 @@ class Modelled:
             assert wake is not None, (self.allowed(subscription), "forgotten")
             assert wake <= deadline, (self.allowed(subscription), "kept waiting")
             self.pass_time(wake - self.now)
-            pick = scheduler.pick(subscription, self.now)
+            pick = self.ask(subscription)
         if pick is None:
             return False
         queue = pick.queue
@@ -248,9 +252,14 @@ class Modelled:
         scheduler.charge(pick, messages, 10 * b, self.now)
         self.out.append(pick)
         self.probes.update(dict.fromkeys(half_open, pick))
+        self.begun += [(scope, pick) for scope in half_open]
         for scope in scopes_of(queue):
             self.tokens[scope].take(messages, self.now)
         return True
+
+    def ask(self, subscription: Subscription) -> Pick | None:
+        """As a node does, which does not ask while a heap is empty: whatever fills it wakes the node."""
+        return self.scheduler.pick(subscription, self.now) if subscription.heap else None
 
     def settle(self, number: int, failed: bool | None) -> None:
         """A lease is over."""
@@ -259,6 +268,7 @@ class Modelled:
         self.scheduler.credit(pick.consumer, pick.messages if pick.consumer.subscription is pick.subscription else 0, pick.bytes)
         for scope in [s for s, p in self.probes.items() if p is pick]:
             del self.probes[scope]
+        self.begun = [(s, p) for s, p in self.begun if p is not pick]
 
     # -- what must be ----------------------------------------------------------------------------------------------------
 
@@ -284,6 +294,7 @@ class Modelled:
             assert not in_heap
         for subscription in scheduler.subscriptions.values():
             assert subscription.free == sum(c.messages for c in subscription.consumers)
+            assert subscription.probes == sum(p.subscription is subscription and b"\0" not in s for s, p in self.begun)
             assert subscription.taken == sum(p.messages for p in self.out if p.subscription is subscription)
             assert abs(subscription.weights - sum(d.weight for d in subscription.shares)) < 1e-6
             assert set(subscription.shares) <= set(scheduler.destinations.values())

@@ -65,11 +65,11 @@ class Simulation:
         return consumer
 
     def pick(self) -> None:
-        """Hands out leases while there is credit and work."""
+        """Hands out leases while there is credit and work; as a node does, which asks no subscription with an empty heap."""
         now = int(self.now)
         self.scheduler.wake_due(now)
         for subscription in list(self.scheduler.subscriptions.values()):
-            while (pick := self.scheduler.pick(subscription, now)) is not None:
+            while subscription.heap and (pick := self.scheduler.pick(subscription, now)) is not None:
                 queue = pick.queue
                 assert queue not in self.leased
                 assert pick.consumer.messages >= self.run_messages, "credits here are whole leases"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.flows import Destination, Share, Tenant
-from spillway.broker.core.scheduler import Pick, Scheduler
+from spillway.broker.core.scheduler import HALF_OPEN, OPEN, Pick, Scheduler
 from spillway.broker.core.subscription import Subscription
 
 from tests.properties import fairness
@@ -22,6 +22,19 @@ class FirstComeFirstServed(Scheduler):
         """As if all queues were one tenant's."""
         destination = self._destination(queue[:queue.index(b"\0")])
         tenant = self._tenant(destination, b"all")
+        tenant.ready.append(queue)
+        destination.ready += 1
+        if not tenant.queued:
+            self._queue_tenant(tenant)
+
+
+class TurnsOfKeys(Scheduler):
+    """Each key is a tenant of its own."""
+
+    def add(self, queue: bytes) -> None:
+        """As if the key were the tenant."""
+        destination = self._destination(queue[:queue.index(b"\0")])
+        tenant = self._tenant(destination, queue)
         tenant.ready.append(queue)
         destination.ready += 1
         if not tenant.queued:
@@ -80,17 +93,35 @@ class HoldsBackForEver(Scheduler):
         return True
 
 
+class ClosesNothing(Scheduler):
+    """Destinations that are down are tried again and again."""
+
+    def set_gate(self, scope: bytes, state: int) -> None:
+        """No gate."""
+
+
+class ProbesWithAll(Scheduler):
+    """A half-open gate lets everything through."""
+
+    def set_gate(self, scope: bytes, state: int) -> None:
+        """Open instead."""
+        super().set_gate(scope, OPEN if state == HALF_OPEN else state)
+
+
 MUTANTS: dict[str, tuple[type[Scheduler], Callable[..., None], tuple[Any, ...]]] = {
     "a, first come first served": (FirstComeFirstServed, fairness.tenants_get_their_weights, (100, [1.0], 16)),
     "a, without weights": (WithoutWeights, fairness.tenants_get_their_weights, (4, [1.0, 2.0, 3.0, 10.0], 16)),
     "a, first come first served among many": (FirstComeFirstServed, fairness.a_hundred_thousand_tenants_take_turns, ()),
     "a, messages instead of time": (ChargesMessages, fairness.consumer_time_is_shared, ()),
     "b, first come first served": (FirstComeFirstServed, fairness.keys_are_no_advantage, (1,)),
+    "b, turns of keys": (TurnsOfKeys, fairness.keys_are_no_advantage, (2,)),
     "c, first come first served": (FirstComeFirstServed, fairness.hanging_tenants_have_no_more_than_their_share, (1, 1, 16)),
     "c, charged at the end": (ChargesAtTheEnd, fairness.hanging_tenants_have_no_more_than_their_share, (1, 1, 16)),
     "c, pile up": (LetsThemPileUp, fairness.hanging_tenants_do_not_pile_up, ()),
     "c, forgotten": (ForgetsThatTheyHung, fairness.hanging_tenants_do_not_pile_up, ()),
     "work is conserved, held back for ever": (HoldsBackForEver, fairness.a_tenant_among_idle_ones_gets_everything, ()),
+    "d, nothing is closed": (ClosesNothing, fairness.dead_destinations_cost_the_others_nothing, ()),
+    "d, probes with all": (ProbesWithAll, fairness.dead_destinations_cost_the_others_nothing, ()),
     "e, first come first served": (FirstComeFirstServed, fairness.a_burst_does_not_delay_others, ()),
 }
 
@@ -108,3 +139,10 @@ def test_a_scheduler_without_headroom_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sched, "HEADROOM", 1 << 40)
     with pytest.raises(AssertionError):
         fairness.a_burst_does_not_delay_others(Scheduler)
+
+
+def test_a_scheduler_without_a_bound_of_probes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """d: hundreds of probes that take long to fail keep the others waiting."""
+    monkeypatch.setattr(Subscription, "probes_enough", lambda self: False)
+    with pytest.raises(AssertionError):
+        fairness.dead_destinations_cost_the_others_nothing(Scheduler)

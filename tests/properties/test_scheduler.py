@@ -277,6 +277,42 @@ def test_an_old_probe_does_not_end_a_new_one() -> None:
     assert scheduler.pick(subscription, 0) is not None
 
 
+def lease_as_a_node(scheduler: Scheduler, consumer: Consumer) -> list[Pick]:
+    """One message each, of all that there is. A node asks no subscription whose heap is empty."""
+    subscription, found = consumer.subscription, []
+    assert subscription is not None
+    while subscription.heap and (pick := scheduler.pick(subscription, 1)) is not None:
+        scheduler.charge(pick, 1, 1, 1)
+        found.append(pick)
+    return found
+
+
+@pytest.mark.parametrize("event", ["probe", "credit"])
+@pytest.mark.parametrize("held", [0, 2])
+def test_a_probe_that_waits_for_others_follows_them(event: str, held: int) -> None:
+    """Probes hold no more than an eighth of the credit, or what is free, so those of many destinations wait for each other. The
+    end of a probe brings the next one, and so does credit: also if nothing else asks, and past those that are held."""
+    scheduler, consumer = Scheduler(), Consumer("c")
+    scheduler.subscribe(consumer, ["*"])
+    scheduler.credit(consumer, 8, 1 << 30)
+    names = [b"d%d" % number for number in range(9)]
+    for name in names:
+        scheduler.set_gate(name, HALF_OPEN)
+        scheduler.add(name + b"\0t\0")
+    leases = lease_as_a_node(scheduler, consumer)
+    assert len(leases) == 4  # as many as stay free
+    for name in names[4:4 + held]:
+        scheduler.hold(name, -1)
+    assert lease_as_a_node(scheduler, consumer) == []
+    scheduler.sweep(1)
+    if event == "probe":
+        scheduler.settled(leases[0], 1, True)
+        scheduler.set_gate(leases[0].tenant.destination.name, CLOSED)
+    else:
+        scheduler.credit(consumer, 1, 1)
+    assert [pick.queue for pick in lease_as_a_node(scheduler, consumer)] == [names[4 + held] + b"\0t\0"]
+
+
 # -- subscriptions ----------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +457,7 @@ class Checked:
         self.gates: dict[bytes, int] = {}
         self.probes: dict[bytes, Pick] = {}  # scope -> the probe that is out
         self.leases: list[Pick] = []
+        self.probing: set[Pick] = set()  # probes of destinations that were granted
         self.consumers = [Consumer(f"c{number}") for number in range(4)]
         self.credits = {consumer: [0, 0] for consumer in self.consumers}
         self.wanted: dict[Consumer, list[str]] = {}
@@ -436,11 +473,15 @@ class Checked:
         consumer = Consumer("x")
         one.subscribe(consumer, patterns)
         matches = one.subscriptions[patterns].matches
+        asked = self.scheduler.subscriptions[patterns]
+        probes = sum(pick.subscription is asked and pick in self.probing for pick in self.leases)
+        enough = probes >= asked.free and probes * 8 >= asked.free + asked.taken
         found = set()
         for queue in +self.ready:
             destination, tenant = split(queue)
             states = self.state(destination), self.state(destination + b"\0" + tenant)
-            if matches(destination) and all(s in (OPEN, HALF_OPEN) for s in states):
+            if matches(destination) and all(s in (OPEN, HALF_OPEN) for s in states) and not (
+                    enough and states[0] == HALF_OPEN):
                 found.add(queue)
         return found
 
@@ -519,6 +560,8 @@ class Checked:
         assert pick.consumer.messages >= 0
         self.leases.append(pick)
         self.probes.update(dict.fromkeys(half_open, pick))
+        if destination in half_open:
+            self.probing.add(pick)
         return True
 
     def finish(self) -> None:

@@ -141,7 +141,7 @@ def _bucket(old: Bucket | None, limit: Limit, share: float, now_ms: int) -> Buck
 class Pick:
     """A queue to lease, for a consumer. `charge` or `discard` it."""
 
-    __slots__ = ("bytes", "consumer", "due_ms", "hold_ms", "messages", "messages_max", "probe", "queue", "share", "since_ms",
+    __slots__ = ("bytes", "consumer", "counted", "due_ms", "hold_ms", "messages", "messages_max", "probe", "queue", "share", "since_ms",
                  "subscription", "tenant")
 
     def __init__(self, queue: bytes, tenant: Tenant, consumer: Consumer, probe: bool, subscription: Subscription,
@@ -155,6 +155,7 @@ class Pick:
         self.messages_max = MESSAGES_MAX  # lease no more: limits; at least 1
         # Set by `charge`; there are too many picks to set them twice.
         self.hold_ms: float  # what it was charged for being held
+        self.counted: bool  # of a probe: as one of its destination
         self.messages: int
         self.bytes: int
         self.since_ms: int  # when it was granted

@@ -145,11 +145,15 @@ class Index:
         """Adds to a consumer's credit; negative amounts take back."""
         consumer.messages += messages
         consumer.bytes += size
-        if consumer.subscription is not None:
-            consumer.subscription.free += messages
-        if consumer.messages > 0 and consumer.bytes > 0 and not consumer.active and consumer.subscription is not None:
+        subscription = consumer.subscription
+        if subscription is None:
+            return
+        subscription.free += messages
+        if consumer.messages > 0 and consumer.bytes > 0 and not consumer.active:
             consumer.active = True
-            consumer.subscription.round.append(consumer)
+            subscription.round.append(consumer)
+        if subscription.probers:
+            self._let_probe(subscription)
 
     # -- policies, holds and timers ---------------------------------------------------------------------------------
 
@@ -271,6 +275,19 @@ class Index:
                 if destination not in subscription.queued:
                     self._queue_destination(destination, subscription)
 
+    def _let_probe(self, subscription: Subscription) -> bool:
+        """Brings back a destination that waits with its probe, if there is one and there are not enough probes. Whatever makes
+        room for one does this at once: nobody asks a subscription whose heap is empty."""
+        probers = subscription.probers
+        while probers and not subscription.probes_enough():
+            destination = next(iter(probers))
+            del probers[destination]
+            if destination.gate == HALF_OPEN and destination.heap and not destination.blocked and (
+                    destination not in subscription.queued):
+                self._queue_destination(destination, subscription)
+                return True
+        return False
+
     def gate(self, scope: bytes) -> int:
         """The state of a gate."""
         name, separator, tenant_name = scope.partition(b"\0")
@@ -340,6 +357,7 @@ class Index:
             subscription.heap = [e for e in subscription.heap if e[2].heap]
             heapify(subscription.heap)
             subscription.queued = {e[2] for e in subscription.heap}
+            subscription.probers = {d: None for d in subscription.probers if d.gate == HALF_OPEN and d.heap}
             if not subscription.shares:
                 subscription.weights = 0.0  # what rounding left behind
         for destination in list(self.destinations.values()):

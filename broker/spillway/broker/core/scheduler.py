@@ -13,7 +13,7 @@ The index (`index`) may hold a queue that has changed since it was added; whoeve
 `discard`), so nothing is ever searched for and removed.
 
 Consumers cannot be preempted: what is taken stays out until its lease ends. So a fair order of turns is not enough, and
-three rules say what a flow leaves to others while it has its turn alone:
+four rules say what a flow leaves to others while it has its turn alone:
 
 - A lease that lasts longer than was charged for is charged while it lasts, so whoever has such leases is behind the others
   now, and not when they end.
@@ -23,6 +23,8 @@ three rules say what a flow leaves to others while it has its turn alone:
   whose leases has come back yet, get more than their weighted share of the credit only while nobody else waits and as much
   stays free as the quick leases lately used, and an eighth: tenants among those of their destination, destinations among
   those of their subscription. So leases that hang do not pile up in the moments in which the others have nothing to give.
+- Probes of destinations that were down hold no more than an eighth of the credit, or as much as is free beside them. So those
+  of many, that take long to fail, do not keep the others waiting.
 
 Guaranteed, then: the others keep their weighted share of the credit (less one lease, as leases are whole) from tenants whose
 leases hang, and are not kept waiting by those when they want less than that and want it evenly. Not guaranteed: a tenant
@@ -75,7 +77,7 @@ class Scheduler(Index):
 
     def pick(self, subscription: Subscription, now_ms: int) -> Pick | None:
         """The next queue for the next consumer of a subscription, or None if either is lacking. The caller must
-        answer with `charge` or `discard` before the next pick."""
+        answer with `charge` or `discard` before the next pick, and need not ask while the subscription's heap is empty."""
         round_ = subscription.round
         while round_:
             consumer = round_[0]
@@ -93,10 +95,14 @@ class Scheduler(Index):
             ceiling = -1
         restrained: list[tuple[float, int, Destination]] = []
         found = None
-        while heap:
+        if subscription.probers:
+            self._let_probe(subscription)
+        while heap or self._let_probe(subscription):
             tag, _, destination = heap[0]
             gate = destination.gate
-            if gate in _PASSABLE and not (destination.limited and self._is_full(destination)):
+            if gate == HALF_OPEN and subscription.probes_enough():
+                subscription.probers[destination] = None
+            elif gate in _PASSABLE and not (destination.limited and self._is_full(destination)):
                 share = subscription.shares[destination]
                 start = share.start
                 overdue = share.held * now_ms - share.due_sum
@@ -254,9 +260,11 @@ class Scheduler(Index):
         if tenant.bucket is not None:
             tenant.bucket.take(messages)
         if pick.probe:
-            if destination.gate == HALF_OPEN:
+            pick.counted = destination.gate == HALF_OPEN
+            if pick.counted:
                 destination.gate = PROBING
                 destination.prober = pick
+                subscription.probes += 1
             if tenant.gate == HALF_OPEN:
                 tenant.gate = PROBING
                 tenant.prober = pick
@@ -309,6 +317,9 @@ class Scheduler(Index):
         if destination.blocked:
             self._unblock(destination)
         if pick.probe:  # unless the gate's owner knows better by now, the next probe may follow
+            if pick.counted:
+                subscription.probes -= 1
+                self._let_probe(subscription)
             if destination.prober is pick:
                 destination.prober = None
                 destination.gate = HALF_OPEN

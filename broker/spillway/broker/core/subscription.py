@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 INTERNAL = b"\2"  # what names of the node's own destinations begin with; no pattern of a consumer's stands for one
 USUAL_MS_MIN = 200.0  # below it, it does not matter how long leases are usually held
+PROBES_PART = 8  # 1/8 of the credit is for probes of destinations that were down, also if nothing else is free
 USE_MS = 1000  # over which the credit in use is averaged
 USE_FADE_MS = 7000  # in which credit that was used and is not any more counts half
 
@@ -37,8 +38,8 @@ class Subscription:
     of its own, and so each destination a start tag in each subscription: were the tag shared, a destination that one
     subscription has served for long would wait in another, younger one until that has caught up."""
 
-    __slots__ = ("_use", "busy", "busy_ms", "consumers", "free", "globs", "heap", "internal", "names", "patterns", "queued", "round",
-                 "shares", "taken", "usual_ms", "virtual", "weights")
+    __slots__ = ("_use", "busy", "busy_ms", "consumers", "free", "globs", "heap", "internal", "names", "patterns", "probers", "probes",
+                 "queued", "round", "shares", "taken", "usual_ms", "virtual", "weights")
 
     def __init__(self, patterns: frozenset[str], internal: bool = False) -> None:
         self.patterns = patterns  # its key; no consumer's pattern has a NUL
@@ -54,6 +55,8 @@ class Subscription:
         self.taken = 0  # messages out
         self.heap: list[tuple[float, int, Destination]] = []
         self.queued: set[Destination] = set()
+        self.probes = 0  # leases out that are probes of destinations
+        self.probers: dict[Destination, None] = {}  # half open, and not in the heap until there are fewer probes; in order
         self.shares: dict[Destination, Share] = {}  # what each destination had of it
         self.weights = 0.0  # of these destinations
         self.virtual = 0.0
@@ -68,6 +71,10 @@ class Subscription:
             return destination in self.names
         return not destination.startswith(INTERNAL) and (
             destination in self.names or any(_fits(parts, destination) for parts in self.globs))
+
+    def probes_enough(self) -> bool:
+        """Whether probes of destinations hold their part of the credit, and not less than what is free."""
+        return self.probes >= self.free and self.probes * PROBES_PART >= self.free + self.taken
 
     def use(self, now_ms: int) -> float:
         """Messages of credit that leases which did not hang have used lately: the most of any second, fading."""
