@@ -7,7 +7,7 @@ from collections import Counter
 from msgspec.structs import replace
 from pytest import approx
 from spillway.broker.core.policy import Adaptive, Limit, Policy, TenantPolicy
-from spillway.broker.core.scheduler import CLOSED, OPEN, Consumer, Pick
+from spillway.broker.core.scheduler import CLOSED, HALF_OPEN, OPEN, Consumer, Pick
 
 from tests.properties.fairness import BUSY, weighted
 from tests.properties.scheduler_world import Make, Simulation, destination_of, ten_ms, tenant_of
@@ -75,6 +75,10 @@ def a_burst_is_what_has_been_saved(make: Make) -> None:
     scheduler.wake_due(100)
     pick = scheduler.pick(consumer.subscription, 100)
     assert pick is not None and pick.queue == b"e\0t\0" + b"2" and pick.messages_max == 1
+    scheduler.discard(pick)
+    scheduler.add(pick.queue)
+    pick = scheduler.pick(consumer.subscription, 1_000_000)
+    assert pick is not None and pick.messages_max == 3
 
 
 def leases_never_exceed_their_limits(make: Make, maximum: int, share: float, here: int) -> None:
@@ -116,7 +120,8 @@ def a_changed_policy_is_kept_at_once(make: Make) -> None:
         since = len(sim.delivered)
         sim.peak.clear()
         sim.run(until=sim.now + seconds * 1_000)
-        return {name: share * (len(sim.delivered) - since) / seconds for name, share in sim.share(tenant_of, since=since).items()}
+        counts = Counter(tenant_of(queue) for queue, _, _ in sim.delivered[since:])
+        return {name: counts[name] / seconds for name in (b"slow", b"free")}
 
     assert change(weighted({b"slow": 1, b"free": 3}), 5)[b"free"] == approx(600, rel=0.02)
     assert change(limited(tenant=Limit(per_second=20, burst=1)), 10)[b"slow"] == approx(20, rel=0.02)
@@ -229,6 +234,7 @@ def a_hold_ends_by_itself(make: Make, scope: bytes) -> None:
         return found is not None
 
     scheduler.hold(scope, 5_000)
+    scheduler.sweep(0)
     scheduler.add(b"d\0t\0")
     scheduler.sweep(0)
     assert not pick(10) and scheduler.next_wake_ms() == 5_000 and scheduler.waiting(scope).hold_until == 5_000
@@ -260,3 +266,33 @@ def a_hold_of_a_tenant_hides_nobody(make: Make) -> None:
     sim.consumer(4, "*")
     sim.run(until=1_000)
     assert {tenant_of(queue) for queue, _, _ in sim.delivered} == {b"free"} and len(sim.delivered) == 404
+
+
+def probes_take_turns(make: Make) -> None:
+    """Of many destinations that are half open each has its probe, also if only some probes may be out at a time: an eighth of
+    the credit, or what is free beside them."""
+    scheduler = make(lambda name: Policy())
+    consumer = Consumer("c")
+    scheduler.subscribe(consumer, ["*"])
+    scheduler.credit(consumer, 8, 1 << 40)
+    assert consumer.subscription is not None
+    for number in range(20):
+        scheduler.set_gate(b"d%d" % number, CLOSED)
+        for key in range(3):
+            scheduler.add(b"d%d\0t\0%d" % (number, key))
+        scheduler.set_gate(b"d%d" % number, HALF_OPEN)
+    probed: Counter[bytes] = Counter()
+    for now in range(30):
+        out = []
+        while (pick := scheduler.pick(consumer.subscription, now)) is not None:
+            assert pick.probe
+            scheduler.charge(pick, 1, 0, now)
+            out.append(pick)
+        assert len(out) == (4 if sum(probed.values()) < 60 else 0)
+        for pick in out:
+            probed[pick.tenant.destination.name] += 1
+            scheduler.settled(pick, now)
+            scheduler.credit(consumer, 1, 0)
+        if now == 9:
+            assert len(probed) == 20
+    assert set(probed.values()) == {3}

@@ -66,6 +66,11 @@ def test_a_hold_of_a_tenant_hides_nobody() -> None:
     """The others of its destination go on."""
     limits.a_hold_of_a_tenant_hides_nobody(Scheduler)
 
+def test_probes_take_turns() -> None:
+    """When they are bounded."""
+    limits.probes_take_turns(Scheduler)
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
