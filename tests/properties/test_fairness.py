@@ -40,11 +40,10 @@ def test_keys_are_no_advantage(slots: int) -> None:
 # -- others' trouble --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("hanging", "working", "slots", "adaptive"), [
-    (1, 1, 16, True), (1, 1, 100, True), (3, 7, 40, True), (9, 1, 40, False)])
-def test_hanging_tenants_have_no_more_than_their_share(hanging: int, working: int, slots: int, adaptive: bool) -> None:
+@pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40)])
+def test_hanging_tenants_have_no_more_than_their_share(hanging: int, working: int, slots: int) -> None:
     """The others keep at least 95 % of theirs."""
-    fairness.hanging_tenants_have_no_more_than_their_share(Scheduler, hanging, working, slots, adaptive)
+    fairness.hanging_tenants_have_no_more_than_their_share(Scheduler, hanging, working, slots)
 
 
 @pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40)])
@@ -53,9 +52,12 @@ def test_hanging_destinations_have_no_more_than_their_share(hanging: int, workin
     fairness.hanging_destinations_have_no_more_than_their_share(Scheduler, hanging, working, slots)
 
 
-def test_hanging_tenants_do_not_pile_up() -> None:
+@pytest.mark.parametrize(("slots", "hold", "hanging", "use", "seed"), [
+    (16, 50.0, 1, 0.4, 5), (16, 50.0, 1, 0.4, 6), (8, 50.0, 1, 0.3, 6), (16, 200.0, 1, 0.4, 6), (100, 50.0, 1, 0.4, 7),
+    (100, 500.0, 1, 0.4, 6), (100, 500.0, 3, 0.2, 7)])
+def test_hanging_tenants_do_not_pile_up(slots: int, hold: float, hanging: int, use: float, seed: int) -> None:
     """Not even in the moments in which the others have nothing to give."""
-    fairness.hanging_tenants_do_not_pile_up(Scheduler)
+    fairness.hanging_tenants_do_not_pile_up(Scheduler, slots, hold, hanging, use, seed)
 
 
 def test_what_was_taken_alone_comes_back() -> None:

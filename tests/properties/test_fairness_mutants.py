@@ -146,3 +146,18 @@ def test_a_scheduler_without_a_bound_of_probes_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(Subscription, "probes_enough", lambda self: False)
     with pytest.raises(AssertionError):
         fairness.dead_destinations_cost_the_others_nothing(Scheduler)
+
+
+def test_a_scheduler_in_which_each_lease_tells_what_is_usual_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c: fifty leases that hang and end at once would make that usual."""
+    monkeypatch.setattr(sched, "VOTE_MS", 0)
+    monkeypatch.setattr(sched, "USUAL_STEP", 1.1)
+    with pytest.raises(AssertionError):
+        fairness.hanging_tenants_do_not_pile_up(Scheduler, 100, 500.0, 3, 0.2, 7)
+
+
+def test_a_scheduler_that_leaves_what_is_used_on_average_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c: whoever comes and goes needs more now and then."""
+    monkeypatch.setattr(sched, "sqrt", lambda use: 0.0)
+    with pytest.raises(AssertionError):
+        fairness.hanging_tenants_do_not_pile_up(Scheduler, 8, 50.0, 1, 0.3, 6)

@@ -15,7 +15,7 @@ FOR_EVER = -1  # until when an operator's gate is closed that has to be opened a
 class Share:
     """What one flow had of a resource: a start tag, and leases that are out, whose time counts while it passes."""
 
-    __slots__ = ("due_sum", "held", "start", "taken")
+    __slots__ = ("due_sum", "held", "start", "taken", "voted_ms")
 
     def __init__(self) -> None:
         self.start = 0.0  # virtual start tag of its next lease
@@ -24,6 +24,7 @@ class Share:
         # Of the times (ms) until which they have been charged in advance. So `held * now - due_sum` is owed now for those that
         # last longer, and a flow whose leases hang is behind the others while they do, and not when they end.
         self.due_sum = 0
+        self.voted_ms = 0  # when it last said how long leases are usually held
 
 
 class Tenant(Share):
@@ -82,7 +83,7 @@ class Destination:
         self.heap: list[tuple[float, int, Tenant]] = []
         self.virtual = 0.0  # virtual time: start tag of the last pick
         self.held = 0
-        self.usual_ms = HOLD_MS_START  # median of the times for which leases are held
+        self.usual_ms = HOLD_MS_START  # median, of its tenants, of the times for which leases are held
         self.light: Tenant | None = None  # that was last served while it held little and had nothing more to give
         self.light_ms = 0  # when
         self.gate = OPEN

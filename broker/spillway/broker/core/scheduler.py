@@ -21,13 +21,14 @@ four rules say what a flow leaves to others while it has its turn alone:
   the destination that comes and goes was served within a second. So a burst does not make the next one wait for its slots.
 - Flows whose leases hang (overdue, or usually held, for ten times as long as is usual and two seconds), and tenants none of
   whose leases has come back yet, get more than their weighted share of the credit only while nobody else waits and as much
-  stays free as the quick leases lately used, and an eighth: tenants among those of their destination, destinations among
-  those of their subscription. So leases that hang do not pile up in the moments in which the others have nothing to give.
+  stays free as the quick leases lately used, with room for chance, and an eighth: tenants among those of their destination,
+  destinations among those of their subscription. What is usual is a median of flows, not of leases, as leases that hang end
+  together. So leases that hang do not pile up in the moments in which the others have nothing to give.
 - Probes of destinations that were down hold no more than an eighth of the credit, or as much as is free beside them. So those
   of many, that take long to fail, do not keep the others waiting.
 
 Guaranteed, then: the others keep their weighted share of the credit (less one lease, as leases are whole) from tenants whose
-leases hang, and are not kept waiting by those when they want less than that and want it evenly. Not guaranteed: a tenant
+leases hang, and are not kept waiting by those when they want less than that, at random moments. Not guaranteed: a tenant
 whose leases have come back quickly, and then hang, may take more within two seconds, in moments in which the others have
 nothing to give; and whoever is alone, or among others that want little, is not held back for those who may come. Both last
 no longer than the leases.
@@ -39,6 +40,7 @@ brings it back. So what is limited costs O(log n) once, whatever stands behind i
 from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
+from math import sqrt
 
 from spillway.broker.core.flows import (
     CLOSED,
@@ -64,7 +66,8 @@ HOLD_MS_MAX = 3_600_000
 HEADROOM = 8  # 1/8 of a subscription's credit is kept from tenants that hold more than 1/8 of it, while others are about
 LIGHT_MS = 1000  # a light tenant's lease keeps the headroom for this long
 HANG_TIMES = 10  # leases hang once they are held so many times as long as is usual, at least as this
-USUAL_STEP = 1.1  # how fast the estimate of what is usual, a median, moves; its error is nothing beside HANG_TIMES
+VOTE_MS = 1000  # how often a flow has a vote on what is usual, a median of flows: however many of its leases end at once
+USUAL_STEP = 1.3  # how fast that estimate moves with each vote; its error is nothing beside HANG_TIMES
 _PASSABLE = (OPEN, HALF_OPEN)
 USE_MIN = 0.01  # messages of credit; who uses less on average needs nothing kept free
 NAP_MS = 100  # after which a flow whose leases hang is looked at again
@@ -189,7 +192,8 @@ class Scheduler(Index):
         if others:
             return True
         use = subscription.use(self._now_ms)
-        return use > USE_MIN and subscription.free <= use + (subscription.free + subscription.taken) // HEADROOM
+        # Who uses some slots on average uses more now and then: of random arrivals hardly ever by more than two deviations.
+        return use > USE_MIN and subscription.free <= use + 2 * sqrt(use) + (subscription.free + subscription.taken) // HEADROOM
 
     def _is_full(self, destination: Destination) -> bool:
         """Whether a hold or a limit stops a destination; then it is out of the index until it is woken."""
@@ -298,16 +302,20 @@ class Scheduler(Index):
         share.start += correction / destination.weight
         tenant.proven = True
         tenant.hold_ms += HOLD_GAIN * (held_ms - tenant.hold_ms)
-        usual = destination.usual_ms
-        if held_ms > usual:
-            destination.usual_ms = usual * USUAL_STEP
-        elif usual > HOLD_MS_START:
-            destination.usual_ms = usual / USUAL_STEP
+        if now_ms - tenant.voted_ms >= VOTE_MS:
+            tenant.voted_ms = now_ms
+            usual = destination.usual_ms
+            if held_ms > usual:
+                destination.usual_ms = usual * USUAL_STEP
+            elif usual > HOLD_MS_START:
+                destination.usual_ms = usual / USUAL_STEP
         usual = subscription.usual_ms
-        if held_ms > usual:
-            subscription.usual_ms = usual * USUAL_STEP
-        elif usual > USUAL_MS_MIN:
-            subscription.usual_ms = usual / USUAL_STEP
+        if now_ms - share.voted_ms >= VOTE_MS:
+            share.voted_ms = now_ms
+            if held_ms > usual:
+                subscription.usual_ms = usual * USUAL_STEP
+            elif usual > USUAL_MS_MIN:
+                subscription.usual_ms = usual / USUAL_STEP
         if held_ms < HANG_TIMES * usual:
             subscription.busy += held_ms * messages
         if now_ms - subscription.busy_ms >= USE_MS:
