@@ -138,70 +138,64 @@ def keys_are_no_advantage(make: Make, slots: int) -> None:
 LEASE_MS = 30_000.0  # a lease that hangs expires then
 
 
-def hangs(queue: bytes, _messages: int) -> float:
-    """Leases of tenants h... hang until they expire; the others' take 50 ms."""
-    return LEASE_MS if tenant_of(queue).startswith(b"h") else 50.0
+def queue_of(where: str, who: bytes, key: int) -> bytes:
+    """A queue of a tenant of one destination, or of a destination with one tenant."""
+    return b"d\0" + who + b"\0%d" % key if where == "tenant" else who + b"\0t\0%d" % key
+
+
+def who_of(queue: bytes) -> bytes:
+    """The tenant or destination, by what `queue_of` made of it."""
+    return tenant_of(queue) if queue.startswith(b"d\0") else destination_of(queue)
 
 
 def expires(pick: Pick) -> bool | None:
     """A lease that expires says nothing about its destination."""
-    return None if pick.tenant.name.startswith(b"h") else False
+    return None if who_of(pick.queue).startswith(b"h") else False
 
 
-def hanging_tenants_have_no_more_than_their_share(make: Make, hanging: int, working: int, slots: int) -> None:
-    """All with a backlog from the same moment on: in every ten seconds after the first, each working tenant gets at least 95 %
-    of its share of the consumer's time, although what the hanging ones take they keep for 30 s."""
-    sim = Simulation(hangs, 1, make)
+def beside_hanging(make: Make, hold: float) -> Simulation:
+    """Leases of h... hang until they expire; the others' take so long."""
+    sim = Simulation(lambda queue, _: LEASE_MS if who_of(queue).startswith(b"h") else hold, 1, make)
     sim.fails = expires
+    return sim
+
+
+def hanging_ones_have_no_more_than_their_share(make: Make, where: str, hanging: int, working: int, slots: int) -> None:
+    """All with a backlog from the same moment on: in every ten seconds after the first, each working tenant or destination gets
+    at least 95 % of its share of the consumer's time, although what the hanging ones take they keep for 30 s."""
+    sim = beside_hanging(make, 50.0)
     names = [b"h%d" % n for n in range(hanging)] + [b"w%d" % n for n in range(working)]
     for key in range(slots):
         for name in names:
-            sim.arrive(b"d\0" + name + b"\0%d" % key, BUSY)
-    sim.consumer(slots, "d")
-    sim.run(until=71_000)
-    fair = slots / len(names) * 10_000 / 50
-    for begin in range(1_000, 71_000, 10_000):
-        got = sim.served(tenant_of, begin, begin + 10_000)
-        for name in names[hanging:]:
-            assert got[name] >= 0.95 * fair, (begin, name, got[name], fair)
-
-
-def hanging_destinations_have_no_more_than_their_share(make: Make, hanging: int, working: int, slots: int) -> None:
-    """The same among destinations, whose leases expire: that says nothing about them, so no limit of theirs shrinks."""
-    sim = Simulation(lambda queue, _: LEASE_MS if queue.startswith(b"h") else 50.0, 1, make)
-    sim.fails = lambda pick: None if pick.queue.startswith(b"h") else False
-    names = [b"h%d" % n for n in range(hanging)] + [b"w%d" % n for n in range(working)]
-    for key in range(slots):
-        for name in names:
-            sim.arrive(name + b"\0t\0%d" % key, BUSY)
+            sim.arrive(queue_of(where, name, key), BUSY)
     sim.consumer(slots, "*")
     sim.run(until=71_000)
     fair = slots / len(names) * 10_000 / 50
     for begin in range(1_000, 71_000, 10_000):
-        got = sim.served(destination_of, begin, begin + 10_000)
+        got = sim.served(who_of, begin, begin + 10_000)
         for name in names[hanging:]:
             assert got[name] >= 0.95 * fair, (begin, name, got[name], fair)
 
 
-def hanging_tenants_do_not_pile_up(make: Make, slots: int = 16, hold: float = 50.0, hanging: int = 1, use: float = 0.4,
-                                   seed: int = 5) -> None:
-    """A working tenant asks, at random moments, for a part of the slots that is less than its share; hanging ones have a
-    backlog beside it, and time to take all that is free whenever the other has nothing to give. The working one still gets
-    95 % of what it asks for, in every ten seconds after they came, also when all hanging leases have ended at once, after
-    30 s. What it asks for counts until one lease before the end of such a span."""
+def hanging_ones_do_not_pile_up(make: Make, where: str = "tenant", slots: int = 16, hold: float = 50.0, hanging: int = 1,
+                                use: float = 0.4, seed: int = 5) -> None:
+    """A working tenant or destination asks, at random moments, for a part of the slots that is less than its share; hanging ones
+    have a backlog beside it, and time to take all that is free whenever the other has nothing to give. The working one still
+    gets 95 % of what it asks for, in every ten seconds after they came, also when all hanging leases have ended at once,
+    after 30 s. What it asks for counts until one lease before the end of such a span."""
     draw = random.Random(seed)
-    sim = Simulation(lambda queue, _: LEASE_MS if tenant_of(queue).startswith(b"h") else hold, 1, make)
-    sim.fails = expires
-    sim.consumer(slots, "d")
+    sim = beside_hanging(make, hold)
+    sim.consumer(slots, "*")
     asked, when = [], 0.0
     while when < 103_000:
         when += draw.expovariate(use * slots / hold)
         asked.append(when)
-        sim.at(when, partial(sim.arrive, b"d\0w\0%d" % len(asked), 1))
-    sim.at(3_000.0, lambda: [sim.arrive(b"d\0h%d\0%d" % (tenant, key), BUSY) for key in range(100) for tenant in range(hanging)] and None)
+        sim.at(when, partial(sim.arrive, queue_of(where, b"w", len(asked)), 1))
+    sim.at(3_000.0, lambda: [sim.arrive(queue_of(where, b"h%d" % number, key), BUSY)
+                             for key in range(100) for number in range(hanging)] and None)
     sim.run(until=103_000)
     for begin in range(3_000, 103_000, 10_000):
-        got = sim.served(tenant_of, begin, begin + 10_000)[b"w"]
+        got = sim.served(who_of, begin, begin + 10_000)[b"w"]
         want = sum(begin - hold <= t < begin + 10_000 - hold for t in asked)
         assert got >= 0.95 * want, (begin, got, want)
 
@@ -210,8 +204,7 @@ def what_was_taken_alone_comes_back(make: Make) -> None:
     """A hanging tenant that was alone has taken every slot. From the end of these leases on, whoever came meanwhile gets at
     least 95 % of its share."""
     slots = 16
-    sim = Simulation(hangs, 1, make)
-    sim.fails = expires
+    sim = beside_hanging(make, 50.0)
     sim.consumer(slots, "d")
     for key in range(100):
         sim.arrive(b"d\0h\0%d" % key, BUSY)

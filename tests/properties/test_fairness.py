@@ -40,24 +40,20 @@ def test_keys_are_no_advantage(slots: int) -> None:
 # -- others' trouble --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("where", ["tenant", "destination"])
 @pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40)])
-def test_hanging_tenants_have_no_more_than_their_share(hanging: int, working: int, slots: int) -> None:
+def test_hanging_ones_have_no_more_than_their_share(where: str, hanging: int, working: int, slots: int) -> None:
     """The others keep at least 95 % of theirs."""
-    fairness.hanging_tenants_have_no_more_than_their_share(Scheduler, hanging, working, slots)
+    fairness.hanging_ones_have_no_more_than_their_share(Scheduler, where, hanging, working, slots)
 
 
-@pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40)])
-def test_hanging_destinations_have_no_more_than_their_share(hanging: int, working: int, slots: int) -> None:
-    """The others keep at least 95 % of theirs, among destinations, too."""
-    fairness.hanging_destinations_have_no_more_than_their_share(Scheduler, hanging, working, slots)
-
-
-@pytest.mark.parametrize(("slots", "hold", "hanging", "use", "seed"), [
-    (16, 50.0, 1, 0.4, 5), (16, 50.0, 1, 0.4, 6), (8, 50.0, 1, 0.3, 6), (16, 200.0, 1, 0.4, 6), (100, 50.0, 1, 0.4, 7),
-    (100, 500.0, 1, 0.4, 6), (100, 500.0, 3, 0.2, 7)])
-def test_hanging_tenants_do_not_pile_up(slots: int, hold: float, hanging: int, use: float, seed: int) -> None:
+@pytest.mark.parametrize(("where", "slots", "hold", "hanging", "use", "seed"), [
+    ("tenant", 16, 50.0, 1, 0.4, 5), ("tenant", 16, 50.0, 1, 0.4, 6), ("tenant", 8, 50.0, 1, 0.3, 6), ("tenant", 16, 200.0, 1, 0.4, 6),
+    ("tenant", 100, 50.0, 1, 0.4, 7), ("tenant", 100, 500.0, 1, 0.4, 6), ("tenant", 100, 500.0, 3, 0.2, 7),
+    ("destination", 16, 50.0, 1, 0.4, 6), ("destination", 8, 50.0, 1, 0.3, 5), ("destination", 100, 500.0, 3, 0.2, 7)])
+def test_hanging_ones_do_not_pile_up(where: str, slots: int, hold: float, hanging: int, use: float, seed: int) -> None:
     """Not even in the moments in which the others have nothing to give."""
-    fairness.hanging_tenants_do_not_pile_up(Scheduler, slots, hold, hanging, use, seed)
+    fairness.hanging_ones_do_not_pile_up(Scheduler, where, slots, hold, hanging, use, seed)
 
 
 def test_what_was_taken_alone_comes_back() -> None:

@@ -15,7 +15,7 @@ FOR_EVER = -1  # until when an operator's gate is closed that has to be opened a
 class Share:
     """What one flow had of a resource: a start tag, and leases that are out, whose time counts while it passes."""
 
-    __slots__ = ("due_sum", "held", "start", "taken", "voted_ms")
+    __slots__ = ("due_sum", "held", "hold_ms", "proven", "start", "taken", "voted_ms")
 
     def __init__(self) -> None:
         self.start = 0.0  # virtual start tag of its next lease
@@ -24,22 +24,23 @@ class Share:
         # Of the times (ms) until which they have been charged in advance. So `held * now - due_sum` is owed now for those that
         # last longer, and a flow whose leases hang is behind the others while they do, and not when they end.
         self.due_sum = 0
+        self.hold_ms = HOLD_MS_START  # moving average of the times for which its leases are held
+        self.proven = False  # a lease of it has come back
         self.voted_ms = 0  # when it last said how long leases are usually held
 
 
 class Tenant(Share):
     """A tenant inside a destination."""
 
-    __slots__ = ("asleep_until", "blocked", "bucket", "destination", "gate", "hold", "hold_ms", "leases_max", "limited", "name",
-                 "prober", "proven", "queued", "ready", "weight")
+    __slots__ = ("asleep_until", "blocked", "bucket", "destination", "gate", "hold", "leases_max", "limited", "name", "prober",
+                 "queued", "ready", "weight")
 
     def __init__(self, name: bytes, destination: Destination, hold: int, now_ms: int) -> None:
         super().__init__()
         self.name = name
         self.destination = destination
         self.ready = NameQueue()  # queues, round robin
-        self.hold_ms = destination.usual_ms  # moving average of the times for which its leases are held
-        self.proven = False  # a lease of it has come back
+        self.hold_ms = destination.usual_ms
         self.queued = False  # stands in destination.heap
         self.gate = OPEN
         self.prober: Pick | None = None  # what the gate lets through while it is PROBING

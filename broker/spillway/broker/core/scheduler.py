@@ -19,7 +19,7 @@ four rules say what a flow leaves to others while it has its turn alone:
   now, and not when they end.
 - The last eighth of the credit is kept from tenants that hold more than an eighth of it already, as long as some tenant of
   the destination that comes and goes was served within a second. So a burst does not make the next one wait for its slots.
-- Flows whose leases hang (overdue, or usually held, for ten times as long as is usual and two seconds), and tenants none of
+- Flows whose leases hang (overdue, or usually held, for ten times as long as is usual and two seconds), and those none of
   whose leases has come back yet, get more than their weighted share of the credit only while nobody else waits and as much
   stays free as the quick leases lately used, with room for chance, and an eighth: tenants among those of their destination,
   destinations among those of their subscription. What is usual is a median of flows, not of leases, as leases that hang end
@@ -116,7 +116,7 @@ class Scheduler(Index):
                     heapreplace(heap, (start, self._order, destination))
                     continue
                 if share.taken * subscription.weights >= total * destination.weight and len(subscription.shares) > 1 and (
-                        self._hangs(share, destination.usual_ms, subscription.usual_ms, len(heap) > 1, subscription)):
+                        self._hangs(share, subscription.usual_ms, len(heap) > 1, subscription)):
                     self._sleep(destination, now_ms + NAP_MS)
                 else:
                     tenant = self._pick_tenant(destination, subscription, ceiling, total)
@@ -160,8 +160,7 @@ class Scheduler(Index):
                     heapreplace(heap, (start, self._order, tenant))
                     continue
                 if tenant.taken * destination.weights >= total * tenant.weight and len(destination.tenants) > 1 and (
-                        self._hangs(tenant, tenant.hold_ms if tenant.proven else HOLD_MS_MAX, destination.usual_ms,
-                                    len(heap) > 1, subscription)):
+                        self._hangs(tenant, destination.usual_ms, len(heap) > 1, subscription)):
                     tenant.blocked = True
                     self._sleep(tenant, now + NAP_MS)
                 elif 0 <= ceiling < tenant.taken and destination.light is not tenant:
@@ -183,11 +182,11 @@ class Scheduler(Index):
                 self._sleep(destination, destination.light_ms + LIGHT_MS + 1)
         return found
 
-    def _hangs(self, flow: Share, expected_ms: float, usual_ms: float, others: bool, subscription: Subscription) -> bool:
-        """Whether a flow, which has its part of the credit, has leases that hang, and what is free is for the others, that
-        wait or may come."""
+    def _hangs(self, flow: Share, usual_ms: float, others: bool, subscription: Subscription) -> bool:
+        """Whether a flow, which has its part of the credit, has leases that hang, or may have, and what is free is for the
+        others, that wait or may come."""
         patience = HANG_TIMES * max(USUAL_MS_MIN, usual_ms)
-        if expected_ms <= patience and flow.held * self._now_ms - flow.due_sum <= flow.held * patience:
+        if flow.proven and flow.hold_ms <= patience and flow.held * self._now_ms - flow.due_sum <= flow.held * patience:
             return False
         if others:
             return True
@@ -300,8 +299,9 @@ class Scheduler(Index):
         correction = held_ms - pick.hold_ms
         tenant.start += correction / tenant.weight
         share.start += correction / destination.weight
-        tenant.proven = True
+        tenant.proven = share.proven = True
         tenant.hold_ms += HOLD_GAIN * (held_ms - tenant.hold_ms)
+        share.hold_ms += HOLD_GAIN * (held_ms - share.hold_ms)
         if now_ms - tenant.voted_ms >= VOTE_MS:
             tenant.voted_ms = now_ms
             usual = destination.usual_ms
