@@ -12,6 +12,7 @@ Hold = Callable[[bytes, int], float]  # (queue, messages) -> milliseconds
 Fails = Callable[[Pick], "bool | None"]  # asked when a lease begins; as `failed` of `Scheduler.settled`
 Make = Callable[[Callable[[bytes], Policy]], Scheduler]
 _PLAIN = Policy()
+SWEEP_MS = 1000  # as a node does
 
 
 def split(queue: bytes) -> tuple[bytes, bytes]:
@@ -43,6 +44,7 @@ class Simulation:
         self.latencies: dict[bytes, list[float]] = defaultdict(list)  # of messages, from arrival to the end of their lease
         self.delivered: list[tuple[bytes, int, float]] = []  # queue, messages, hold ms; by beginning
         self.done: list[tuple[float, bytes, int]] = []  # when, queue, messages; acknowledged, by end
+        self.swept = 0  # when the scheduler was
         self._events = 0
 
     def at(self, when: float, do: Callable[[], None]) -> None:
@@ -68,6 +70,9 @@ class Simulation:
         """Hands out leases while there is credit and work; as a node does, which asks no subscription with an empty heap."""
         now = int(self.now)
         self.scheduler.wake_due(now)
+        if now - self.swept >= SWEEP_MS:
+            self.swept = now
+            self.scheduler.sweep(now)
         for subscription in list(self.scheduler.subscriptions.values()):
             while subscription.heap and (pick := self.scheduler.pick(subscription, now)) is not None:
                 queue = pick.queue

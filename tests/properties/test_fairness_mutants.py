@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from spillway.broker.core import index
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.flows import Destination, Share, Tenant
 from spillway.broker.core.scheduler import HALF_OPEN, OPEN, Pick, Scheduler
@@ -165,3 +166,11 @@ def test_a_scheduler_that_leaves_what_is_used_on_average_is_refused(monkeypatch:
     monkeypatch.setattr(sched, "sqrt", lambda use: 0.0)
     with pytest.raises(AssertionError):
         fairness.hanging_ones_do_not_pile_up(Scheduler, "tenant", 8, 50.0, 1, 0.3, 6)
+
+
+@pytest.mark.parametrize("where", ["tenant", "destination"])
+def test_a_scheduler_that_forgets_who_has_nothing_at_once_is_refused(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """c: in that moment, the share of those that hang grows."""
+    monkeypatch.setattr(index, "LINGER_MS", 0)
+    with pytest.raises(AssertionError):
+        fairness.hanging_ones_do_not_pile_up(Scheduler, where, 8, 50.0, 1, 0.3, 2)

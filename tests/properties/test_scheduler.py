@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from spillway.broker.core.index import LINGER_MS, LINGERING_MAX
 from spillway.broker.core.scheduler import CLOSED, HALF_OPEN, OPEN, PROBING, Consumer, Pick, Scheduler
 
 from tests.properties.scheduler_world import Simulation, destination_of, jain, split, ten_ms, tenant_of
@@ -402,7 +403,7 @@ def test_patterns(patterns: list[str], name: bytes, fits: bool) -> None:
 
 
 def test_idle_tenants_and_destinations_are_forgotten() -> None:
-    """When all is delivered, sweep leaves nothing, also if no consumer has credit any more."""
+    """When all was delivered a minute ago, sweep leaves nothing, also if no consumer has credit any more."""
     sim = Simulation(ten_ms)
     for number in range(300):
         sim.arrive(b"d%d\0t%d\0" % (number % 10, number), 3)
@@ -410,10 +411,34 @@ def test_idle_tenants_and_destinations_are_forgotten() -> None:
     sim.run()
     assert sum(d[1] for d in sim.delivered) == 900
     sim.scheduler.credit(consumer, -consumer.messages, 0)
-    sim.scheduler.sweep()
+    sim.scheduler.sweep(int(sim.now) + LINGER_MS)
     assert sim.scheduler.destinations == {}
     subscription = next(iter(sim.scheduler.subscriptions.values()))
     assert subscription.heap == [] and subscription.queued == set()
+
+
+def test_some_that_come_and_go_stay_known() -> None:
+    """Of those whose lease came back within the last minute a sweep keeps a few, destinations as well as tenants of those that have
+    work; not those whose lease has not come back, nor who has nobody beside it."""
+    sim = Simulation(lambda queue, _: 10.0 if tenant_of(queue) != b"busy" else 120_000.0)
+    for number in range(300):
+        sim.arrive(b"d\0t%d\0" % number, 1)
+        sim.arrive(b"d%d\0t\0" % number, 1)
+    sim.arrive(b"d\0busy\0", 1)
+    sim.arrive(b"alone\0t\0", 1)
+    sim.scheduler.add(b"d\0purged\0")
+    sim.scheduler.remove_shard({1}, lambda queue: int(b"purged" in queue))
+    sim.consumer(5, "d*")
+    sim.consumer(5, "alone")
+    sim.run(until=10_000)
+    assert len(sim.done) == 601
+    for now, few in ((10_000, LINGERING_MAX), (80_000, 0)):
+        sim.scheduler.sweep(now)
+        destinations = sim.scheduler.destinations
+        assert len(destinations) == few + 1
+        assert b"alone" not in destinations
+        assert len(destinations[b"d"].tenants) == few + 1
+        assert b"busy" in destinations[b"d"].tenants and b"purged" not in destinations[b"d"].tenants
 
 
 def test_a_removed_shard_leaves_nothing() -> None:

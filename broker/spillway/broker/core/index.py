@@ -7,6 +7,7 @@ back by the event that ends this: so it costs O(log n) once, whatever stands beh
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -18,6 +19,8 @@ from spillway.broker.core.subscription import Consumer, Subscription
 
 _PLAIN = Policy()
 _PASSABLE = (OPEN, HALF_OPEN)
+LINGER_MS = 60_000  # so long after a lease of it came back, a flow that has nothing is still reckoned with
+LINGERING_MAX = 32  # of a destination's tenants, and of a subscription's destinations; among more some are always there
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,17 +341,23 @@ class Index:
     # -- upkeep --------------------------------------------------------------------------------------------------
 
     def sweep(self, now_ms: int = 0) -> None:
-        """Forgets tenants and destinations that have nothing, hold nothing and owe nothing. Call now and then."""
+        """Forgets tenants and destinations that have nothing, hold nothing and owe nothing. Call now and then. Some that come
+        and go stay known for a while: were they forgotten whenever they have nothing for a moment, flows whose leases hang
+        would take their share in it."""
         now = self._now_ms = max(self._now_ms, now_ms)
         for destination in self.destinations.values():
             for _, _, tenant in destination.heap:
                 tenant.queued = bool(tenant.ready)
             destination.heap = [e for e in destination.heap if e[2].queued]  # picks tidy up too, while there is credit
             heapify(destination.heap)
+            lingering = 0 if destination.held or destination.ready else LINGERING_MAX  # for whom, if nobody is there?
             for tenant in list(destination.tenants.values()):
                 if not tenant.ready and not tenant.held and tenant.gate == OPEN and (
                         tenant.start <= destination.virtual or not destination.heap) and (
                         tenant.bucket is None or tenant.bucket.is_full(now, destination.share)):
+                    if lingering < LINGERING_MAX and tenant.proven and now - tenant.voted_ms < LINGER_MS:
+                        lingering += 1
+                        continue
                     del destination.tenants[tenant.name]
                     destination.weights -= tenant.weight
             if not destination.tenants:
@@ -360,12 +369,13 @@ class Index:
             subscription.probers = {d: None for d in subscription.probers if d.gate == HALF_OPEN and d.heap}
             if not subscription.shares:
                 subscription.weights = 0.0  # what rounding left behind
+        guests: Counter[Subscription] = Counter()  # destinations that stay for a while
         for destination in list(self.destinations.values()):
             if not destination.tenants and not destination.held and destination.gate == OPEN and (
                     destination.bucket is None or destination.bucket.is_full(now, destination.share)) and (
                     destination.congestion.idle(now)) and not any(
                     s.heap and destination in s.shares and s.shares[destination].start > s.virtual
-                    for s in destination.subscriptions):
+                    for s in destination.subscriptions) and not _lingers(destination, guests, now):
                 del self.destinations[destination.name]
                 for subscription in destination.subscriptions:
                     if subscription.shares.pop(destination, None) is not None:
@@ -380,3 +390,13 @@ class Index:
             for tenant in destination.tenants.values():
                 tenant.ready.retain(lambda queue: shard_of(queue) not in belongs)
             destination.ready = sum(len(tenant.ready) for tenant in destination.tenants.values())
+
+
+def _lingers(destination: Destination, guests: Counter[Subscription], now: int) -> bool:
+    for subscription in destination.subscriptions:
+        share = subscription.shares.get(destination)
+        if share is not None and share.proven and now - share.voted_ms < LINGER_MS and (
+                len(subscription.shares) > 1 and guests[subscription] < LINGERING_MAX):
+            guests[subscription] += 1
+            return True
+    return False
