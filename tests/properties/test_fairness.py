@@ -51,10 +51,11 @@ def test_hanging_ones_have_no_more_than_their_share(where: str, hanging: int, wo
     ("tenant", 16, 50.0, 1, 0.4, 5), ("tenant", 16, 50.0, 1, 0.4, 6), ("tenant", 8, 50.0, 1, 0.3, 6), ("tenant", 16, 200.0, 1, 0.4, 6),
     ("tenant", 100, 50.0, 1, 0.4, 7), ("tenant", 100, 500.0, 1, 0.4, 6), ("tenant", 100, 500.0, 3, 0.2, 7),
     ("destination", 16, 50.0, 1, 0.4, 6), ("destination", 8, 50.0, 1, 0.3, 5), ("destination", 100, 500.0, 3, 0.2, 7),
-    ("tenant", 100, 500.0, 1, 0.02, 0), ("destination", 8, 50.0, 1, 0.3, 2)])
-def test_hanging_ones_do_not_pile_up(where: str, slots: int, hold: float, hanging: int, use: float, seed: int) -> None:
+    ("tenant", 100, 500.0, 1, 0.02, 0), ("destination", 8, 50.0, 1, 0.3, 2), ("destination", 48, 50.0, 2, 0.05, 1)])
+@pytest.mark.parametrize("run", [1, 16])
+def test_hanging_ones_do_not_pile_up(where: str, slots: int, hold: float, hanging: int, use: float, seed: int, run: int) -> None:
     """Not even in the moments in which the others have nothing to give."""
-    fairness.hanging_ones_do_not_pile_up(Scheduler, where, slots, hold, hanging, use, seed)
+    fairness.hanging_ones_do_not_pile_up(Scheduler, where, slots, hold, hanging, use, seed, run)
 
 
 def test_what_was_taken_alone_comes_back() -> None:

@@ -192,7 +192,8 @@ class Scheduler(Index):
             return True
         use = subscription.use(self._now_ms)
         # Who uses some slots on average uses more now and then: of random arrivals hardly ever by more than two deviations.
-        return use > USE_MIN and subscription.free <= use + 2 * sqrt(use) + (subscription.free + subscription.taken) // HEADROOM
+        room = use + 2 * sqrt(subscription.variance) + (subscription.free + subscription.taken) // HEADROOM
+        return use > USE_MIN and subscription.free <= room
 
     def _is_full(self, destination: Destination) -> bool:
         """Whether a hold or a limit stops a destination; then it is out of the index until it is woken."""
@@ -317,7 +318,9 @@ class Scheduler(Index):
             elif usual > USUAL_MS_MIN:
                 subscription.usual_ms = usual / USUAL_STEP
         if held_ms < HANG_TIMES * usual:
-            subscription.busy += held_ms * messages
+            time = held_ms * messages
+            subscription.busy += time
+            subscription.busy_squares += time * messages
         if now_ms - subscription.busy_ms >= USE_MS:
             subscription.use(now_ms)
         if tenant.blocked:

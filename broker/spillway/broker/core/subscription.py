@@ -38,8 +38,8 @@ class Subscription:
     of its own, and so each destination a start tag in each subscription: were the tag shared, a destination that one
     subscription has served for long would wait in another, younger one until that has caught up."""
 
-    __slots__ = ("_use", "busy", "busy_ms", "consumers", "free", "globs", "heap", "internal", "names", "patterns", "probers", "probes",
-                 "queued", "round", "shares", "taken", "usual_ms", "virtual", "weights")
+    __slots__ = ("_use", "busy", "busy_ms", "busy_squares", "consumers", "free", "globs", "heap", "internal", "names", "patterns",
+                 "probers", "probes", "queued", "round", "shares", "taken", "usual_ms", "variance", "virtual", "weights")
 
     def __init__(self, patterns: frozenset[str], internal: bool = False) -> None:
         self.patterns = patterns  # its key; no consumer's pattern has a NUL
@@ -62,8 +62,10 @@ class Subscription:
         self.virtual = 0.0
         self.usual_ms = USUAL_MS_MIN  # median, of destinations, of the times for which its leases are held, or this if that is less
         self.busy = 0  # credit times milliseconds of leases that did not hang, since
+        self.busy_squares = 0  # the same with the squares of their credit
         self.busy_ms = 0
         self._use = 0.0
+        self.variance = 0.0  # of `use`, if those leases begin at random moments: as of a compound Poisson process
 
     def matches(self, destination: bytes) -> bool:
         """Whether a destination's name is one of these, or fits one of the patterns."""
@@ -82,7 +84,8 @@ class Subscription:
         if elapsed >= USE_MS:
             fade: float = 0.5 ** (elapsed / USE_FADE_MS)
             self._use = max(self.busy / elapsed, self._use * fade)
-            self.busy, self.busy_ms = 0, now_ms
+            self.variance = max(self.busy_squares / elapsed, self.variance * fade)
+            self.busy, self.busy_squares, self.busy_ms = 0, 0, now_ms
         return self._use
 
 
