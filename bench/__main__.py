@@ -47,7 +47,8 @@ def fail_over(directory: Path, quick: bool) -> dict[str, Any]:
 
 def picks(_directory: Path, quick: bool) -> list[dict[str, Any]]:
     """Workload f."""
-    return [pick.measure(queues, 5_000 if quick else 20_000) for queues in (10, 1_000, 100_000, 1_000_000)]
+    return [pick.measure(queues, 5_000 if quick else 20_000, limited)
+            for limited in (False, True) for queues in (10, 1_000, 100_000, 1_000_000)]
 
 
 def isolations(directory: Path, quick: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import Any
 
+from spillway.broker.core.policy import Limit, Policy
 from spillway.broker.core.scheduler import Consumer, Pick, Scheduler
 
 DESTINATIONS = 100
@@ -14,12 +15,15 @@ LEASES_OUT = 64  # that are out meanwhile
 ROUNDS = 11
 MESSAGE_BYTES = 1024
 CYCLES_PER_MS = 20  # simulated time: as if there were 20,000 leases a second
+WIDE = Limit(per_second=1e9, leases_max=1_000_000)  # looked at for each lease, and never reached
+LIMITED = Policy(limit=WIDE, tenant_limit=WIDE)
 
 
-def measure(queues: int, cycles: int) -> dict[str, Any]:
+def measure(queues: int, cycles: int, limited: bool) -> dict[str, Any]:
     """Nanoseconds for one lease (`pick`, `charge`, `settled`, `credit`, `add`) while so many queues are ready, as the median
-    of rounds of so many cycles."""
-    scheduler = Scheduler()
+    of rounds of so many cycles; with a rate and a number of leases for each destination and tenant, or without."""
+    policy = LIMITED if limited else Policy()
+    scheduler = Scheduler(lambda name: policy)
     for number in range(queues):
         scheduler.add(b"d%d\0t%d\0%d" % (number % DESTINATIONS, number // DESTINATIONS % TENANTS, number))
     consumer = Consumer("bench")
@@ -48,5 +52,5 @@ def measure(queues: int, cycles: int) -> dict[str, Any]:
                 times = 0
                 now_ms += 1
         rounds.append((time.perf_counter_ns() - start) / cycles)
-    return {"queues": queues, "nanoseconds": round(statistics.median(rounds[1:])), "slowest_round": round(max(rounds[1:])),
-            "fastest_round": round(min(rounds[1:]))}
+    return {"queues": queues, "limited": limited, "nanoseconds": round(statistics.median(rounds[1:])),
+            "slowest_round": round(max(rounds[1:])), "fastest_round": round(min(rounds[1:]))}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from spillway.broker.core import flows
 from spillway.broker.core import limits as core_limits
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.flows import Destination, Tenant
@@ -131,13 +132,12 @@ def bucket_saves_without_bound(patch: pytest.MonkeyPatch) -> None:
 
 def one_lease_more(patch: pytest.MonkeyPatch) -> None:
     """A limit of leases is off by one."""
-    patch.setattr(sched, "limit_slots", lambda limit, share: core_limits.slots(limit, share) + 1)
-    patch.setattr(Destination, "slots", lambda self, slots=Destination.slots: slots(self) and slots(self) + 1)
+    patch.setattr(flows, "slots", lambda limit, share: limit and core_limits.slots(limit, share) + 1)
 
 
 def one_lease_less(patch: pytest.MonkeyPatch) -> None:
     """The last lease is never given."""
-    patch.setattr(Destination, "slots", lambda self, slots=Destination.slots: slots(self) and slots(self) - 1)
+    patch.setattr(flows, "slots", lambda limit, share: limit and core_limits.slots(limit, share) - 1)
 
 
 def never_increases(patch: pytest.MonkeyPatch) -> None:

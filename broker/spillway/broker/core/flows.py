@@ -33,7 +33,7 @@ class Tenant(Share):
     """A tenant inside a destination."""
 
     __slots__ = ("asleep_until", "blocked", "bucket", "destination", "gate", "hold", "leases_max", "limited", "name", "prober",
-                 "queued", "ready", "weight")
+                 "queued", "ready", "slots", "weight")
 
     def __init__(self, name: bytes, destination: Destination, hold: int, now_ms: int) -> None:
         super().__init__()
@@ -50,6 +50,7 @@ class Tenant(Share):
         self.weight = 1.0
         self.bucket: Bucket | None = None
         self.leases_max = 0
+        self.slots = 0  # leases that may be out at a time, here; 0: no limit
         self.limited = False  # whether there is anything to look at before it is picked
         if destination.special or hold:
             self.follow(now_ms)
@@ -63,7 +64,12 @@ class Tenant(Share):
         limit = tenant_limit(policy, name)
         self.bucket = _bucket(self.bucket, limit, self.destination.share, now_ms)
         self.leases_max = limit.leases_max
+        self.look()
         self.limited = limit != UNLIMITED or self.hold != 0
+
+    def look(self) -> None:
+        """Finds out how many leases may be out here."""
+        self.slots = slots(self.leases_max, self.destination.share)
 
     def __repr__(self) -> str:
         return f"<Tenant {self.name!r}: {len(self.ready)} ready, {self.held} held, start {self.start:.1f}>"
@@ -73,8 +79,8 @@ class Destination:
     """A destination with work or leases."""
 
     __slots__ = ("asleep_until", "blocked", "bucket", "congestion", "gate", "heap", "held", "hold", "light", "light_ms",
-                 "limited", "name", "policy", "prober", "ready", "share", "special", "subscriptions", "tenants", "usual_ms",
-                 "virtual", "weight", "weights")
+                 "limited", "name", "policy", "prober", "ready", "share", "slots", "special", "subscriptions", "tenants",
+                 "usual_ms", "virtual", "weight", "weights")
 
     def __init__(self, name: bytes, policy: Policy, hold: int, share: float, now_ms: int) -> None:
         self.name = name
@@ -94,6 +100,7 @@ class Destination:
         self.blocked = False
         self.asleep_until = 0
         self.share = share  # of its limits, this node's
+        self.slots = 0  # leases that may be out at a time, here; 0: no limit
         self.bucket: Bucket | None = None
         self.congestion = Congestion()
         self.follow(policy, now_ms)
@@ -112,13 +119,10 @@ class Destination:
         return _NEVER if self.name.startswith(INTERNAL) else self.policy.adaptive
 
     def look(self) -> None:
-        """Finds out whether there is anything to look at before it is picked."""
-        self.limited = self.hold != 0 or self.policy.limit != UNLIMITED or self.congestion.slots(self.share) > 0
-
-    def slots(self) -> int:
-        """Leases that may be out at a time, here; 0: no limit."""
+        """Finds out whether there is anything to look at before it is picked, and how many leases may be out here."""
         own, adaptive = slots(self.policy.limit.leases_max, self.share), self.congestion.slots(self.share)
-        return min(own, adaptive) if own and adaptive else own or adaptive
+        self.slots = min(own, adaptive) if own and adaptive else own or adaptive
+        self.limited = self.hold != 0 or self.policy.limit != UNLIMITED or self.slots > 0
 
     def __repr__(self) -> str:
         return f"<Destination {self.name!r}: {len(self.tenants)} tenants, {self.held} held, gate {self.gate}>"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from spillway.broker.core.flows import CLOSED, FOR_EVER, HALF_OPEN, OPEN, PROBING, Destination, Share, Tenant
-from spillway.broker.core.limits import slots as limit_slots
 from spillway.broker.core.policy import Policy
 from spillway.broker.core.subscription import Consumer, Subscription
 
@@ -198,6 +197,7 @@ class Index:
             self._unblock(destination)
             if destination.special:
                 for tenant in destination.tenants.values():
+                    tenant.look()
                     if tenant.blocked:
                         self._unblock(tenant)
 
@@ -312,7 +312,7 @@ class Index:
     def leases_limit(self, name: bytes) -> int:
         """Leases of a destination that may be out at a time here; 0: no limit."""
         destination = self.destinations.get(name)
-        return 0 if destination is None else destination.slots()
+        return 0 if destination is None else destination.slots
 
     def waiting(self, scope: bytes) -> Waiting:
         """What a destination (`name`) or a tenant (`name NUL tenant`) waits for."""
@@ -327,16 +327,16 @@ class Index:
         consumers = sum(len(s.consumers) for s in destination.subscriptions)
         credit = sum(s.free for s in destination.subscriptions)
         who: Destination | Tenant = destination
-        ready, slots, adaptive = destination.ready, destination.slots(), destination.congestion.slots(destination.share)
+        ready, adaptive = destination.ready, destination.congestion.slots(destination.share)
         if separator:
             tenant = destination.tenants.get(tenant_name)
             if tenant is None:
                 return Waiting(hold_until=hold, consumers=consumers, credit=credit)
-            who, ready, slots, adaptive = tenant, len(tenant.ready), limit_slots(tenant.leases_max, destination.share), 0
+            who, ready, adaptive = tenant, len(tenant.ready), 0
         bucket = who.bucket
         dry = bucket is not None and not bucket.available(self._now_ms, destination.share)
         return Waiting(ready, who.held, hold, who.gate, bucket.ready_ms(destination.share) if dry and bucket is not None else 0,
-                       slots, 0 < slots <= who.held, adaptive, consumers, credit)
+                       who.slots, 0 < who.slots <= who.held, adaptive, consumers, credit)
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 

@@ -28,12 +28,16 @@ class Bucket:
 
     def available(self, now_ms: int, share: float) -> int:
         """Whole tokens that are there now."""
-        full = max(1.0, self.burst * share)
         if now_ms > self.at_ms:
             self.tokens += (now_ms - self.at_ms) * self.rate * share
             self.at_ms = now_ms
+        full = self.burst * share
         if self.tokens > full:
-            self.tokens = full
+            self.tokens = full if full > 1.0 else min(self.tokens, 1.0)
+        return self.whole()
+
+    def whole(self) -> int:
+        """What `available` said last, less what was taken since."""
         return int(self.tokens + _EPSILON) if self.tokens > 0 else 0  # there may be a debt
 
     def take(self, count: int) -> None:

@@ -56,7 +56,6 @@ from spillway.broker.core.flows import (
     Tenant,
 )
 from spillway.broker.core.index import Index, Waiting
-from spillway.broker.core.limits import slots as limit_slots
 from spillway.broker.core.subscription import USE_MS, USUAL_MS_MIN, Consumer, Subscription
 
 COST_PER_MESSAGE_MS = 0.05  # what a message costs a consumer beside its bytes and time
@@ -105,7 +104,7 @@ class Scheduler(Index):
             gate = destination.gate
             if gate == HALF_OPEN and subscription.probes_enough():
                 subscription.probers[destination] = None
-            elif gate in _PASSABLE and not (destination.limited and self._is_full(destination)):
+            elif gate in _PASSABLE and not (destination.limited and self._is_full(destination, destination.share)):
                 share = subscription.shares[destination]
                 start = share.start
                 overdue = share.held * now_ms - share.due_sum
@@ -127,9 +126,9 @@ class Scheduler(Index):
                         found = Pick(tenant.ready.popleft(), tenant, consumer,
                                      gate == HALF_OPEN or tenant.gate == HALF_OPEN, subscription, share)
                         if destination.bucket is not None:
-                            found.messages_max = destination.bucket.available(now_ms, destination.share)
+                            found.messages_max = destination.bucket.whole()
                         if tenant.bucket is not None:
-                            found.messages_max = min(found.messages_max, tenant.bucket.available(now_ms, destination.share))
+                            found.messages_max = min(found.messages_max, tenant.bucket.whole())
                         break
                     if destination.heap:  # all its tenants must leave the last credit to others: asked again later
                         restrained.append(heappop(heap))
@@ -150,7 +149,7 @@ class Scheduler(Index):
         while heap:
             tag, _, tenant = heap[0]
             gate = tenant.gate
-            if tenant.ready and gate in _PASSABLE and not (tenant.limited and self._is_tenant_full(tenant)):
+            if tenant.ready and gate in _PASSABLE and not (tenant.limited and self._is_full(tenant, destination.share)):
                 start = tenant.start
                 overdue = tenant.held * now - tenant.due_sum
                 if overdue > 0:
@@ -195,37 +194,23 @@ class Scheduler(Index):
         room = use + 2 * sqrt(subscription.variance) + (subscription.free + subscription.taken) // HEADROOM
         return use > USE_MIN and subscription.free <= room
 
-    def _is_full(self, destination: Destination) -> bool:
-        """Whether a hold or a limit stops a destination; then it is out of the index until it is woken."""
-        until = self._held_until(destination)
+    def _is_full(self, who: Destination | Tenant, share: float) -> bool:
+        """Whether a hold or a limit stops a destination or a tenant; then it is out of the index until it is woken."""
+        until = self._held_until(who) if who.hold else 0
         if not until:
-            slots = destination.slots()
-            if slots and destination.held >= slots:
+            if 0 < who.slots <= who.held:
                 until = FOR_EVER  # the end of a lease wakes it
-            elif destination.bucket is not None and not destination.bucket.available(self._now_ms, destination.share):
-                until = destination.bucket.ready_ms(destination.share)
-        return self._block(destination, until)
-
-    def _is_tenant_full(self, tenant: Tenant) -> bool:
-        until = self._held_until(tenant)
-        if not until:
-            share = tenant.destination.share
-            if tenant.leases_max and tenant.held >= limit_slots(tenant.leases_max, share):
-                until = FOR_EVER
-            elif tenant.bucket is not None and not tenant.bucket.available(self._now_ms, share):
-                until = tenant.bucket.ready_ms(share)
-        return self._block(tenant, until)
-
-    def _held_until(self, who: Destination | Tenant) -> int:
-        return 0 if 0 <= who.hold <= self._now_ms else who.hold
-
-    def _block(self, who: Destination | Tenant, until: int) -> bool:
-        if not until:
-            return False
+            elif who.bucket is not None and not who.bucket.available(self._now_ms, share):
+                until = who.bucket.ready_ms(share)
+            else:
+                return False
         who.blocked = True
         if until != FOR_EVER:
             self._sleep(who, until)
         return True
+
+    def _held_until(self, who: Destination | Tenant) -> int:
+        return 0 if 0 <= who.hold <= self._now_ms else who.hold
 
     # -- what becomes of a pick ----------------------------------------------------------------------------------
 
