@@ -41,7 +41,7 @@ def test_keys_are_no_advantage(slots: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["tenant", "destination"])
-@pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40)])
+@pytest.mark.parametrize(("hanging", "working", "slots"), [(1, 1, 16), (1, 1, 100), (3, 7, 40), (9, 1, 40), (19, 1, 100)])
 def test_hanging_ones_have_no_more_than_their_share(where: str, hanging: int, working: int, slots: int) -> None:
     """The others keep at least 95 % of theirs."""
     fairness.hanging_ones_have_no_more_than_their_share(Scheduler, where, hanging, working, slots)

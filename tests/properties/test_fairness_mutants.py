@@ -156,9 +156,17 @@ def test_a_scheduler_without_a_bound_of_probes_is_refused(monkeypatch: pytest.Mo
 def test_a_scheduler_in_which_each_lease_tells_what_is_usual_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """c: fifty leases that hang and end at once would make that usual."""
     monkeypatch.setattr(sched, "VOTE_MS", 0)
-    monkeypatch.setattr(sched, "USUAL_STEP", 1.1)
+    monkeypatch.setattr(sched, "USUAL_UP", 1.1)
+    monkeypatch.setattr(sched, "USUAL_DOWN", 1.1)
     with pytest.raises(AssertionError):
         fairness.hanging_ones_do_not_pile_up(Scheduler, "tenant", 100, 500.0, 3, 0.2, 7)
+
+
+def test_a_scheduler_in_which_most_tell_what_is_usual_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c: if most of them hang, nothing hangs."""
+    monkeypatch.setattr(sched, "USUAL_UP", sched.USUAL_DOWN)
+    with pytest.raises(AssertionError):
+        fairness.hanging_ones_have_no_more_than_their_share(Scheduler, "tenant", 19, 1, 100)
 
 
 def test_a_scheduler_that_leaves_what_is_used_on_average_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

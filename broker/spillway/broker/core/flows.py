@@ -90,7 +90,7 @@ class Destination:
         self.heap: list[tuple[float, int, Tenant]] = []
         self.virtual = 0.0  # virtual time: start tag of the last pick
         self.held = 0
-        self.usual_ms = HOLD_MS_START  # median, of its tenants, of the times for which leases are held
+        self.usual_ms = HOLD_MS_START  # for how long its quicker tenants hold a lease
         self.light: Tenant | None = None  # that was last served while it held little and had nothing more to give
         self.light_ms = 0  # when
         self.gate = OPEN

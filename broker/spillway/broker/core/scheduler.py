@@ -22,8 +22,8 @@ four rules say what a flow leaves to others while it has its turn alone:
 - Flows whose leases hang (overdue, or usually held, for ten times as long as is usual and two seconds), and those none of
   whose leases has come back yet, get more than their weighted share of the credit only while nobody else waits and as much
   stays free as the quick leases lately used, with room for chance, and an eighth: tenants among those of their destination,
-  destinations among those of their subscription. What is usual is a median of flows, not of leases, as leases that hang end
-  together. So leases that hang do not pile up in the moments in which the others have nothing to give.
+  destinations among those of their subscription. What is usual is what the quicker flows take: each has a vote, not each
+  lease, as leases that hang end together. So leases that hang do not pile up in the moments in which the others have nothing to give.
 - Probes of destinations that were down hold no more than an eighth of the credit, or as much as is free beside them. So those
   of many, that take long to fail, do not keep the others waiting.
 
@@ -65,8 +65,10 @@ HOLD_MS_MAX = 3_600_000
 HEADROOM = 8  # 1/8 of a subscription's credit is kept from tenants that hold more than 1/8 of it, while others are about
 LIGHT_MS = 1000  # a light tenant's lease keeps the headroom for this long
 HANG_TIMES = 10  # leases hang once they are held so many times as long as is usual, at least as this
-VOTE_MS = 1000  # how often a flow has a vote on what is usual, a median of flows: however many of its leases end at once
-USUAL_STEP = 1.3  # how fast that estimate moves with each vote; its error is nothing beside HANG_TIMES
+VOTE_MS = 1000  # how often a flow has a vote on what is usual: however many of its leases end at once
+# How far a vote moves the estimate. It comes to rest where 27 votes for longer stand against one for shorter: were it a median,
+# hanging would be usual where most flows hang, and at the latest when the leases of all of these expire at once.
+USUAL_UP, USUAL_DOWN = 1.01, 1.3
 _PASSABLE = (OPEN, HALF_OPEN)
 USE_MIN = 0.01  # messages of credit; who uses less on average needs nothing kept free
 NAP_MS = 100  # after which a flow whose leases hang is looked at again
@@ -292,16 +294,16 @@ class Scheduler(Index):
             tenant.voted_ms = now_ms
             usual = destination.usual_ms
             if held_ms > usual:
-                destination.usual_ms = usual * USUAL_STEP
+                destination.usual_ms = usual * USUAL_UP
             elif usual > HOLD_MS_START:
-                destination.usual_ms = usual / USUAL_STEP
+                destination.usual_ms = usual / USUAL_DOWN
         usual = subscription.usual_ms
         if now_ms - share.voted_ms >= VOTE_MS:
             share.voted_ms = now_ms
             if held_ms > usual:
-                subscription.usual_ms = usual * USUAL_STEP
+                subscription.usual_ms = usual * USUAL_UP
             elif usual > USUAL_MS_MIN:
-                subscription.usual_ms = usual / USUAL_STEP
+                subscription.usual_ms = usual / USUAL_DOWN
         if held_ms < HANG_TIMES * usual:
             time = held_ms * messages
             subscription.busy += time

@@ -60,7 +60,7 @@ class Subscription:
         self.shares: dict[Destination, Share] = {}  # what each destination had of it
         self.weights = 0.0  # of these destinations
         self.virtual = 0.0
-        self.usual_ms = USUAL_MS_MIN  # median, of destinations, of the times for which its leases are held, or this if that is less
+        self.usual_ms = USUAL_MS_MIN  # for how long its quicker destinations hold a lease, or this if that is less
         self.busy = 0  # credit times milliseconds of leases that did not hang, since
         self.busy_squares = 0  # the same with the squares of their credit
         self.busy_ms = 0
