@@ -29,6 +29,7 @@ def test_a_cluster_keeps_its_promises_whatever_fails(first: int) -> None:
     22, 79,  # a deposed leader said that a lease was over which it had not heard of
     48,  # an outbox was put away by a checkpoint, and its copies stayed in it
     170,  # damage in the log was taken for its end
+    6530,  # an operator's call met damage, and the node went on
     301,  # a gate stayed half-open on a node without a message to probe with, and held up all others
 ])
 def test_seeds_that_found_a_bug(seed: int) -> None:
