@@ -25,14 +25,14 @@ START_SECONDS = 60.0
 class Node:
     """A `spillway serve` on loopback."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *settings: str) -> None:
         clients, peers = free_ports(2)
         self.clients, self.peers = f"127.0.0.1:{clients}", f"127.0.0.1:{peers}"
         self.log = directory / "node.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "spillway.broker", "--listen", self.clients, "--peer-listen", self.peers, "--data-dir",
-                 str(directory / "data"), "--shards", "2"], stdout=log, stderr=log)
+                 str(directory / "data"), "--shards", "2", *settings], stdout=log, stderr=log)
 
     async def wait(self) -> None:
         """Until it serves."""

@@ -43,6 +43,9 @@ CLIENT_OPTIONS = [
     ("grpc.max_send_message_length", 16 << 20),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),  # of clients that vanished nothing else ever tells
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),  # a connection that says nothing holds a descriptor
     ("grpc.http2.lookahead_bytes", 1 << 20),
 ]
 PEER_OPTIONS = [*CLIENT_OPTIONS, ("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import sys
+from contextlib import suppress
 
 import msgspec
 from spillway.broker.app import serve_until_stopped
@@ -13,6 +15,13 @@ from spillway.broker.errors import BrokerError
 
 EXIT_CONFIG = 2  # a wrong setting: do not restart without changing it
 EXIT_DATA = 3  # the data directory or the disk: look before restarting
+
+
+def allow_files() -> None:
+    """Takes all descriptors that the system would give: connections must not leave the stores without any."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems have a limit beside it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def serve(argv: list[str]) -> int:
@@ -28,6 +37,7 @@ def serve(argv: list[str]) -> int:
     # loop: they are rare, and what is alive at start is never visited. Streams that end in an error leave cycles, in
     # grpcio, too: those of the middle generation are collected before they are many, and in a few milliseconds.
     gc.set_threshold(20_000, 10, 1000)
+    allow_files()
     gc.freeze()
     try:
         import uvloop
