@@ -256,7 +256,7 @@ class JournalStore:
             return
         try:
             self.node = msgspec.msgpack.decode(row, type=NodeRow)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             self._refuse("its node row is damaged; replace this node by an empty one")
         if self.node.format > FORMAT:
             self._refuse(f"it has format {self.node.format}, written by a newer Spillway, and this one reads up to "
