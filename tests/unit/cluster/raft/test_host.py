@@ -349,7 +349,7 @@ class Running:
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Waits, bounded."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.001)
 
@@ -481,7 +481,7 @@ async def _one_life(path: Path, machine: Machine, command: bytes, count: int) ->
     task = loop.create_task(host.run())
     machine.waiting.append(command)
     host.wake(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(machine.seen) < count:
             await asyncio.sleep(0.001)
     await host.stop()
