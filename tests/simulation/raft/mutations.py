@@ -174,6 +174,18 @@ def _snapshot_without_members() -> Any:
     return patch.object(RaftGroup, "installed", lambda self, index, term, configuration: installed(self, index, term, None))
 
 
+def _joiner_is_fresh() -> Any:
+    """R17: a node that joins takes part at once, though it may have been a member before, whose log it has no more."""
+    recover = RaftGroup.recover
+
+    def unsafe(self: RaftGroup, incarnation: str) -> None:
+        if self.journal._configurations[0][1].voters:
+            recover(self, incarnation)
+        else:
+            self.journal.admit(incarnation)
+    return patch.object(RaftGroup, "recover", unsafe)
+
+
 @contextmanager
 def _vote_lost() -> Iterator[None]:
     """Term and vote are written, but a restart does not see the vote."""
@@ -215,6 +227,7 @@ SEEN: dict[str, Mutation] = {
     "learners count": _learners_count,
     "members stay": _members_stay,
     "snapshot without members": _snapshot_without_members,
+    "joiner is fresh": _joiner_is_fresh,
 }
 
 

@@ -39,15 +39,15 @@ def test_nothing_is_lost_in_many_seeds(first: int) -> None:
     ("compact applied", 0),  # R5
     ("apply again", 0),  # R6
     ("any epoch", 0),  # R8
-    ("never trim", 0), ("trim without clamp", 0), ("trim without claim", 0),  # R10
-    ("every vote", 30),  # R11
+    ("never trim", 0), ("trim without clamp", 20), ("trim without claim", 0),  # R10
+    ("every vote", 20),  # R11
     ("forget install", 0),  # R16
-    ("two changes", 0), ("change before no-op", 0), ("forget members", 0), ("learners count", 0), ("members stay", 40),  # R17
+    ("two changes", 0), ("change before no-op", 0), ("forget members", 0), ("learners count", 0), ("members stay", 0),  # R17
     ("snapshot without members", 0),  # R17
-    ("wiped is fresh", 0),  # R18
+    ("wiped is fresh", 60),  # R18
 ])
 def test_a_missing_rule_is_seen(name: str, first: int) -> None:
-    """Without the rule the simulation fails, within twenty seeds from here. From seed 0 on it takes up to 56. Scenarios that chance
+    """Without the rule the simulation fails, within twenty seeds from here. From seed 0 on it takes up to 73. Scenarios that chance
     hardly finds are in tests/unit/cluster/raft."""
     found = first_failure(name, seeds=20, first=first)
     assert found is not None and isinstance(found[1], (Violation, LogViolation, StoreRefused)), found

@@ -221,8 +221,9 @@ class SimNode:
         self.host = self.host_class(self.name, world.names, store, self.transport, SimSnapshots(self),
                                     limits=world.options.limits, clock=SimClock(world), chance=world.rnd.random)
         self.host.removed = self.forget
-        for number, machine in self.machines.items():
-            self.host.add_group(number, world.founders if self.name in world.founders else [], machine)
+        for number, machine in self.machines.items():  # of a replica that came after the founding, the disk may know nothing yet
+            founded = self.name in world.founders and self.host.has_replica(number, world.founders)
+            self.host.add_group(number, world.founders if founded else [], machine)
         host = self.host.handlers()
         life = self.life
 
@@ -244,8 +245,8 @@ class SimNode:
             self.world.later(0.05, lambda: self._beat(life))
 
     def join(self, group: int) -> None:
-        """A replica of a group that the node is to be a member of."""
-        if group not in self.replicas:
+        """A replica of a group that the node is to be a member of, once nothing is left of an earlier one."""
+        if group not in self.replicas and not (self.alive and group in self.host.ended()):
             self.replicas.add(group)
             if self.alive:
                 self.machines[group] = SimMachine(self, group)

@@ -578,8 +578,8 @@ class RaftGroup:
     # -- recovery ------------------------------------------------------------------------------------------------
 
     def recover(self, incarnation: str) -> None:
-        """This replica's disk was lost: it is silent until it is admitted. Raises StoreRefused if it was the only one."""
-        if self.alone:
+        """This replica's disk was lost, or it joins: it is silent until it is admitted. Raises StoreRefused if it was the only one."""
+        if self.alone and not self.journal.configuration_index:
             raise StoreRefused(f"group {self.number} has one replica, here, and its log is lost; restore a backup")
         self.recovery = Recovery(incarnation)
 

@@ -32,7 +32,7 @@ from spillway.cluster.raft.configuration import Change, Configuration
 from spillway.cluster.raft.formation import Hello, Standing, decide
 from spillway.cluster.raft.group import RaftGroup, adopt_snapshot, check_fit
 from spillway.cluster.raft.guard import Message
-from spillway.cluster.raft.journal import JournalStore
+from spillway.cluster.raft.journal import FORMAT, JournalStore
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing, drive
 from spillway.cluster.transport.base import Handlers, PeerHello, PeerTransport
@@ -152,6 +152,7 @@ class RaftHost:
         """A replica of a group on this node. It starts with the host, once the cluster has formed, or in the next turn. `members` are
         the voters that the group was founded with; none for a replica that joins: it waits until a leader makes it a learner."""
         assert not members or self.node_id in members, f"group {group} has no replica on node {self.node_id}"
+        assert not members or self.has_replica(group, members), f"group {group} was founded already, without node {self.node_id}"
         assert group not in self._pending, f"group {group} has a replica on node {self.node_id}"
         assert not self._started or group not in self.store.node.dropped, f"group {group} is still being dropped"
         self._pending[group] = (members, machine)
@@ -306,14 +307,17 @@ class RaftHost:
             if standing is Standing.LOST:
                 log.warning("this node's store is new, but its cluster is not: it recovers from the others")
                 self.store.change_node(recovering=True)
-            else:
-                incarnations = {peer: hello.incarnation for peer, hello in self._hellos.items()}
-                self.store.change_node(formed=True, founders={**incarnations, self.node_id: node.incarnation})
         self._started = True
         for group in node.dropped:
             self.store.drop(group)  # again: the turn that should have may not have come about
         for number, (members, machine) in self._pending.items():
             self._start_group(number, members, machine)
+        if self.store.founding and not self.store.node.recovering:
+            founders = node.founders if node.formed else {
+                self.node_id: node.incarnation, **{peer: hello.incarnation for peer, hello in self._hellos.items()}}
+            self.store.write()  # no later than the row that says that it is there
+            self.store.change_node(format=FORMAT, formed=True, founders=founders)
+            self.store.synced()
         self._check_recovered()
 
     def _start_group(self, number: int, members: list[str], machine: GroupMachine) -> None:
@@ -331,8 +335,11 @@ class RaftHost:
         group = self.groups[number] = RaftGroup(number, self.node_id, members, machine, journal, self.timing, self.limits,
                                                 self._send, self.clock, self._changed)
         node = self.store.node
-        if node.recovering and journal.admitted != node.incarnation:
-            group.recover(node.incarnation)
+        if journal.admitted != node.incarnation:
+            if members and self.store.founding and not node.recovering:
+                journal.admit(node.incarnation)
+            else:  # it forgot what it knew, or it joins: who was a member before has forgotten, too
+                group.recover(node.incarnation)
         for peer in self._epochs:
             group.connected(peer)
         self._woken[number] = None

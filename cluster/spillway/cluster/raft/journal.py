@@ -6,7 +6,7 @@
     <group> E <index>         entry: term (8 bytes), command
     <group> I                 a snapshot is being installed: the applied index before it (8 bytes)
     <group> C                 configuration as of the first entry: its index (8 bytes), Configuration.encode
-    <group> A                 admitted: the incarnation that may vote and acknowledge again (see `recovery`)
+    <group> A                 admitted: the incarnation that may vote and acknowledge (see `recovery`)
 
 Additions accumulate in the store's batch. `write` hands it to the disk, `sync` makes it durable; nothing that depends on
 it may leave the node before (see `host`). Whoever changes a row raises FORMAT.
@@ -33,7 +33,7 @@ from spillway.cluster.raft.configuration import Configuration, decode_configurat
 from spillway.cluster.raft.seam import CONFIGURATION, NO_OP, REGULAR, Journal
 from spillway.cluster.raft.wire import NUMBER_MAX
 
-FORMAT = 2  # 1: without configurations; read, and raised when opened
+FORMAT = 3  # 1: without configurations, 2: without admissions of founders; read, and raised when the host starts
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
 WAL_BYTES_MAX = 64 << 20  # a quiet group must not keep the write-ahead log of busy ones
 ENTRY_OVERHEAD_BYTES = 64  # what an entry costs beside its command, roughly
@@ -265,8 +265,6 @@ class JournalStore:
             self._refuse(f"it belongs to node {self.node.node_id!r} of cluster {self.node.cluster!r}, not to {node_id!r} of "
                          f"{cluster!r}; start that node, or name another directory")
         self.founding = not self.node.formed or self.node.format < FORMAT
-        if self.node.format < FORMAT:
-            self.change_node(format=FORMAT)
 
     def _refuse(self, why: str) -> None:
         self.disk.close()
@@ -654,6 +652,6 @@ class GroupJournal(Journal):  # type: ignore[misc]
         self.store.delete(self._name + b"I")
 
     def admit(self, incarnation: str) -> None:
-        """This replica may vote and acknowledge again."""
+        """This replica may vote and acknowledge."""
         self.admitted = incarnation
         self.store.put(self._name + b"A", incarnation.encode())

@@ -14,10 +14,11 @@
   same happens if a voter loses its disk right then; so a group has three voters again before anything else is changed.
 
 A replica that has applied its own removal, and knows all that the leader had committed, is dropped by the host with its log;
-its term and vote stay on the disk, because the same node may be added again and must not vote twice. Forgetting the log is
-safe then: a majority of the remaining voters has the removal, and each majority of the voters before has one of them. What it
-acknowledged lies before the entry that adds it again, for with that entry in its log it would not have ended; and that is
-committed before it can be promoted and count.
+its term and vote stay on the disk, because the same node may be added again and must not vote twice. A replica that joins may
+have been one that was dropped, so it is treated as one that lost its disk (see `recovery`): it neither campaigns nor votes nor
+counts until it has all that was committed when it asked. Else it could go by a part of the log that ends where it was a voter,
+even the only one; or its blank log would give somebody its vote who has not heard of what followed. And it is promoted only
+with the configuration in its log that made it a learner: it can then not end by a removal from before.
 """
 from __future__ import annotations
 
@@ -112,8 +113,9 @@ class Membership:
 
     def _check_caught_up(self, node_id: str) -> None:
         group = self._group
-        lacks = group.journal.last - group.engine.match_index(node_id)
-        if lacks > CAUGHT_UP_ENTRIES or not group.engine.match_index(node_id):
+        match = group.engine.match_index(node_id)
+        lacks = group.journal.last - match
+        if lacks > CAUGHT_UP_ENTRIES or match < self.index or not match:
             raise NotCaughtUp(f"node {node_id} lacks {lacks} entries of group {group.number}; up to {CAUGHT_UP_ENTRIES} are few enough")
 
     def proposed(self, change: Change, index: int) -> None:

@@ -1,4 +1,5 @@
-"""A replica that lost its disk, and how it may come back under its old name.
+"""A replica that lost its disk, and how it may come back under its old name; and a replica that joins, which may be one that was a
+member before and has forgotten that on purpose (see `membership`).
 
 Its new store has a new incarnation. It has forgotten votes and acknowledgements, so it is silent: it gives no votes and no
 promises, does not campaign, and its answers are marked and never counted. It asks the leader for a *barrier*: an entry that

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spillway.cluster.errors import SnapshotInvalid, StorageFailed, StoreRefused
+from spillway.cluster.errors import ChangeRefused, SnapshotInvalid, StorageFailed, StoreRefused
 from spillway.cluster.machine import Role
 from spillway.cluster.raft import host as host_module
-from spillway.cluster.raft.configuration import Configuration
+from spillway.cluster.raft.configuration import Change, ChangeKind, Configuration
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing
 from spillway.cluster.transport.memory import MemoryNetwork, MemoryTransport
 
+from tests.simulation.raft.checkers import Violation
 from tests.simulation.raft.disk import SimDisk
 from tests.simulation.raft.mutations import SEEN
 from tests.simulation.raft.world import Options, World
@@ -278,6 +279,79 @@ def test_a_node_that_lost_its_disk_comes_back() -> None:
     assert Role.RECOVERING in roles
     assert node.host.hello().formed
     assert node.host.hello().founders == {}
+
+
+def test_what_is_founded_is_on_the_disk_with_the_row_that_says_so() -> None:
+    """A crash in between would leave a node that took part, and has no replicas."""
+    world = World(1, Options(nodes=1))
+    node, = world.nodes.values()
+    node.start()
+    node.stop()
+    store = JournalStore(node.disk, "sim", "n0")
+    assert store.node.formed and store.has_replica(0)
+
+
+def _lead(world: World, name: str, group: int = 0) -> None:
+    node = world.nodes[name]
+    assert world.run_until(world.now + 20, lambda: group in node.machines and node.machines[group].role is Role.LEADER)
+
+
+def _change(world: World, leader: str, kind: ChangeKind, name: str) -> int:
+    """Until it is made and committed; returns the entry's index."""
+    host, made = world.nodes[leader].host, []
+
+    def done(what: int | ChangeRefused) -> None:
+        if isinstance(what, int):
+            made.append(what)
+        else:
+            world.later(0.1, propose)
+
+    def propose() -> None:
+        host.propose_change(0, Change(kind, name), done)
+        world.nodes[leader].kick()
+    propose()
+    assert world.run_until(world.now + 20, lambda: bool(made) and host.groups[0].engine.commit >= made[0])
+    return made[0]
+
+
+def _return() -> None:
+    """A node that was the only voter once is removed and comes back with an empty log. The log that it gets ends where it was the only
+    voter, and it is alone for a while."""
+    world = World(1, Options(nodes=1, spares=1, limits=Limits(append=1, window=1)))
+    first, second = world.nodes["n0"], world.nodes["n1"]
+    first.start()
+    second.start()
+    _lead(world, "n0")
+    past = _change(world, "n0", ChangeKind.ADD_LEARNER, "n1")
+    second.join(0)
+    _change(world, "n0", ChangeKind.PROMOTE, "n1")
+    assert first.host.transfer(0, "n1")
+    _lead(world, "n1")
+    _change(world, "n1", ChangeKind.REMOVE, "n0")
+    assert world.run_until(world.now + 10, lambda: 0 not in first.machines)
+    _change(world, "n1", ChangeKind.ADD_LEARNER, "n0")
+    first.join(0)
+    assert world.run_until(world.now + 1, lambda: 0 in first.host.groups)
+
+    def there() -> bool:
+        journal = first.host.groups[0].journal
+        return journal.configuration_index == past <= journal.synced
+    assert world.run_until(world.now + 10, there)
+    second.stop()
+    first.stop()
+    first.start()
+    assert there()
+    assert not world.run_until(world.now + 10, lambda: first.machines[0].role is Role.LEADER)
+    second.start()
+    assert world.run_until(world.now + 20, lambda: first.machines[0].role is Role.FOLLOWER)
+    assert first.host.groups[0].configuration == Configuration(("n1",), ("n0",))
+
+
+def test_a_returned_member_does_not_go_by_its_past() -> None:
+    """R17: it is silent until it is admitted. Else it would lead, beside the others."""
+    _return()
+    with SEEN["joiner is fresh"](), pytest.raises(Violation, match="is committed in terms"):
+        _return()
 
 
 # -- run, on a real loop -----------------------------------------------------------------------------------------
