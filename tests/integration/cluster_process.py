@@ -85,13 +85,14 @@ class ClusterProcesses:
         return [n.address for n in self.nodes.values()]
 
     def start(self) -> None:
-        """Starts all nodes and waits until every shard has a leader that every node knows."""
+        """Starts all nodes and waits until every shard has the leader that it is meant to have, and every node knows it. Whoever takes
+        over first hands over soon, which plain clients would see."""
         for node in self.nodes.values():
             node.start()
-        self.wait_ready()
+        self.wait_ready(preferred=True)
 
-    def wait_ready(self) -> None:
-        """Waits until every running node knows a leader for every shard."""
+    def wait_ready(self, preferred: bool = False) -> None:
+        """Waits until every running node knows a leader for every shard; if `preferred`, that is the first of the replicas."""
         deadline = time.monotonic() + START_SECONDS
         for node in self.nodes.values():
             if not node.running:
@@ -99,7 +100,7 @@ class ClusterProcesses:
             while True:
                 try:
                     topology = self.topology(node)
-                    if topology.shards and all(s.leader for s in topology.shards):
+                    if topology.shards and all(s.leader in (s.replicas[:1] if preferred else s.replicas) for s in topology.shards):
                         break
                 except grpc.RpcError:
                     pass
