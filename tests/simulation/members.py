@@ -96,7 +96,7 @@ class Operator:
         """Who is a member by the last committed configuration gets a replica; who is none loses the one that it has."""
         index, configuration = self._world.configurations.last(number)
         if configuration is None:
-            return
+            configuration = Configuration.of(self._world.founders_of(number))
         for node in self._nodes.values():
             if node.name in configuration:
                 node.join(number)

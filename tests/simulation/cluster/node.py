@@ -141,11 +141,13 @@ class SimNode:
         self.io_factor = 1.0
         self.free_bytes = FREE_BYTES
         self.stores = 0
+        self.disks = 1
         self.wipe()
 
     def wipe(self) -> None:
         """The disks are replaced by empty ones."""
         self.disk, self.state_disk = rocks.Disk(), rocks.Disk()
+        self.disks += 1
 
     @property
     def whole(self) -> bool:

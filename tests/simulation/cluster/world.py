@@ -144,6 +144,10 @@ class World:
         self.given: dict[tuple[int, int], str] = {}  # (shard, token) -> consumer that got the lease
         self._plan()
 
+    def founders_of(self, group: int) -> list[str]:
+        """The first voters of a group."""
+        return self.placement[group]
+
     # -- the plan ------------------------------------------------------------------------------------------------
 
     def draw_destination(self, rnd: random.Random, name: str) -> admin.Destination:

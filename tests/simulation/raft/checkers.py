@@ -87,8 +87,10 @@ class ElectedByMajority:
     def _voted_otherwise(other: SimNode, group: int, term: int, candidate: str) -> bool:
         """Whether a node certainly gave no vote: what it has on its disk is of this term."""
         hard = other.disk.durable.get(group.to_bytes(4, "big") + b"H")
+        if other.disks > 1 and group.to_bytes(4, "big") + b"A" not in other.disk.durable:
+            return False  # it may have voted with the disk that it lost, and the vote came late
         if hard is None:
-            return other.stores == 1  # an empty disk may be a new one
+            return True
         known = struct.unpack_from("<Q", hard)[0]
         return known < term or (known == term and hard[8:].decode() != candidate)
 
@@ -246,7 +248,7 @@ class StoredByMajority:
             voters = [node.world.nodes[name] for name in journal.configuration.voters]
             if entry is None:
                 continue  # compacted in the same turn
-            stored = [v for v in voters if v.disk.durable.get(row) == entry or v.stores > 1 or (
+            stored = [v for v in voters if v.disk.durable.get(row) == entry or v.disks > 1 or (
                 v.saved.get(number, (0,))[0] >= commit)]
             if 2 * len(stored) <= len(voters):
                 raise Violation(f"{node.name} has committed {commit} of group {number}, stored by {[v.name for v in stored]} of "

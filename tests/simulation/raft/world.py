@@ -202,6 +202,7 @@ class SimNode:
         self.life = 0
         self.alive = False
         self.stores = 0
+        self.disks = 1
 
     def start(self) -> None:
         """A new process."""
@@ -350,6 +351,7 @@ class SimNode:
         """The disk is replaced by an empty one."""
         self.disk = SimDisk()
         self.saved = {}
+        self.disks += 1
 
     @property
     def whole(self) -> bool:
@@ -385,6 +387,10 @@ class World:
                                     self.options.ghosts)
         self.nodes = {n: self.node_class(self, n) for n in self.names}
         self.operator = Operator(self, list(range(self.options.groups)), voters_min=1)
+
+    def founders_of(self, group: int) -> list[str]:
+        """The first voters of a group."""
+        return self.founders
 
     # -- time ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Who leads the groups that have no replica on this node: leaders announce themselves to every peer.
+"""Who leads the groups whose replica here does not know, or that have none: leaders announce themselves to every peer.
 
 Claims are hints for routing, never for safety. They vanish with the connection that brought them.
 """

@@ -160,11 +160,13 @@ class RaftHost:
             self._enqueue("", 0, lambda: self._start_group(group, members, machine))
 
     def drop_group(self, group: int, by: int) -> None:
-        """Ends a replica that is no member any more and may not have heard of it, in the next turn; then `removed` is called. `by` is
-        the index of a committed configuration without it: a replica that knows a later one stays, if it is a member again."""
+        """Ends a replica that is no member any more and may not have heard of it, or never became one, in the next turn; then
+        `removed` is called. `by` is the index of a committed configuration without it: a replica that knows a later one stays, as it
+        may be a member again."""
         def drop() -> None:
             replica = self.groups.get(group)
-            if replica is not None and replica.membership.index < by:
+            if replica is not None and (replica.membership.index < by or (
+                    replica.membership.index == by and self.node_id not in replica.configuration)):
                 self._drop_group(group)
         self._enqueue("", 0, drop)
 
@@ -201,9 +203,13 @@ class RaftHost:
             self._event.set()
 
     def leader_of(self, group: int) -> tuple[str | None, int]:
-        """(node id, term) of a group's leader as far as known: from the replica here, else from what leaders announce."""
+        """(node id, term) of a group's leader as far as known: from the replica here; where there is none, or it knows no leader, as it
+        may be no member, from what leaders announce."""
         replica = self.groups.get(group)
-        return self._claims.leader(group) if replica is None else (replica.leader, replica.engine.term)
+        claimed = self._claims.leader(group)
+        if replica is None or (replica.leader is None and claimed[0] is not None and claimed[1] >= replica.engine.term):
+            return claimed
+        return replica.leader, replica.engine.term
 
     def on_leadership(self, callback: Callable[[int, str | None, int], None]) -> None:
         """Calls back with (group, node id or None, term) whenever `leader_of` changes; within a turn."""
@@ -463,8 +469,7 @@ class RaftHost:
 
     def _changed_claims(self, groups: set[int]) -> None:
         for group in groups:
-            if group not in self.groups:
-                self._notify(group)
+            self._notify(group)
 
     def _notify(self, group: int) -> None:
         leader = self.leader_of(group)

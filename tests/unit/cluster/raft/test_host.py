@@ -314,6 +314,23 @@ def _change(world: World, leader: str, kind: ChangeKind, name: str) -> int:
     return made[0]
 
 
+def test_a_replica_that_never_became_a_member_is_dropped() -> None:
+    """It joined, and the change came to nothing; a member stays, whatever it is told of."""
+    world = World(1, Options(nodes=1, spares=1))
+    founder, spare = world.nodes["n0"], world.nodes["n1"]
+    founder.start()
+    spare.start()
+    _lead(world, "n0")
+    spare.join(0)
+    assert world.run_until(world.now + 1, lambda: 0 in spare.host.groups)
+    for node in founder, spare:
+        node.host.drop_group(0, 0)
+        node.kick()
+    assert world.run_until(world.now + 1, lambda: 0 not in spare.machines)
+    world.run_until(world.now + 1)
+    assert founder.machines[0].role is Role.LEADER
+
+
 def _return() -> None:
     """A node that was the only voter once is removed and comes back with an empty log. The log that it gets ends where it was the only
     voter, and it is alone for a while."""
