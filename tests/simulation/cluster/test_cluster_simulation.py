@@ -30,6 +30,8 @@ def test_a_cluster_keeps_its_promises_whatever_fails(first: int) -> None:
     48,  # an outbox was put away by a checkpoint, and its copies stayed in it
     170,  # damage in the log was taken for its end
     6530,  # an operator's call met damage, and the node went on
+    30978,  # a replica that was no member hid the leader from its node
+    30101, 1656,  # a replica that was removed and not told stayed, for an entry that only it had
     301,  # a gate stayed half-open on a node without a message to probe with, and held up all others
 ])
 def test_seeds_that_found_a_bug(seed: int) -> None:

@@ -161,12 +161,11 @@ class RaftHost:
 
     def drop_group(self, group: int, by: int) -> None:
         """Ends a replica that is no member any more and may not have heard of it, or never became one, in the next turn; then
-        `removed` is called. `by` is the index of a committed configuration without it: a replica that knows a later one stays, as it
-        may be a member again."""
+        `removed` is called. `by` is the index of a committed configuration without it: a replica that knows a later one stays, if
+        it is a member again."""
         def drop() -> None:
             replica = self.groups.get(group)
-            if replica is not None and (replica.membership.index < by or (
-                    replica.membership.index == by and self.node_id not in replica.configuration)):
+            if replica is not None and (replica.membership.index < by or self.node_id not in replica.configuration):
                 self._drop_group(group)
         self._enqueue("", 0, drop)
 
