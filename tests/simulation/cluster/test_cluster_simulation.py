@@ -39,19 +39,19 @@ def test_seeds_that_found_a_bug(seed: int) -> None:
     _run(range(seed, seed + 1))
 
 
-@pytest.mark.parametrize(("name", "first", "rule"), [
-    ("I1, answered before it is replicated", 0, "I1"),
-    ("I2, a run backwards", 0, "I2"),
-    ("I2, retries behind others", 0, "I2"),
-    ("I3, tokens used again", 0, "I3"),
-    ("I4, delivered after its acknowledgement", 0, "I4"),
-    ("I5, producers are forgotten", 0, "I5"),
-    ("I6, a clock of one's own", 0, "I6"),
-    ("I7, a counter that is short", 0, "I7"),
+@pytest.mark.parametrize(("name", "rule"), [
+    ("I1, answered before it is replicated", "I1"),
+    ("I2, a run backwards", "I2"),
+    ("I2, retries behind others", "I2"),
+    ("I3, tokens used again", "I3"),
+    ("I4, delivered after its acknowledgement", "I4"),
+    ("I5, producers are forgotten", "I5"),
+    ("I6, a clock of one's own", "I6"),
+    ("I7, a counter that is short", "I7"),
 ])
-def test_a_broken_invariant_is_seen(name: str, first: int, rule: str) -> None:
-    """By its own checker, within five seeds."""
-    found = first_failure(name, seeds=5, first=first)
+def test_a_broken_invariant_is_seen(name: str, rule: str) -> None:
+    """By its own checker, within forty seeds. They take one or two now, but every change of the product deals the seeds anew."""
+    found = first_failure(name, seeds=40)
     assert found is not None and found[1] == rule, found
 
 
