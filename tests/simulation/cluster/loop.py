@@ -13,6 +13,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 STEP_SECONDS = 1e-5  # of one round of the loop
+RESOLUTION_SECONDS = 1e-12
 
 
 class Process:
@@ -41,35 +42,28 @@ class _Task(asyncio.Task[Any]):
     process: Process | None
 
 
+class _Soon(asyncio.Handle):
+    """As asyncio.Handle; a simulation makes millions."""
+
+    __slots__ = ()
+
+    def __init__(self, callback: Any, args: Any, loop: SimLoop, context: Context) -> None:
+        self._callback, self._args, self._loop, self._context = callback, args, loop, context
+        self._cancelled, self._repr, self._source_traceback = False, None, None
+
+
 class _Timer(asyncio.TimerHandle):
-    """Timers of one moment fire in the order in which they were set; asyncio promises no order."""
+    """As asyncio.TimerHandle, likewise."""
 
-    __slots__ = ("order",)
-    order: int
+    __slots__ = ()
 
-    def __lt__(self, other: Any) -> bool:
-        return bool((self._when, self.order) < (other._when, other.order))  # type: ignore[attr-defined]
+    def __init__(self, when: float, callback: Any, args: Any, loop: SimLoop, context: Context) -> None:
+        self._when, self._callback, self._args, self._loop, self._context = when, callback, args, loop, context
+        self._cancelled, self._repr, self._source_traceback, self._scheduled = False, None, None, False
 
 
 class Stuck(Exception):
     """Nothing is due, and what was waited for has not come."""
-
-
-class _Time:
-    """In place of a selector: waiting is a jump."""
-
-    def __init__(self, loop: SimLoop) -> None:
-        self._loop = loop
-
-    def select(self, timeout: float | None) -> list[Any]:
-        """Nothing ever comes from outside."""
-        if timeout is None:
-            raise Stuck
-        if timeout > 0:  # exactly to the next timer: a rounding error would make it fire for ever at the same moment
-            self._loop.now = self._loop._scheduled[0]._when
-        else:  # work takes time, too: whoever polls until something is due gets there
-            self._loop.now += STEP_SECONDS
-        return []
 
 
 class SimLoop(asyncio.BaseEventLoop):
@@ -78,8 +72,8 @@ class SimLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
-        self._selector = _Time(self)
-        self._clock_resolution = 1e-12
+        self._timers: list[tuple[float, int, _Timer]] = []
+        """A heap. Timers of one moment fire in the order in which they were set; asyncio promises no order."""
         self.tasks: list[asyncio.Task[Any]] = []  # kept until the end: what a dead process has must not be collected at some time
         self.set_task_factory(self._make_task)
         self.failures: list[str] = []
@@ -90,8 +84,37 @@ class SimLoop(asyncio.BaseEventLoop):
         """Simulated seconds."""
         return self.now
 
-    def _process_events(self, event_list: list[Any]) -> None:
-        """There are none."""
+    def _run_once(self) -> None:
+        """One round: time goes on to the next timer, or, as work takes time, too, by a step. Then everything that is due runs."""
+        timers, ready = self._timers, self._ready  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(timers)[2]._scheduled = False  # type: ignore[attr-defined]
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            if not timers:
+                raise Stuck
+            if timers[0][0] > self.now:
+                self.now = timers[0][0]
+            else:
+                self.now += STEP_SECONDS
+        else:
+            self.now += STEP_SECONDS
+        due = self.now + RESOLUTION_SECONDS
+        while timers and timers[0][0] < due:
+            timer = heapq.heappop(timers)[2]
+            timer._scheduled = False  # type: ignore[attr-defined]
+            ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.call_exception_handler({"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle})
+
+    def _timer_handle_cancelled(self, handle: Any) -> None:
+        """It goes when its time has come."""
 
     def _asyncgen_finalizer_hook(self, agen: Any) -> None:
         """Nothing runs because of a collection of garbage."""
@@ -116,15 +139,18 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
         """As of BaseEventLoop; nothing of a dead process."""
-        handle: Any = super().call_soon(callback, *args, context=context)
-        process = handle._context.get(PROCESS)
+        if context is None:
+            context = copy_context()
+        handle = _Soon(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        process = context.get(PROCESS)
         if process is not None:
             if not process.alive:
                 handle.cancel()
             elif process.paused_until > self.now:
                 handle.cancel()
-                return self.call_at(self._after_pause(process), callback, *args, context=handle._context)
-        return handle  # type: ignore[no-any-return]
+                return self.call_at(self._after_pause(process), callback, *args, context=context)
+        return handle
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
         """As of BaseEventLoop; nothing of a dead process."""
@@ -134,14 +160,16 @@ class SimLoop(asyncio.BaseEventLoop):
         if process is not None and process.paused_until > when:
             when = self._after_pause(process)
         handle = _Timer(when, callback, args, self, context)
-        self._order += 1
-        handle.order = self._order
         if process is not None and not process.alive:
-            handle.cancel()
-        else:
-            heapq.heappush(self._scheduled, handle)
-            handle._scheduled = True
+            return _cancelled(handle)
+        self._order += 1
+        heapq.heappush(self._timers, (when, self._order, handle))
+        handle._scheduled = True  # type: ignore[attr-defined]
         return handle
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
+        """As of BaseEventLoop."""
+        return self.call_at(self.now + delay, callback, *args, context=context)
 
     @staticmethod
     def _after_pause(process: Process) -> float:
@@ -154,10 +182,13 @@ class SimLoop(asyncio.BaseEventLoop):
         if process.paused_until >= self.now + seconds:
             return
         process.paused_until = self.now + seconds
-        own = [h for h in self._scheduled if h._context.get(PROCESS) is process and h._when < process.paused_until]
-        for handle in sorted(own):
-            handle._when = self._after_pause(process)
-        heapq.heapify(self._scheduled)
+        end = process.paused_until
+        own = sorted(timer for timer in self._timers if timer[0] < end and _of(timer[2], process))
+        if own:
+            late = {timer[1] for timer in own}
+            self._timers = [timer for timer in self._timers if timer[1] not in late]
+            self._timers += [(self._after_pause(process), order, timer) for _, order, timer in own]
+            heapq.heapify(self._timers)
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
         """Takes as long as the process' disk says; the work is done at the end of it, or never."""
@@ -176,11 +207,14 @@ class SimLoop(asyncio.BaseEventLoop):
         self.call_later(process.io_seconds() if process is not None else 0.0, work)
         return future
 
+    def _handles(self) -> list[asyncio.Handle]:
+        return [*self._ready, *(timer[2] for timer in self._timers)]  # type: ignore[attr-defined]
+
     def kill(self, process: Process) -> None:
         """From now on nothing of the process runs."""
         process.alive = False
-        for handle in [*self._ready, *self._scheduled]:
-            if handle._context.get(PROCESS) is process:
+        for handle in self._handles():
+            if _of(handle, process):
                 handle.cancel()
 
     def spawn(self, process: Process, coroutine: Any) -> asyncio.Task[Any]:
@@ -200,7 +234,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def dispose(self) -> None:
         """Ends all that is left, without a sound."""
-        for handle in [*self._ready, *self._scheduled]:
+        for handle in self._handles():
             handle.cancel()
         self.call_soon = self._nothing  # type: ignore[method-assign, assignment]
         self.call_at = self._nothing  # type: ignore[method-assign, assignment]
@@ -216,11 +250,18 @@ class SimLoop(asyncio.BaseEventLoop):
         finally:
             asyncio.events._set_running_loop(None)
         self.tasks.clear()
-        self._ready.clear()
-        self._scheduled.clear()
+        self._ready.clear()  # type: ignore[attr-defined]
+        self._timers.clear()
         self.close()
 
     def _nothing(self, *args: Any, **options: Any) -> Any:
-        handle = asyncio.Handle(lambda: None, (), self)
-        handle.cancel()
-        return handle
+        return _cancelled(_Soon(print, (), self, copy_context()))
+
+
+def _of(handle: Any, process: Process) -> bool:
+    return handle._context.get(PROCESS) is process
+
+
+def _cancelled(handle: Any) -> Any:
+    handle.cancel()
+    return handle
