@@ -80,7 +80,8 @@ async def test_each_queue_comes_in_order_from_all_nodes() -> None:
 
 @pytest.mark.parametrize("credit", [1, 2, 3, 5])
 async def test_little_credit_serves_all_nodes(credit: int) -> None:
-    """Fewer messages of credit than nodes: it goes round, nothing stalls, nothing more is out than allowed."""
+    """Fewer messages of credit than nodes: it goes round, nothing stalls, nothing more is out than allowed. A delivery that crossed a
+    withdrawal by more than its rest is given back at once."""
     async with serving(3) as (cluster, client):
         await send(client, 60, keys=12)
         high = 0
@@ -91,7 +92,8 @@ async def test_little_credit_serves_all_nodes(credit: int) -> None:
                     break  # nothing is left, or it stalls: the queues will tell
                 high = max(high, len(consumer._live))
                 run.ack()
-        assert high <= credit and cluster.outstanding_high <= credit
+        given_back = sum(outcome == q.OUTCOME_RELEASE for outcome, _, _ in cluster.settlements)  # late for a withdrawal, on a busy machine
+        assert high <= credit + given_back and cluster.outstanding_high <= credit + given_back
         assert not any(cluster.queues.values())
 
 
