@@ -10,7 +10,8 @@ a gap is refused. That makes retries exactly-once as long as a number means one 
   a new producer id ("epoch"), where old copies mean nothing.
 - A record that was refused after an attempt with unknown fate leaves a hole that may be none. The records behind it
   are safe to send under a new epoch only if they never went out with unknown fate; the others fail as OutcomeUnknown.
-- A shard that refuses the very next number has forgotten the producer: new epoch, with the same condition.
+- A shard that refuses the very next number, with nothing before it under way, has forgotten the producer: new epoch, with the same
+  condition. With an earlier batch under way it may only have heard of this one first, as brokers pass on to a new leader.
 """
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Sink(Protocol):
 class Entry:
     """One record on its way. Only `Lane` changes it."""
 
-    __slots__ = ("body", "gap", "number", "position", "sent", "sink", "tainted")
+    __slots__ = ("body", "first", "gap", "number", "position", "sent", "sink", "tainted")
 
     def __init__(self, body: bytes, sink: Sink, position: int) -> None:
         self.body = body  # encoded, but for its number; empty: dropped
@@ -48,7 +49,8 @@ class Entry:
         self.number = 0  # 0: never sent in this epoch
         self.sent = False
         self.tainted = False  # a copy with this number went out whose fate is unknown
-        self.gap = False  # its last answer was OUT_OF_SEQUENCE
+        self.first = False  # it went out in a batch before which everything was known to be stored
+        self.gap = False  # its last answer was OUT_OF_SEQUENCE, though it was first
 
 
 class Refusal:
@@ -134,6 +136,7 @@ class Lane:
         source = self._resend or self.pending
         taken: list[Entry] = []
         number = self.next
+        first = number == self.acked + 1
         room = bytes_max
         while source and len(taken) < records_max:
             entry = source[0]
@@ -146,6 +149,7 @@ class Lane:
             room -= size
             entry.number = number
             entry.sent = True
+            entry.first = first
             number += 1
             taken.append(entry)
         self.next = number
@@ -185,14 +189,14 @@ class Lane:
                 self.acked = max(self.acked, entry.number)
                 continue
             verdict = refusal.verdict
-            entry.gap = verdict is Verdict.OUT_OF_SEQUENCE
+            entry.gap = entry.first and verdict is Verdict.OUT_OF_SEQUENCE
             if verdict is Verdict.REFUSED or verdict is Verdict.REFUSED_UNKNOWN:
                 self._holes[entry.number] = entry.tainted or verdict is Verdict.REFUSED_UNKNOWN
                 self._fail(entry, refusal.error)
                 continue
             if verdict is Verdict.UNKNOWN:
                 self._taint(entry)
-            patient = patient or not entry.gap
+            patient = patient or verdict is not Verdict.OUT_OF_SEQUENCE
             self._retry.append(entry)
         self._block(patient)
 

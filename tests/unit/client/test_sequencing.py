@@ -187,6 +187,21 @@ def test_a_number_is_not_reused_while_an_old_copy_may_arrive() -> None:
     assert shard.log == [0, 2, 3]
 
 
+def test_who_was_overtaken_is_not_forgotten() -> None:
+    """While a leader changes, brokers may pass on a later batch before an earlier one, which is stored afterwards: that the later one
+    was refused then says nothing of what the shard remembers, and what had gone out before with unknown fate goes on as itself."""
+    lane, sink, shard = make()
+    fill(lane, sink, 4)
+    first = take(lane, 2)
+    lane.broken(first)
+    lane.resume()
+    first, second = take(lane, 1), take(lane, 1)  # both may be stored, as far as anybody knows
+    answer(lane, shard, second)  # refused: the first one is still on its way
+    answer(lane, shard, first)
+    settle(lane, shard)
+    assert shard.log == [0, 1, 2, 3] and not sink.errors and lane.producer_id == "p0"
+
+
 def test_a_forgotten_producer_starts_over() -> None:
     """A shard that refuses the very next number has forgotten the producer: new id, from 1."""
     lane, sink, shard = make()
