@@ -62,7 +62,7 @@ def _frame(*messages: dict[str, Any], term: int = TERM) -> bytes:
 
 
 def _decode_frame(data: bytes) -> None:
-    messages, claims, complete = wire.decode_frame(data)
+    messages, claims, complete, _ = wire.decode_frame(data)
     for group, message in messages:
         again = wire.encode(group, message["sender_term"], message)
         expect(wire.decode(again) == message, message)
@@ -148,7 +148,7 @@ def _lead(group: RaftGroup) -> None:
 
 def _deliver(data: bytes) -> None:
     """A frame of a peer, as a follower, a leader or a replica that recovers has it; the first byte says which."""
-    messages, _, _ = wire.decode_frame(data[1:])
+    messages = wire.decode_frame(data[1:]).messages
     group = _replica(dict(_log()), 2)
     kind = data[0] % 3 if data else 0
     if kind == 1:

@@ -110,8 +110,8 @@ def _every_vote() -> Any:
 def _any_epoch() -> Any:
     """R8: frames of old connections are delivered."""
     def unsafe(self: RaftHost, peer: str, epoch: int, data: bytes) -> None:
-        messages, claims, complete = wire.decode_frame(data)
-        self._enqueue("", 0, lambda: self._deliver(peer, messages, claims, complete))
+        received = wire.decode_frame(data)
+        self._enqueue("", 0, lambda: self._deliver(peer, received))
     return patch.object(RaftHost, "_on_frame", unsafe)
 
 

@@ -144,3 +144,82 @@ def test_other_kinds_are_refused_whole() -> None:
     with pytest.raises(CorruptEntry):
         d.Directory().load(iter([(b"c", msgspec.msgpack.encode([99, "c"]))]))
     assert directory.destinations == {}
+
+
+# -- nodes and homes ---------------------------------------------------------------------------------------------
+
+
+def member(node_id: str, **fields: Any) -> d.Member:
+    """A node as somebody says."""
+    return d.Member(node_id, 0, "p:1", "c:1", **fields)
+
+
+def founded(*node_ids: str, homes: dict[int, list[str]] | None = None) -> d.Directory:
+    """A directory of a cluster that has been founded, by entry 1."""
+    directory = d.Directory()
+    rows = tuple(d.Home(shard, 0, tuple(nodes)) for shard, nodes in (homes or {1: list(node_ids)}).items())
+    assert apply(directory, 1, d.Settle("node", 7, rows, tuple(map(member, node_ids)), True)) == [d.OK]
+    return directory
+
+
+def test_a_cluster_is_founded_once() -> None:
+    """Whoever leads the meta group first says so; the next one is told that it was said."""
+    directory = founded("a", "b", "c")
+    assert apply(directory, 2, d.Settle("node", 7, (), (member("z"),), True)) == [d.EXISTS]
+    assert list(directory.members) == ["a", "b", "c"] and directory.homes[1].nodes == ("a", "b", "c")
+
+
+def test_nodes_and_homes_are_rows() -> None:
+    """What is loaded is what was stored, beside everything else."""
+    directory = d.Directory()
+    rows: dict[bytes, bytes] = {}
+    for index, command in enumerate((
+            d.Settle("node", 7, (d.Home(1, 0, ("a",)), d.Home(300, 0, ("b", "a"))), (member("a"), member("b", zone="z")), True),
+            put("r"), d.PutMember("node", 7, member("c"), True, False, 0), d.Settle("node", 7, (d.Home(1, 0, ("c", "b")),)),
+            d.DropMember("node", 7, "a", 0)), 1):
+        changes, puts, deletes = directory.apply(index, d.encode_command([command]))
+        rows |= dict(puts)
+        for key in deletes:
+            del rows[key]
+        if index == 5:
+            assert changes[0].outcome == d.TAKEN, "shard 300 belongs there"
+    again = d.Directory()
+    again.load(iter(sorted(rows.items())))
+    assert (again.members, again.homes, again.destinations) == (directory.members, directory.homes, directory.destinations)
+    assert again.homes[1].nodes == ("c", "b") and again.members["b"].zone == "z"
+
+
+def test_a_shard_belongs_on_nodes_that_there_are() -> None:
+    """One that was removed meanwhile is not settled on; nothing of the command takes effect."""
+    directory = founded("a", "b")
+    assert apply(directory, 2, d.Settle("node", 7, (d.Home(1, 0, ("b",)), d.Home(2, 0, ("x",))))) == [d.UNKNOWN_TARGET]
+    assert directory.homes[1].nodes == ("a", "b") and 2 not in directory.homes
+
+
+def test_who_may_change_a_node() -> None:
+    """As with destinations: create, replace, and the etag."""
+    directory = founded("a", "b")
+    assert apply(directory, 2, d.PutMember("node", 7, member("a"), True, False, 0)) == [d.EXISTS]
+    assert apply(directory, 3, d.PutMember("node", 7, member("c"), False, True, 0)) == [d.MISSING]
+    assert apply(directory, 4, d.PutMember("node", 7, member("a", leaving=d.DRAINS), False, True, 9)) == [d.ETAG]
+    assert apply(directory, 5, d.PutMember("node", 7, member("a", leaving=d.DRAINS), False, True, 1)) == [d.OK]
+    assert (directory.members["a"].leaving, directory.members["a"].revision) == (d.DRAINS, 5)
+    assert apply(directory, 6, d.DropMember("node", 7, "x", 0)) == [d.MISSING]
+
+
+def test_there_are_as_many_nodes_as_the_meta_group_has_members() -> None:
+    """Seven voters and seven learners."""
+    directory = founded(*(f"n{i}" for i in range(d.NODES_MAX - 1)))
+    assert apply(directory, 2, d.PutMember("node", 7, member("x"), True, False, 0)) == [d.OK]
+    assert apply(directory, 3, d.PutMember("node", 7, member("y"), True, False, 0)) == [d.FULL]
+    assert apply(directory, 4, d.PutMember("node", 7, member("x", zone="z"), False, True, 0)) == [d.OK]
+
+
+def test_a_node_comes_with_what_belongs_to_it() -> None:
+    """Whoever sees a new node sees where shards belong with it, or neither; homes on nodes that left meanwhile are refused whole."""
+    directory = founded("a", "b")
+    with_c = (d.Home(1, 0, ("c", "a")),)
+    assert apply(directory, 2, d.PutMember("node", 7, member("c"), True, False, 0, with_c)) == [d.OK]
+    assert directory.homes[1] == d.Home(1, 2, ("c", "a")) and directory.members["c"].revision == 2
+    assert apply(directory, 3, d.PutMember("node", 7, member("d"), True, False, 0, (d.Home(1, 0, ("d", "z")),))) == [d.UNKNOWN_TARGET]
+    assert directory.homes[1].nodes == ("c", "a") and "d" not in directory.members

@@ -1,12 +1,12 @@
-"""The replicated state of the meta group: destinations with their policy, routes, and what operators have stopped. Pure;
-small enough to be kept whole.
+"""The replicated state of the meta group: destinations with their policy, routes, what operators have stopped, the cluster's nodes,
+and where each shard belongs. Pure; small enough to be kept whole.
 
 A command is a list of changes, each with the identity of whoever asked; `apply` answers each with a Change that tells what
 became of it, so that the node that asked can tell its caller.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 
 import msgspec
 from spillway.broker.core.bounds import Count, Name, Number, Time, check_scope
@@ -16,9 +16,12 @@ from spillway.broker.core.policy import Nack, Policy
 DESTINATIONS_MAX = 100_000  # each costs about 1 KiB on every node
 ROUTES_MAX = 10_000
 HOLDS_MAX = 100_000
+NODES_MAX = 14  # all have a replica of the meta group: seven may vote in it, and seven learn
+STAYS, DRAINS, GONE = range(3)  # Member.leaving
 OK, EXISTS, MISSING, ETAG, FULL, TAKEN, UNKNOWN_TARGET, CYCLE = range(8)  # outcomes of a change
 FOR_EVER = 0  # Hold.until of a pause
-_ROUTE, _HOLD = b"\x01r", b"\x01h"  # first bytes of rows; names have no control characters, so a destination's row is its name
+# First bytes of rows; names have no control characters, so a destination's row is its name.
+_ROUTE, _HOLD, _MEMBER, _HOME = b"\x01r", b"\x01h", b"\x01n", b"\x01s"
 
 
 class HttpTarget(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -97,6 +100,27 @@ class Hold(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     parked_why: str = ""
 
 
+class Member(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """A node of the cluster."""
+
+    node_id: Name
+    revision: Number
+    peer_address: str  # host:port, for the other nodes
+    client_address: str  # host:port
+    zone: str = ""  # "": it shares none with others
+    host: str = ""
+    incarnation: str = ""  # of its store; "": it has not said
+    leaving: Count = STAYS
+
+
+class Home(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """Where a shard belongs; its group follows, one change at a time."""
+
+    shard: Count
+    revision: Number
+    nodes: tuple[Name, ...]  # the preferred leader first
+
+
 class PutV1(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=1):
     """PutDestination as version 1 wrote it."""
 
@@ -151,13 +175,46 @@ class SetHold(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=5
     park_why: str = ""
 
 
-Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold
+class PutMember(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=6):
+    """Creates or replaces a node, and says where shards belong with it: nobody sees one without the other."""
+
+    origin: str
+    number: int
+    member: Member
+    create: bool
+    replace: bool
+    etag: int
+    homes: tuple[Home, ...] = ()
+
+
+class DropMember(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=7):
+    """Forgets a node."""
+
+    origin: str
+    number: int
+    node_id: Name
+    etag: int
+
+
+class Settle(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=8):
+    """Says where shards belong; those that are not named stay. With `first`, only if nothing has been said so far."""
+
+    origin: str
+    number: int
+    homes: tuple[Home, ...]
+    members: tuple[Member, ...] = ()  # with `first`
+    first: bool = False
+
+
+Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold | PutMember | DropMember | Settle
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_commands = msgspec.msgpack.Decoder(list[Command]).decode
 _decode_destination = msgspec.msgpack.Decoder(DestinationV1 | Destination).decode
 _decode_route = msgspec.msgpack.Decoder(Route).decode
 _decode_hold = msgspec.msgpack.Decoder(Hold).decode
+_decode_member = msgspec.msgpack.Decoder(Member).decode
+_decode_home = msgspec.msgpack.Decoder(Home).decode
 
 
 def encode_command(commands: list[Command]) -> bytes:
@@ -171,7 +228,7 @@ class Change(msgspec.Struct):
     origin: str
     number: int
     outcome: int
-    record: Destination | Route | Hold | None = None  # as it is now
+    record: Destination | Route | Hold | Member | None = None  # as it is now
     why: str = ""  # what an outcome needs to be understood: the target that is unknown, the cycle
 
 
@@ -182,10 +239,12 @@ class Directory:
         self.destinations: dict[str, Destination] = {}
         self.routes: dict[str, Route] = {}
         self.holds: dict[bytes, Hold] = {}
+        self.members: dict[str, Member] = {}
+        self.homes: dict[int, Home] = {}
 
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
         """Replaces everything by stored rows. Raises CorruptEntry."""
-        self.destinations, self.routes, self.holds = {}, {}, {}
+        self.destinations, self.routes, self.holds, self.members, self.homes = {}, {}, {}, {}, {}
         for key, value in rows:
             try:
                 if key.startswith(_ROUTE):
@@ -195,6 +254,12 @@ class Directory:
                     hold = _decode_hold(value)
                     check_scope(hold.scope)
                     self.holds[hold.scope] = hold
+                elif key.startswith(_MEMBER):
+                    member = _decode_member(value)
+                    self.members[member.node_id] = member
+                elif key.startswith(_HOME):
+                    home = _decode_home(value)
+                    self.homes[home.shard] = home
                 else:
                     row = _decode_destination(value).current()
                     self.destinations[row.name] = row
@@ -217,6 +282,12 @@ class Directory:
         deletes: dict[bytes, None] = {}
         for c in commands:
             change = Change(c.origin, c.number, OK)
+            if isinstance(c, Settle | PutMember):
+                for record in self._settle(c, index, change) if isinstance(c, Settle) else self._put_member(c, index, change):
+                    puts[_row_key(record)] = _encode(record)
+                    deletes.pop(_row_key(record), None)
+                changes.append(change)
+                continue
             if isinstance(c, PutDestination):
                 key = c.destination.name.encode()
                 self._put_destination(c, index, change)
@@ -226,6 +297,9 @@ class Directory:
             elif isinstance(c, DropRoute):
                 key = _ROUTE + c.source.encode()
                 self._drop_route(c, change)
+            elif isinstance(c, DropMember):
+                key = _MEMBER + c.node_id.encode()
+                self._drop_member(c, change)
             else:
                 key = _HOLD + c.scope
                 self._set_hold(c, change)
@@ -315,8 +389,55 @@ class Directory:
         else:
             change.record = self.holds[c.scope] = Hold(c.scope, paused, until, why)
 
+    def _put_member(self, c: PutMember, index: int, change: Change) -> list[Member | Home]:
+        change.record = old = self.members.get(c.member.node_id)
+        change.outcome = _may_put(old, c.create, c.replace, c.etag)
+        if change.outcome == OK and old is None and len(self.members) >= NODES_MAX:
+            change.outcome = FULL
+        if change.outcome == OK:
+            self._check_homes(c.homes, self.members.keys() | {c.member.node_id}, change)
+        if change.outcome != OK:
+            return []
+        change.record = self.members[c.member.node_id] = msgspec.structs.replace(c.member, revision=index)
+        return [change.record, *self._put_homes(c.homes, index)]
 
-def _may_put(old: Destination | Route | None, create: bool, replace: bool, etag: int) -> int:
+    def _check_homes(self, homes: Sequence[Home], known: Container[str], change: Change) -> None:
+        unknown = next((node for home in homes for node in home.nodes if node not in known), None)
+        if unknown is not None:
+            change.outcome, change.why = UNKNOWN_TARGET, unknown
+
+    def _put_homes(self, homes: Sequence[Home], index: int) -> list[Home]:
+        new = [msgspec.structs.replace(home, revision=index) for home in homes]
+        self.homes.update({home.shard: home for home in new})
+        return new
+
+    def _drop_member(self, c: DropMember, change: Change) -> None:
+        old = self.members.get(c.node_id)
+        change.outcome = _may_put(old, False, True, c.etag)
+        if change.outcome == OK and (home := next((h for h in self.homes.values() if c.node_id in h.nodes), None)) is not None:
+            change.outcome, change.why = TAKEN, f"shard {home.shard}"
+        if change.outcome == OK:
+            del self.members[c.node_id]
+        else:
+            change.record = old
+
+    def _settle(self, c: Settle, index: int, change: Change) -> list[Member | Home]:
+        if c.first and self.members:
+            change.outcome = EXISTS
+            return []
+        self._check_homes(c.homes, {m.node_id for m in c.members} if c.first else self.members.keys(), change)
+        if change.outcome != OK:
+            return []
+        members = [msgspec.structs.replace(member, revision=index) for member in c.members] if c.first else []
+        self.members.update({member.node_id: member for member in members})
+        return [*members, *self._put_homes(c.homes, index)]
+
+
+def _row_key(record: Member | Home) -> bytes:
+    return _MEMBER + record.node_id.encode() if isinstance(record, Member) else _HOME + record.shard.to_bytes(4, "big")
+
+
+def _may_put(old: Destination | Route | Member | None, create: bool, replace: bool, etag: int) -> int:
     if old is not None and not replace:
         return EXISTS
     if old is None and not create:

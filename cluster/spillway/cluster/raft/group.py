@@ -12,7 +12,7 @@ Beside the guard's rules, this is where these are kept:
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from spillway.cluster.clock import Clock
 from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StoreRefused
@@ -21,7 +21,7 @@ from spillway.cluster.raft.configuration import Change, Configuration, decode_co
 from spillway.cluster.raft.engine import Engine
 from spillway.cluster.raft.guard import Guard, Message
 from spillway.cluster.raft.journal import ENTRY_OVERHEAD_BYTES, GroupJournal, LogViolation
-from spillway.cluster.raft.membership import Membership
+from spillway.cluster.raft.membership import CAUGHT_UP_ENTRIES, Membership
 from spillway.cluster.raft.progress import Limits, Progress
 from spillway.cluster.raft.recovery import Barriers, Recovery
 from spillway.cluster.raft.seam import CANDIDATE, CONFIGURATION, FOLLOWER, LEADER, NO_OP, REGULAR, Timing, source
@@ -479,16 +479,20 @@ class RaftGroup:
 
     # -- transfer ------------------------------------------------------------------------------------------------
 
-    def transfer(self, to: str | None = None) -> bool:
-        """Hands leadership to a follower, or the one that is furthest; proposals pause until it leads, or for
-        TRANSFER_SECONDS. False if there is nobody to hand it to, or a transfer is under way."""
+    def transfer(self, to: str | None = None, leaving: Container[str] = ()) -> bool:
+        """Hands leadership to a follower, or the one that is furthest and not `leaving`, once everything proposed is applied here, so
+        that whoever waits for it has an answer; proposals pause until the other one leads, or for TRANSFER_SECONDS. False if there is
+        nobody to hand it to who has nearly everything, or a transfer is under way."""
         if self._transfer is not None or not self.serving:
             return False
         if to is None:
-            able = [p for p in self.membership.other_voters if self.engine.is_connected(p)]
+            able = [p for p in self.membership.other_voters if self.engine.is_connected(p) and p not in leaving]
             to = max(able, key=self.engine.match_index, default=None)
-        if to is None or to not in self.membership.other_voters or not self.engine.is_connected(to) or self.engine.match_index(to) == 0:
+        if to is None or to not in self.membership.other_voters or not self.engine.is_connected(to):
             return False
+        match = self.engine.match_index(to)
+        if not match or self.journal.last - match > CAUGHT_UP_ENTRIES:
+            return False  # everybody would wait for it
         self._transfer = (to, source.now + TRANSFER_SECONDS)
         self._transfer_sent = NEVER
         self._pursue_transfer()
@@ -500,7 +504,8 @@ class RaftGroup:
         now = source.now
         if now > until or to not in self._connected:
             self._transfer = None
-        elif self.engine.match_index(to) == self.journal.last and now - self._transfer_sent >= TRANSFER_REPEAT_SECONDS:
+        elif (self.engine.applied == self.journal.last == self.engine.match_index(to)
+              and now - self._transfer_sent >= TRANSFER_REPEAT_SECONDS):
             self._transfer_sent = now
             self._out(to, {"type": "timeout_now"})
 

@@ -19,7 +19,7 @@ import logging
 import os
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +79,7 @@ class GroupStatus:
     log_first_index: int
     log_last_index: int
     configuration: Configuration
+    configuration_index: int
 
 
 def end_process(error: BaseException) -> None:
@@ -97,8 +98,9 @@ class RaftHost:
     def __init__(self, node_id: str, members: list[str], store: JournalStore, transport: PeerTransport,
                  snapshots: SnapshotStore | None = None, timing: Timing | None = None, limits: Limits | None = None,
                  fatal: Callable[[BaseException], None] = end_process, clock: Clock | None = None,
-                 chance: Callable[[], float] = random.random) -> None:
-        """`members` are all nodes of the cluster. `snapshots` may be missing where nobody ever falls behind the log."""
+                 chance: Callable[[], float] = random.random, joins: bool = False) -> None:
+        """`members` are all nodes that the cluster is founded with; with `joins`, it was founded without this one. `snapshots` may be
+        missing where nobody ever falls behind the log."""
         self.node_id = node_id
         self.members = members
         self.store = store
@@ -108,6 +110,7 @@ class RaftHost:
         self.limits = limits or Limits()
         self.clock = clock or SystemClock()
         self.chance = chance
+        self._joins = joins
         self.before_collect: Callable[[], None] = lambda: None
         self.removed: Callable[[int], None] = lambda group: None
         """A replica ended and its log is gone, durably: its state is to be dropped, durably on return. After a crash the owner does
@@ -125,6 +128,8 @@ class RaftHost:
         self._out: dict[str, list[RaftGroupMessage]] = {}
         self._out_epochs: dict[str, int] = {}
         self._claims = Claims()
+        self._hands_over = False
+        self._leaving: set[str] = set()  # peers that are about to stop
         self._claims_due = False
         self._claims_at = 0.0
         self._claims_frame = b""
@@ -217,13 +222,22 @@ class RaftHost:
     def status(self) -> dict[int, GroupStatus]:
         """Every replica of this node."""
         return {n: GroupStatus(g.role, g.leader, g.engine.term, g.engine.commit, g.engine.applied, g.machine.durable_index(),
-                               g.journal.first, g.journal.last, g.configuration) for n, g in self.groups.items()}
+                               g.journal.first, g.journal.last, g.configuration, g.membership.index) for n, g in self.groups.items()}
+
+    @property
+    def present(self) -> Set[str]:
+        """Node ids of the peers that there is a connection to, and that are not about to stop."""
+        return self._epochs.keys() - self._leaving
+
+    def incarnation_of(self, peer: str) -> str | None:
+        """Which store a peer that is connected has; None for others."""
+        return self._hellos[peer].incarnation if peer in self._epochs else None
 
     def transfer(self, group: int, to: str | None = None) -> bool:
         """Hands a group over to a follower; proposals pause meanwhile. False if it cannot now."""
         drive(self.clock.monotonic(), self.chance)
         replica = self.groups.get(group)
-        done = replica is not None and replica.transfer(to)
+        done = replica is not None and replica.transfer(to, self._leaving)
         if done:
             self.wake(group)
         return done
@@ -256,8 +270,8 @@ class RaftHost:
     def _on_frame(self, peer: str, epoch: int, data: bytes) -> None:
         """Raises WireInvalid, before anything of the frame is delivered; the transport closes the connection."""
         if self._epochs.get(peer) == epoch:
-            messages, claims, complete = wire.decode_frame(data)
-            self._enqueue(peer, epoch, lambda: self._deliver(peer, messages, claims, complete))
+            received = wire.decode_frame(data)
+            self._enqueue(peer, epoch, lambda: self._deliver(peer, received))
 
     def _on_disconnected(self, peer: str, epoch: int) -> None:
         if self._epochs.get(peer) == epoch:
@@ -276,21 +290,23 @@ class RaftHost:
             self._woken[number] = None
 
     def _disconnect(self, peer: str) -> None:
+        self._leaving.discard(peer)
         for number, group in self.groups.items():
             group.disconnected(peer)
             self._woken[number] = None
         self._changed_claims(self._claims.drop(peer))
 
-    def _deliver(self, peer: str, messages: list[tuple[int, Message]], claims: list[tuple[int, int]],
-                 complete: bool) -> None:
+    def _deliver(self, peer: str, received: wire.Frame) -> None:
         groups, woken = self.groups, self._woken
-        for number, message in messages:
+        for number, message in received.messages:
             group = groups.get(number)
             if group is not None:
                 group.deliver(peer, message)
                 woken[number] = None
-        if claims or complete:
-            self._changed_claims(self._claims.take(peer, claims, complete))
+        if received.complete:
+            (self._leaving.add if received.leaving else self._leaving.discard)(peer)
+        if received.claims or received.complete:
+            self._changed_claims(self._claims.take(peer, received.claims, received.complete))
 
     # -- forming -------------------------------------------------------------------------------------------------
 
@@ -304,12 +320,15 @@ class RaftHost:
     def _try_start(self) -> None:
         node = self.store.node
         if not node.formed and not node.recovering:
-            standing = decide(self.node_id, node.incarnation, self.members, self._hellos)
+            standing = Standing.LOST if self._joins else decide(self.node_id, node.incarnation, self.members, self._hellos)
             if standing is Standing.WAIT:
                 return
             for group, (members, machine) in self._pending.items():
                 check_fit(group, self.store.journal(group), machine.durable_index(), members)
-            if standing is Standing.LOST:
+            if self._joins:
+                log.info("this node joins the cluster")
+                self.store.change_node(recovering=True)
+            elif standing is Standing.LOST:
                 log.warning("this node's store is new, but its cluster is not: it recovers from the others")
                 self.store.change_node(recovering=True)
         self._started = True
@@ -481,7 +500,7 @@ class RaftHost:
         self._claims_due = False
         self._claims_at = now
         self._leads = {n: g.engine.term for n, g in self.groups.items() if g.serving}
-        frame = RaftFrame(claims_complete=True)
+        frame = RaftFrame(claims_complete=True, leaving=self._hands_over)
         for group, term in self._leads.items():
             frame.claims.add(group=group, term=term)
         self._claims_frame = frame.SerializeToString()
@@ -580,10 +599,14 @@ class RaftHost:
         task = self._tasks[group] = asyncio.get_running_loop().create_task(self._fetch(group, peer))
         task.add_done_callback(lambda done: self._tasks.pop(group) if self._tasks.get(group) is done else None)
 
-    async def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """Hands leaderships over, for at most `seconds`, then ends `run`. The transport and the store stay open."""
+    async def hand_over(self, seconds: float = STOP_SECONDS) -> None:
+        """Hands all leaderships over, for at most `seconds`; the replicas go on as followers, so that whoever waits here still learns
+        who leads."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
+        self._hands_over = self._claims_due = True
+        if self._event is not None:
+            self._event.set()
         while self._epochs and not self._stopping and loop.time() < until:
             led = [n for n, g in self.groups.items() if g.serving and not g.alone]
             if not led:
@@ -591,6 +614,10 @@ class RaftHost:
             for number in led:
                 self.transfer(number)
             await asyncio.sleep(0.02)
+
+    async def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Hands leaderships over, for at most `seconds`, then ends `run`. The transport and the store stay open."""
+        await self.hand_over(seconds)
         self._stopping = True
         if self._event is not None:
             self._event.set()

@@ -5,7 +5,7 @@ There is no shape for the library's snapshots, chunked entries, forwarded comman
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 from spillway.cluster.errors import WireInvalid
@@ -58,9 +58,17 @@ def encode(group: int, term: int, m: Message) -> RaftGroupMessage:
     return out
 
 
-def decode_frame(data: bytes) -> tuple[list[tuple[int, Message]], list[tuple[int, int]], bool]:
-    """The messages of a frame as (group, message), its claims as (group, term), and whether these are all. Raises
-    WireInvalid; then nothing of the frame is to be delivered."""
+class Frame(NamedTuple):
+    """What one turn of a peer has for this node."""
+
+    messages: list[tuple[int, Message]]  # group, message
+    claims: list[tuple[int, int]]  # group, term
+    complete: bool  # the claims are all that the peer has
+    leaving: bool  # with `complete`: the peer is about to stop
+
+
+def decode_frame(data: bytes) -> Frame:
+    """A frame. Raises WireInvalid; then nothing of it is to be delivered."""
     if len(data) > FRAME_BYTES_MAX:
         raise WireInvalid(f"a frame of {len(data)} bytes; at most {FRAME_BYTES_MAX} are allowed")
     try:
@@ -68,7 +76,7 @@ def decode_frame(data: bytes) -> tuple[list[tuple[int, Message]], list[tuple[int
     except DecodeError:
         raise WireInvalid(f"a frame of {len(data)} bytes does not parse") from None
     messages = [(m.group, decode(m)) for m in frame.messages]
-    return messages, [(c.group, _number(c.term, "claim.term")) for c in frame.claims], frame.claims_complete
+    return Frame(messages, [(c.group, _number(c.term, "claim.term")) for c in frame.claims], frame.claims_complete, frame.leaving)
 
 
 def decode(m: RaftGroupMessage) -> Message:

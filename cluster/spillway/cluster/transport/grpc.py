@@ -25,6 +25,7 @@ PROTOCOL = 1
 SEND_BUFFER_BYTES_MAX = 64 << 20  # to one peer; beyond it the peer does not read, and the connection is reset
 MESSAGE_BYTES_SOFT = 4 << 20  # frames in one gRPC message
 RECONNECT_SECONDS_MAX = 0.5
+REFUSED_LOG_SECONDS, REFUSED_LOG_MAX = 60.0, 100
 SILENCE_SECONDS = 1.5  # a peer that says nothing for so long (claims come every second) is gone
 OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
            ("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1),
@@ -36,9 +37,10 @@ OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messag
 class _Connection:
     """One epoch with one peer."""
 
-    def __init__(self, peer: str, epoch: int) -> None:
+    def __init__(self, peer: str, epoch: int, incarnation: str) -> None:
         self.peer = peer
         self.epoch = epoch
+        self.incarnation = incarnation
         self.frames: list[bytes] = []
         self.size = 0
         self.some = asyncio.Event()
@@ -86,8 +88,9 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         self._handlers: Handlers | None = None
         self._connections: dict[str, _Connection] = {}
         self._epoch = 0
-        self._tasks: list[asyncio.Task[None]] = []
+        self._dials: dict[str, asyncio.Task[None]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._refused: dict[str, float] = {}  # what was said of refused peers -> when
         self._closing = False
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
@@ -98,8 +101,26 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         """See PeerTransport."""
         self._handlers = handlers
         for peer in self._peers:
-            if self._node_id < peer:
-                self._tasks.append(asyncio.get_running_loop().create_task(self._dial(peer)))
+            self._start_dial(peer)
+
+    def set_peers(self, peers: dict[str, str]) -> None:
+        """Who the other nodes are now, and where; connections to those that are none any more, or are elsewhere, end."""
+        before, self._peers = self._peers, dict(peers)
+        if self._handlers is None:
+            return
+        for peer, address in before.items():
+            if peers.get(peer) != address:
+                if (dial := self._dials.pop(peer, None)) is not None:
+                    dial.cancel()
+                if (connection := self._connections.get(peer)) is not None:
+                    self._close(connection)
+        for peer in peers:
+            if peer not in self._dials:
+                self._start_dial(peer)
+
+    def _start_dial(self, peer: str) -> None:
+        if self._node_id < peer and not self._closing:
+            self._dials[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
 
     def send(self, peer: str, epoch: int, frame: bytes) -> None:
         """See PeerTransport."""
@@ -110,16 +131,17 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     async def close(self) -> None:
         """See PeerTransport."""
         self._closing = True
-        for task in self._tasks:
+        dials = list(self._dials.values())
+        for task in dials:
             task.cancel()
         for connection in list(self._connections.values()):
             connection.close()
         for channel in self._channels.values():
             await channel.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*dials, return_exceptions=True)
 
     def channel(self, peer: str) -> grpc.aio.Channel:
-        """A channel to a peer, made anew after it broke."""
+        """A channel to a peer, made anew after it broke. Raises KeyError if it is none any more."""
         channel = self._channels.get(peer)
         if channel is None:
             channel = self._channels[peer] = grpc.aio.insecure_channel(self._peers[peer], options=OPTIONS)
@@ -137,13 +159,24 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             raise PeerRefused(f"node {hello.node_id!r} is not {peer or 'a member of this cluster'!r}")
         old = self._connections.get(hello.node_id)
         if old is not None:
+            if old.incarnation != hello.incarnation:  # one that lost its disk is let in when the old one falls silent
+                raise PeerRefused(f"node {hello.node_id!r} is connected with another store; does it run twice?")
             self._close(old)
         self._epoch += 1
-        connection = self._connections[hello.node_id] = _Connection(hello.node_id, self._epoch)
+        connection = self._connections[hello.node_id] = _Connection(hello.node_id, self._epoch, hello.incarnation)
         assert self._handlers is not None
         log.info("connected to node %s", hello.node_id)
         self._handlers.connected(hello.node_id, connection.epoch, hello)
         return connection
+
+    def _log_refused(self, error: PeerRefused) -> None:
+        """They try again and again; once a minute is enough to know."""
+        now, why = asyncio.get_running_loop().time(), str(error)
+        if now - self._refused.get(why, -REFUSED_LOG_SECONDS) >= REFUSED_LOG_SECONDS:
+            self._refused = {text: at for text, at in self._refused.items() if now - at < REFUSED_LOG_SECONDS}
+            if len(self._refused) < REFUSED_LOG_MAX:
+                self._refused[why] = now
+                log.error("refused: %s", why)
 
     def _close(self, connection: _Connection) -> None:
         connection.close()
@@ -196,7 +229,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                         reader.cancel()
                         self._close(connection)
             except PeerRefused as error:
-                log.error("refused: %s", error)
+                self._log_refused(error)
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
                 pass
             except asyncio.CancelledError:
@@ -225,7 +258,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             hello = self._hello()
             connection = self._open("", first.hello)
         except PeerRefused as error:
-            log.error("refused: %s", error)
+            self._log_refused(error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             return
         reader = asyncio.get_running_loop().create_task(self._read(connection, context.read))

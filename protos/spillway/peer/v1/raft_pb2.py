@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspillway/peer/v1/raft.proto\x12\x10spillway.peer.v1\"\x8d\x01\n\tRaftFrame\x12\x34\n\x08messages\x18\x01 \x03(\x0b\x32\".spillway.peer.v1.RaftGroupMessage\x12\x31\n\x06\x63laims\x18\x02 \x03(\x0b\x32!.spillway.peer.v1.RaftLeaderClaim\x12\x17\n\x0f\x63laims_complete\x18\x03 \x01(\x08\".\n\x0fRaftLeaderClaim\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04term\x18\x02 \x01(\x04\"\x91\x05\n\x10RaftGroupMessage\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12.\n\x06\x61ppend\x18\x03 \x01(\x0b\x32\x1c.spillway.peer.v1.RaftAppendH\x00\x12;\n\rappend_answer\x18\x04 \x01(\x0b\x32\".spillway.peer.v1.RaftAppendAnswerH\x00\x12\x39\n\x0cvote_request\x18\x05 \x01(\x0b\x32!.spillway.peer.v1.RaftVoteRequestH\x00\x12\x37\n\x0bvote_answer\x18\x06 \x01(\x0b\x32 .spillway.peer.v1.RaftVoteAnswerH\x00\x12<\n\x0fprevote_request\x18\x07 \x01(\x0b\x32!.spillway.peer.v1.RaftVoteRequestH\x00\x12=\n\x0eprevote_answer\x18\x08 \x01(\x0b\x32#.spillway.peer.v1.RaftPrevoteAnswerH\x00\x12\x37\n\x0btimeout_now\x18\t \x01(\x0b\x32 .spillway.peer.v1.RaftTimeoutNowH\x00\x12=\n\x0esnapshot_offer\x18\n \x01(\x0b\x32#.spillway.peer.v1.RaftSnapshotOfferH\x00\x12\x41\n\x10recovery_request\x18\x0b \x01(\x0b\x32%.spillway.peer.v1.RaftRecoveryRequestH\x00\x12?\n\x0frecovery_answer\x18\x0c \x01(\x0b\x32$.spillway.peer.v1.RaftRecoveryAnswerH\x00\x42\x06\n\x04\x62ody\"\x86\x01\n\nRaftAppend\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0c\x63ommit_index\x18\x02 \x01(\x04\x12\x12\n\nprev_index\x18\x03 \x01(\x04\x12\x11\n\tprev_term\x18\x04 \x01(\x04\x12,\n\x07\x65ntries\x18\x05 \x03(\x0b\x32\x1b.spillway.peer.v1.RaftEntry\"*\n\tRaftEntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\x0c\"i\n\x10RaftAppendAnswer\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x12\n\nnext_index\x18\x02 \x01(\x04\x12\r\n\x05reset\x18\x03 \x01(\x08\x12\x0f\n\x07success\x18\x04 \x01(\x08\x12\x12\n\nrecovering\x18\x05 \x01(\x08\"b\n\x0fRaftVoteRequest\x12\x16\n\x0e\x63\x61ndidate_term\x18\x01 \x01(\x04\x12\x12\n\nlast_index\x18\x02 \x01(\x04\x12\x11\n\tlast_term\x18\x03 \x01(\x04\x12\x10\n\x08transfer\x18\x04 \x01(\x08\"(\n\x0eRaftVoteAnswer\x12\x16\n\x0e\x63\x61ndidate_term\x18\x01 \x01(\x04\"<\n\x11RaftPrevoteAnswer\x12\x16\n\x0e\x63\x61ndidate_term\x18\x01 \x01(\x04\x12\x0f\n\x07granted\x18\x02 \x01(\x08\"\x10\n\x0eRaftTimeoutNow\"7\n\x11RaftSnapshotOffer\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\x04\"*\n\x13RaftRecoveryRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\"@\n\x12RaftRecoveryAnswer\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x15\n\rbarrier_index\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspillway/peer/v1/raft.proto\x12\x10spillway.peer.v1\"\x9e\x01\n\tRaftFrame\x12\x34\n\x08messages\x18\x01 \x03(\x0b\x32\".spillway.peer.v1.RaftGroupMessage\x12\x31\n\x06\x63laims\x18\x02 \x03(\x0b\x32!.spillway.peer.v1.RaftLeaderClaim\x12\x17\n\x0f\x63laims_complete\x18\x03 \x01(\x08\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\".\n\x0fRaftLeaderClaim\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04term\x18\x02 \x01(\x04\"\x91\x05\n\x10RaftGroupMessage\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12.\n\x06\x61ppend\x18\x03 \x01(\x0b\x32\x1c.spillway.peer.v1.RaftAppendH\x00\x12;\n\rappend_answer\x18\x04 \x01(\x0b\x32\".spillway.peer.v1.RaftAppendAnswerH\x00\x12\x39\n\x0cvote_request\x18\x05 \x01(\x0b\x32!.spillway.peer.v1.RaftVoteRequestH\x00\x12\x37\n\x0bvote_answer\x18\x06 \x01(\x0b\x32 .spillway.peer.v1.RaftVoteAnswerH\x00\x12<\n\x0fprevote_request\x18\x07 \x01(\x0b\x32!.spillway.peer.v1.RaftVoteRequestH\x00\x12=\n\x0eprevote_answer\x18\x08 \x01(\x0b\x32#.spillway.peer.v1.RaftPrevoteAnswerH\x00\x12\x37\n\x0btimeout_now\x18\t \x01(\x0b\x32 .spillway.peer.v1.RaftTimeoutNowH\x00\x12=\n\x0esnapshot_offer\x18\n \x01(\x0b\x32#.spillway.peer.v1.RaftSnapshotOfferH\x00\x12\x41\n\x10recovery_request\x18\x0b \x01(\x0b\x32%.spillway.peer.v1.RaftRecoveryRequestH\x00\x12?\n\x0frecovery_answer\x18\x0c \x01(\x0b\x32$.spillway.peer.v1.RaftRecoveryAnswerH\x00\x42\x06\n\x04\x62ody\"\x86\x01\n\nRaftAppend\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0c\x63ommit_index\x18\x02 \x01(\x04\x12\x12\n\nprev_index\x18\x03 \x01(\x04\x12\x11\n\tprev_term\x18\x04 \x01(\x04\x12,\n\x07\x65ntries\x18\x05 \x03(\x0b\x32\x1b.spillway.peer.v1.RaftEntry\"*\n\tRaftEntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\x0c\"i\n\x10RaftAppendAnswer\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x12\n\nnext_index\x18\x02 \x01(\x04\x12\r\n\x05reset\x18\x03 \x01(\x08\x12\x0f\n\x07success\x18\x04 \x01(\x08\x12\x12\n\nrecovering\x18\x05 \x01(\x08\"b\n\x0fRaftVoteRequest\x12\x16\n\x0e\x63\x61ndidate_term\x18\x01 \x01(\x04\x12\x12\n\nlast_index\x18\x02 \x01(\x04\x12\x11\n\tlast_term\x18\x03 \x01(\x04\x12\x10\n\x08transfer\x18\x04 \x01(\x08\"(\n\x0eRaftVoteAnswer\x12\x16\n\x0e\x63\x61ndidate_term\x18\x01 \x01(\x04\"<\n\x11RaftPrevoteAnswer\x12\x16\n\x0e\x63\x61ndidate_term\x18\x01 \x01(\x04\x12\x0f\n\x07granted\x18\x02 \x01(\x08\"\x10\n\x0eRaftTimeoutNow\"7\n\x11RaftSnapshotOffer\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\x04\"*\n\x13RaftRecoveryRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\"@\n\x12RaftRecoveryAnswer\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x15\n\rbarrier_index\x18\x02 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,29 +32,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spillway.peer.v1.raft_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RAFTFRAME']._serialized_start=50
-  _globals['_RAFTFRAME']._serialized_end=191
-  _globals['_RAFTLEADERCLAIM']._serialized_start=193
-  _globals['_RAFTLEADERCLAIM']._serialized_end=239
-  _globals['_RAFTGROUPMESSAGE']._serialized_start=242
-  _globals['_RAFTGROUPMESSAGE']._serialized_end=899
-  _globals['_RAFTAPPEND']._serialized_start=902
-  _globals['_RAFTAPPEND']._serialized_end=1036
-  _globals['_RAFTENTRY']._serialized_start=1038
-  _globals['_RAFTENTRY']._serialized_end=1080
-  _globals['_RAFTAPPENDANSWER']._serialized_start=1082
-  _globals['_RAFTAPPENDANSWER']._serialized_end=1187
-  _globals['_RAFTVOTEREQUEST']._serialized_start=1189
-  _globals['_RAFTVOTEREQUEST']._serialized_end=1287
-  _globals['_RAFTVOTEANSWER']._serialized_start=1289
-  _globals['_RAFTVOTEANSWER']._serialized_end=1329
-  _globals['_RAFTPREVOTEANSWER']._serialized_start=1331
-  _globals['_RAFTPREVOTEANSWER']._serialized_end=1391
-  _globals['_RAFTTIMEOUTNOW']._serialized_start=1393
-  _globals['_RAFTTIMEOUTNOW']._serialized_end=1409
-  _globals['_RAFTSNAPSHOTOFFER']._serialized_start=1411
-  _globals['_RAFTSNAPSHOTOFFER']._serialized_end=1466
-  _globals['_RAFTRECOVERYREQUEST']._serialized_start=1468
-  _globals['_RAFTRECOVERYREQUEST']._serialized_end=1510
-  _globals['_RAFTRECOVERYANSWER']._serialized_start=1512
-  _globals['_RAFTRECOVERYANSWER']._serialized_end=1576
+  _globals['_RAFTFRAME']._serialized_end=208
+  _globals['_RAFTLEADERCLAIM']._serialized_start=210
+  _globals['_RAFTLEADERCLAIM']._serialized_end=256
+  _globals['_RAFTGROUPMESSAGE']._serialized_start=259
+  _globals['_RAFTGROUPMESSAGE']._serialized_end=916
+  _globals['_RAFTAPPEND']._serialized_start=919
+  _globals['_RAFTAPPEND']._serialized_end=1053
+  _globals['_RAFTENTRY']._serialized_start=1055
+  _globals['_RAFTENTRY']._serialized_end=1097
+  _globals['_RAFTAPPENDANSWER']._serialized_start=1099
+  _globals['_RAFTAPPENDANSWER']._serialized_end=1204
+  _globals['_RAFTVOTEREQUEST']._serialized_start=1206
+  _globals['_RAFTVOTEREQUEST']._serialized_end=1304
+  _globals['_RAFTVOTEANSWER']._serialized_start=1306
+  _globals['_RAFTVOTEANSWER']._serialized_end=1346
+  _globals['_RAFTPREVOTEANSWER']._serialized_start=1348
+  _globals['_RAFTPREVOTEANSWER']._serialized_end=1408
+  _globals['_RAFTTIMEOUTNOW']._serialized_start=1410
+  _globals['_RAFTTIMEOUTNOW']._serialized_end=1426
+  _globals['_RAFTSNAPSHOTOFFER']._serialized_start=1428
+  _globals['_RAFTSNAPSHOTOFFER']._serialized_end=1483
+  _globals['_RAFTRECOVERYREQUEST']._serialized_start=1485
+  _globals['_RAFTRECOVERYREQUEST']._serialized_end=1527
+  _globals['_RAFTRECOVERYANSWER']._serialized_start=1529
+  _globals['_RAFTRECOVERYANSWER']._serialized_end=1593
 # @@protoc_insertion_point(module_scope)

@@ -30,8 +30,11 @@ class RaftFrame(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     CLAIMS_FIELD_NUMBER: _builtins.int
     CLAIMS_COMPLETE_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     claims_complete: _builtins.bool
-    """The claims replace all earlier ones of the sender."""
+    """The claims replace all earlier ones of the sender, and `leaving` the earlier one."""
+    leaving: _builtins.bool
+    """The sender is about to stop: no leadership is to be handed to it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RaftGroupMessage]:
         """Messages of all groups that the two nodes share."""
@@ -46,10 +49,11 @@ class RaftFrame(_message.Message):
         messages: _abc.Iterable[Global___RaftGroupMessage] | None = ...,
         claims: _abc.Iterable[Global___RaftLeaderClaim] | None = ...,
         claims_complete: _builtins.bool = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "claims_complete", b"claims_complete", "messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "claims_complete", b"claims_complete", "leaving", b"leaving", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

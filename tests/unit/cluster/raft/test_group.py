@@ -154,6 +154,28 @@ def test_leadership_moves_without_a_gap() -> None:
     assert b.group.serving
 
 
+def test_leadership_moves_when_all_is_answered() -> None:
+    """What was proposed before a transfer is applied before the successor is asked to campaign: whoever waits for it gets its
+    answer from the leader that took it, and none has to be told that the outcome is unknown."""
+    bench = _led("ABCDE")
+    a = bench["A"]
+    bench.put("A", b"asked")
+    bench.move("A", "B")
+    bench.move("B", "A")
+    assert a.engine.match_index("B") == a.journal.last
+    assert a.group.transfer("B")
+    bench.turn("A")
+    bench.move("A", "B")
+    assert not bench["B"].engine.transfer_pending and b"asked" not in a.machine.commands, "two of five have it"
+    bench.move("A", "C")
+    bench.move("C", "A")
+    bench.turn("A")
+    assert b"asked" in a.machine.commands
+    bench.move("A", "B")
+    bench["B"].turn()
+    assert bench["B"].engine.state == CANDIDATE
+
+
 def test_a_transfer_that_fails_ends() -> None:
     """Proposals go on after a bounded time."""
     bench = _led()
