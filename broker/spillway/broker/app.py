@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
@@ -17,6 +18,7 @@ from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
+from spillway.broker.services.member import MemberService
 from spillway.broker.services.parsing import ParseErrors
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.share import ShareService
@@ -27,6 +29,8 @@ from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.grpc import PROTOCOL, GrpcTransport
 from spillway.contract.limits import FRAME_BYTES_MAX
+from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
+from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub, add_MemberServiceServicer_to_server
 from spillway.peer.v1.peer_service_pb2 import Hello
 from spillway.peer.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
 from spillway.v1 import admin_service_pb2, cluster_service_pb2, queue_service_pb2
@@ -36,7 +40,8 @@ from spillway.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_s
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG, EXIT_DATA = 2, 3
-STOP_GRACE_SECONDS = 2.0
+STOP_GRACE_SECONDS, PEER_GRACE_SECONDS = 2.0, 0.2
+JOIN_SECONDS, JOIN_AGAIN_SECONDS = 5.0, 0.5
 CLIENT_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second broker on the port must fail, not share it
     ("grpc.max_receive_message_length", FRAME_BYTES_MAX),
@@ -62,13 +67,21 @@ async def serve_until_stopped(config: NodeConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    app.node.on_removed = stop.set
+    starting, stopping = loop.create_task(app.start()), loop.create_task(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # it waits for a cluster that it is to join
+        starting.cancel()
+        await asyncio.wait((starting,))
+        app.close()
+        return 0
     try:
-        await app.start()
+        starting.result()
     except (ConfigError, StoreRefused) as error:
         print(f"spillway serve: {error}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
     _greet(config)
-    await stop.wait()
+    await stopping
     await app.stop()
     return 0
 
@@ -105,9 +118,11 @@ class App:
             raise
         peers = {m.node_id: m.peer_address for m in members.values() if m.node_id != config.node_id}
         self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export)
-        self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store)
-        placement = place(sorted(members), config.shards, min(config.replicas, len(members)))
-        self.node = Node(config, self.store, self.host, placement)
+        self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store, joins=bool(config.join))
+        founded = {} if config.join else place(sorted(members), config.shards, min(config.replicas, len(members)))
+        self.node = Node(config, self.store, self.host, founded)
+        self.node.balance.joined = self.transport.set_peers
+        self.node.balance.follow()
         self.forwarder = Forwarder(self.node)
         self.queue = QueueService(self.node, self.forwarder)
         self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[ParseErrors()])
@@ -127,8 +142,7 @@ class App:
         """Binds the ports, then starts the groups. Raises ConfigError if a port is taken."""
         self.server.add_generic_rpc_handlers((self.queue.handler(),))
         add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder), self.server)
-        cluster = ClusterService(self.node)
-        add_ClusterServiceServicer_to_server(cluster, self.server)
+        add_ClusterServiceServicer_to_server(ClusterService(self.node, self.forwarder), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = [d.services_by_name[n].full_name for d, n in (
             (queue_service_pb2.DESCRIPTOR, "QueueService"), (admin_service_pb2.DESCRIPTOR, "AdminService"),
@@ -137,33 +151,59 @@ class App:
         self.transport.add_to_server(self.peer_server)
         self.peer_server.add_generic_rpc_handlers((QueueService(self.node, self.forwarder, peer=True).handler(),))
         add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder, peer=True), self.peer_server)
-        add_ClusterServiceServicer_to_server(cluster, self.peer_server)
+        add_ClusterServiceServicer_to_server(ClusterService(self.node, self.forwarder, peer=True), self.peer_server)
         add_ShareServiceServicer_to_server(ShareService(self.node), self.peer_server)
+        add_MemberServiceServicer_to_server(MemberService(self.node, self.forwarder), self.peer_server)
         _bind("listen", self.config.listen, self.server)
         _bind("peer_listen", self.config.peer_listen, self.peer_server)
+        if self.config.join and (not self.journal.node.formed or len(self.node.members) == 1):
+            await self._join()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.peer_server.start()
         await self.server.start()
         self._running = asyncio.get_running_loop().create_task(self.host.run())
         self.node.start(self.forwarder)
 
+    async def _join(self) -> None:
+        """Asks the cluster to take this node in, until it does. Raises ConfigError if it refuses."""
+        config = self.config
+        request = JoinRequest(cluster=config.cluster, member=self.node.balance.introduction(),
+                              formed=self.journal.node.formed, shard_count=config.shards, replica_count=config.replicas)
+        for address in itertools.cycle(config.join):
+            async with grpc.aio.insecure_channel(address) as channel:
+                try:
+                    answer: JoinResponse = await MemberServiceStub(channel).Join(request, timeout=JOIN_SECONDS)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                        raise ConfigError(f"the cluster does not take this node in: {error.details()}") from None
+                    log.info("asked %s to join: %s", address, error.details())
+                    await asyncio.sleep(JOIN_AGAIN_SECONDS)
+                    continue
+            self.transport.set_peers({m.node_id: m.peer_address for m in answer.members if m.node_id != config.node_id})
+            return
+
     async def stop(self) -> None:
-        """Stops without losing anything: leaderships first, then streams, then stores."""
+        """Stops without losing anything: leaderships first, then clients' streams, whose work the new leaders do, then the rest."""
         log.info("stopping")
         await self.health.enter_graceful_shutdown()
         self.node.stopping = True
         self.queue.drain()
-        await self.host.stop()
+        await self.host.hand_over()
+        await self.server.stop(STOP_GRACE_SECONDS if len(self.node.members) > 1 else PEER_GRACE_SECONDS)
+        await self.host.stop(0)
         assert self._running is not None
         await self._running
-        await asyncio.gather(self.server.stop(STOP_GRACE_SECONDS if len(self.node.members) > 1 else 0.2),
-                             self.peer_server.stop(STOP_GRACE_SECONDS if len(self.node.members) > 1 else 0.2))
+        await self.peer_server.stop(PEER_GRACE_SECONDS)
         await self.transport.close()
         await self.forwarder.close()
         await self.node.stop()
+        self.close()
+        log.info("stopped")
+
+    def close(self) -> None:
+        """Releases the stores."""
         self.store.close()
         self.journal.close()
-        log.info("stopped")
 
 
 def _bind(setting: str, address: str, server: grpc.aio.Server) -> None:

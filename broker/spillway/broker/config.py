@@ -24,6 +24,11 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     peer_listen: Annotated[str, "host:port for the other nodes"] = "127.0.0.1:7071"
     data_dir: Annotated[str, "where log and state live; one node, one directory"] = "spillway-data"
     peers: Annotated[list[str], "all nodes, this one included: id=peerhost:port/clienthost:port; empty: a cluster of one"] = []
+    join: Annotated[list[str], "peerhost:port of some nodes of a cluster that this node joins, instead of peers"] = []
+    advertise: Annotated[str, "peerhost:port/clienthost:port where others reach it, unless peers says so; empty: where it listens"] = ""
+    zone: Annotated[str, "zone that this node may fail together with: no two replicas in one while zones suffice"] = ""
+    host: Annotated[str, "machine that this node runs on, where several brokers do: they count as one host"] = ""
+    replace_after_seconds: Annotated[int, "a node that is gone for so long is replaced, where others suffice"] = 300
     shards: Annotated[int, "Raft groups that share the queues, 1 to 1024; fixed when the cluster is created"] = 16
     replicas: Annotated[int, "replicas of each shard, at most the number of nodes; fixed when the cluster is created"] = 3
     auto_create: Annotated[bool, "create a destination when something is produced to it for the first time"] = True
@@ -148,14 +153,40 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level is {config.log_level!r}; say debug, info, warning or error")
+    for address in config.join:
+        split_address("join", address)
+    if config.join and config.peers:
+        raise ConfigError("join and peers are both set; a cluster is founded with peers, and later nodes join")
+    if config.advertise and config.peers:
+        raise ConfigError("advertise and peers are both set; peers has this node's addresses already")
+    own_of(config)
+    for name in ("zone", "host"):
+        value = getattr(config, name)
+        if len(value) > 63 or not all(c.isalnum() or c in "-_." for c in value):
+            raise ConfigError(f"{name} is {value!r}; use up to 63 letters, digits, '-', '_' or '.'")
+    if not 1 <= config.replace_after_seconds <= 30 * 86400:
+        raise ConfigError(f"replace_after_seconds is {config.replace_after_seconds}; it must be 1 to {30 * 86400}")
     members = members_of(config)
     if config.peers and config.node_id not in members:
         raise ConfigError(f"peers does not name this node, {config.node_id!r}; it names {', '.join(sorted(members))}")
     return config
 
 
+def own_of(config: NodeConfig) -> Peer:
+    """This node, where others reach it. Raises ConfigError."""
+    if not config.advertise:
+        return Peer(config.node_id, config.peer_listen, config.listen)
+    peer, slash, client = config.advertise.partition("/")
+    if not slash:
+        raise ConfigError(f"advertise has {config.advertise!r}; write peerhost:port/clienthost:port")
+    split_address("advertise", peer)
+    split_address("advertise", client)
+    return Peer(config.node_id, peer, client)
+
+
 def members_of(config: NodeConfig) -> dict[str, Peer]:
-    """All nodes of the cluster by id. Raises ConfigError for an entry of another form or a repeated id."""
+    """All nodes that the cluster is founded with, by id; of one that joins, itself. Raises ConfigError for an entry of another form or
+    a repeated id."""
     members: dict[str, Peer] = {}
     for entry in config.peers:
         node_id, equals, addresses = entry.partition("=")
@@ -167,7 +198,7 @@ def members_of(config: NodeConfig) -> dict[str, Peer]:
         if node_id in members:
             raise ConfigError(f"peers names node {node_id!r} twice")
         members[node_id] = Peer(node_id, peer, client)
-    return members or {config.node_id: Peer(config.node_id, config.peer_listen, config.listen)}
+    return members or {config.node_id: own_of(config)}
 
 
 def split_address(name: str, address: str) -> tuple[str, int]:

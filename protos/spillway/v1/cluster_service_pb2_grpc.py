@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ClusterServiceStub:
-    """Who leads what, for clients and operators. Any node serves any call.
+    """Who leads what, and who the nodes are, for clients and operators. Any node
+    serves any call.
     """
 
     def __init__(self, channel):
@@ -50,10 +51,31 @@ class ClusterServiceStub:
                 request_serializer=spillway_dot_v1_dot_cluster__service__pb2.GetNodeStatusRequest.SerializeToString,
                 response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.GetNodeStatusResponse.FromString,
                 _registered_method=True)
+        self.GetClusterStatus = channel.unary_unary(
+                '/spillway.v1.ClusterService/GetClusterStatus',
+                request_serializer=spillway_dot_v1_dot_cluster__service__pb2.GetClusterStatusRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.GetClusterStatusResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/spillway.v1.ClusterService/DrainNode',
+                request_serializer=spillway_dot_v1_dot_cluster__service__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.UndrainNode = channel.unary_unary(
+                '/spillway.v1.ClusterService/UndrainNode',
+                request_serializer=spillway_dot_v1_dot_cluster__service__pb2.UndrainNodeRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.UndrainNodeResponse.FromString,
+                _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/spillway.v1.ClusterService/RemoveNode',
+                request_serializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
-    """Who leads what, for clients and operators. Any node serves any call.
+    """Who leads what, and who the nodes are, for clients and operators. Any node
+    serves any call.
     """
 
     def GetTopology(self, request, context):
@@ -77,6 +99,40 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetClusterStatus(self, request, context):
+        """State of the whole cluster, as far as its nodes answer within two seconds: what
+        moves, what is wrong, and what to do about it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Moves every replica and leadership of a node to others; returns when that is
+        decided, not when it is done (see GetClusterStatus). The node stays in the
+        cluster and serves calls. NOT_FOUND for an unknown node, INVALID_ARGUMENT if too
+        few nodes are left for the replicas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainNode(self, request, context):
+        """Undoes DrainNode: the node gets its share of replicas again. NOT_FOUND for an
+        unknown node, INVALID_ARGUMENT for one that is being removed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNode(self, request, context):
+        """As DrainNode, and then the node is none of the cluster any more: stop it, its
+        directory is of no more use. Also for a node that is dead for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +151,26 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.GetNodeStatusRequest.FromString,
                     response_serializer=spillway_dot_v1_dot_cluster__service__pb2.GetNodeStatusResponse.SerializeToString,
             ),
+            'GetClusterStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetClusterStatus,
+                    request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.GetClusterStatusRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_cluster__service__pb2.GetClusterStatusResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_cluster__service__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'UndrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainNode,
+                    request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.UndrainNodeRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_cluster__service__pb2.UndrainNodeResponse.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'spillway.v1.ClusterService', rpc_method_handlers)
@@ -104,7 +180,8 @@ def add_ClusterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClusterService:
-    """Who leads what, for clients and operators. Any node serves any call.
+    """Who leads what, and who the nodes are, for clients and operators. Any node
+    serves any call.
     """
 
     @staticmethod
@@ -178,6 +255,114 @@ class ClusterService:
             '/spillway.v1.ClusterService/GetNodeStatus',
             spillway_dot_v1_dot_cluster__service__pb2.GetNodeStatusRequest.SerializeToString,
             spillway_dot_v1_dot_cluster__service__pb2.GetNodeStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetClusterStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.ClusterService/GetClusterStatus',
+            spillway_dot_v1_dot_cluster__service__pb2.GetClusterStatusRequest.SerializeToString,
+            spillway_dot_v1_dot_cluster__service__pb2.GetClusterStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.ClusterService/DrainNode',
+            spillway_dot_v1_dot_cluster__service__pb2.DrainNodeRequest.SerializeToString,
+            spillway_dot_v1_dot_cluster__service__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.ClusterService/UndrainNode',
+            spillway_dot_v1_dot_cluster__service__pb2.UndrainNodeRequest.SerializeToString,
+            spillway_dot_v1_dot_cluster__service__pb2.UndrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.ClusterService/RemoveNode',
+            spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeRequest.SerializeToString,
+            spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

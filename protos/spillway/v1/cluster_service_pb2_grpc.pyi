@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClusterServiceStub:
-    """Who leads what, for clients and operators. Any node serves any call."""
+    """Who leads what, and who the nodes are, for clients and operators. Any node
+    serves any call.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,10 +41,30 @@ class ClusterServiceStub:
     """The topology now and after every change, until the caller hangs up."""
     GetNodeStatus: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetNodeStatusRequest, _cluster_service_pb2.GetNodeStatusResponse]
     """State of the node that answers: groups, roles, indexes."""
+    GetClusterStatus: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterStatusRequest, _cluster_service_pb2.GetClusterStatusResponse]
+    """State of the whole cluster, as far as its nodes answer within two seconds: what
+    moves, what is wrong, and what to do about it.
+    """
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainNodeRequest, _cluster_service_pb2.DrainNodeResponse]
+    """Moves every replica and leadership of a node to others; returns when that is
+    decided, not when it is done (see GetClusterStatus). The node stays in the
+    cluster and serves calls. NOT_FOUND for an unknown node, INVALID_ARGUMENT if too
+    few nodes are left for the replicas.
+    """
+    UndrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.UndrainNodeRequest, _cluster_service_pb2.UndrainNodeResponse]
+    """Undoes DrainNode: the node gets its share of replicas again. NOT_FOUND for an
+    unknown node, INVALID_ARGUMENT for one that is being removed.
+    """
+    RemoveNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.RemoveNodeRequest, _cluster_service_pb2.RemoveNodeResponse]
+    """As DrainNode, and then the node is none of the cluster any more: stop it, its
+    directory is of no more use. Also for a node that is dead for good.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
-    """Who leads what, for clients and operators. Any node serves any call."""
+    """Who leads what, and who the nodes are, for clients and operators. Any node
+    serves any call.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetTopology: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetTopologyRequest, _cluster_service_pb2.GetTopologyResponse]  # type: ignore[assignment]
@@ -51,9 +73,29 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """The topology now and after every change, until the caller hangs up."""
     GetNodeStatus: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetNodeStatusRequest, _cluster_service_pb2.GetNodeStatusResponse]  # type: ignore[assignment]
     """State of the node that answers: groups, roles, indexes."""
+    GetClusterStatus: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterStatusRequest, _cluster_service_pb2.GetClusterStatusResponse]  # type: ignore[assignment]
+    """State of the whole cluster, as far as its nodes answer within two seconds: what
+    moves, what is wrong, and what to do about it.
+    """
+    DrainNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainNodeRequest, _cluster_service_pb2.DrainNodeResponse]  # type: ignore[assignment]
+    """Moves every replica and leadership of a node to others; returns when that is
+    decided, not when it is done (see GetClusterStatus). The node stays in the
+    cluster and serves calls. NOT_FOUND for an unknown node, INVALID_ARGUMENT if too
+    few nodes are left for the replicas.
+    """
+    UndrainNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.UndrainNodeRequest, _cluster_service_pb2.UndrainNodeResponse]  # type: ignore[assignment]
+    """Undoes DrainNode: the node gets its share of replicas again. NOT_FOUND for an
+    unknown node, INVALID_ARGUMENT for one that is being removed.
+    """
+    RemoveNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.RemoveNodeRequest, _cluster_service_pb2.RemoveNodeResponse]  # type: ignore[assignment]
+    """As DrainNode, and then the node is none of the cluster any more: stop it, its
+    directory is of no more use. Also for a node that is dead for good.
+    """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Who leads what, for clients and operators. Any node serves any call."""
+    """Who leads what, and who the nodes are, for clients and operators. Any node
+    serves any call.
+    """
 
     @_abc_1.abstractmethod
     def GetTopology(
@@ -78,5 +120,47 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.GetNodeStatusResponse, _abc.Awaitable[_cluster_service_pb2.GetNodeStatusResponse]]:
         """State of the node that answers: groups, roles, indexes."""
+
+    @_abc_1.abstractmethod
+    def GetClusterStatus(
+        self,
+        request: _cluster_service_pb2.GetClusterStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.GetClusterStatusResponse, _abc.Awaitable[_cluster_service_pb2.GetClusterStatusResponse]]:
+        """State of the whole cluster, as far as its nodes answer within two seconds: what
+        moves, what is wrong, and what to do about it.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _cluster_service_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.DrainNodeResponse, _abc.Awaitable[_cluster_service_pb2.DrainNodeResponse]]:
+        """Moves every replica and leadership of a node to others; returns when that is
+        decided, not when it is done (see GetClusterStatus). The node stays in the
+        cluster and serves calls. NOT_FOUND for an unknown node, INVALID_ARGUMENT if too
+        few nodes are left for the replicas.
+        """
+
+    @_abc_1.abstractmethod
+    def UndrainNode(
+        self,
+        request: _cluster_service_pb2.UndrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.UndrainNodeResponse, _abc.Awaitable[_cluster_service_pb2.UndrainNodeResponse]]:
+        """Undoes DrainNode: the node gets its share of replicas again. NOT_FOUND for an
+        unknown node, INVALID_ARGUMENT for one that is being removed.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveNode(
+        self,
+        request: _cluster_service_pb2.RemoveNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.RemoveNodeResponse, _abc.Awaitable[_cluster_service_pb2.RemoveNodeResponse]]:
+        """As DrainNode, and then the node is none of the cluster any more: stop it, its
+        directory is of no more use. Also for a node that is dead for good.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

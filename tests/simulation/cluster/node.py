@@ -21,6 +21,7 @@ from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.services import queue as queue_module
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
+from spillway.broker.services.member import MemberService
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.share import ShareService
 from spillway.cluster import snapshots, state_store
@@ -33,6 +34,7 @@ from spillway.cluster.raft.journal import JournalStore, RocksDisk
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.base import Handlers
 from spillway.cluster.transport.memory import MemoryTransport
+from spillway.peer.v1.member_service_pb2_grpc import add_MemberServiceServicer_to_server
 from spillway.peer.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
 from spillway.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from spillway.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
@@ -221,11 +223,14 @@ class SimNode:
         server, peers = Server(world.rpc, self.process, f"{self.name}:1"), Server(world.rpc, self.process, f"p-{self.name}:1")
         server.add_generic_rpc_handlers((self.queue.handler(),))
         add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder), server)
-        cluster = ClusterService(self.node)
-        add_ClusterServiceServicer_to_server(cluster, server)
+        add_ClusterServiceServicer_to_server(ClusterService(self.node, self.forwarder), server)
         peers.add_generic_rpc_handlers((QueueService(self.node, self.forwarder, peer=True).handler(),))
         add_AdminServiceServicer_to_server(AdminService(self.node, self.forwarder, peer=True), peers)
+        add_ClusterServiceServicer_to_server(ClusterService(self.node, self.forwarder, peer=True), peers)
         add_ShareServiceServicer_to_server(ShareService(self.node), peers)
+        add_MemberServiceServicer_to_server(MemberService(self.node, self.forwarder), peers)
+        if options.changes:
+            self.node.balance.step = _rest  # type: ignore[method-assign]  # the world's operator changes the groups, at random
         self._watch()
 
     def _watch(self) -> None:
@@ -329,10 +334,15 @@ class SimNode:
         """As `app.App.stop`."""
         self.node.stopping = True
         self.queue.drain()
-        await self.host.stop()
+        await self.host.hand_over()
+        await self.host.stop(0)
         await self.forwarder.close()
         await self.node.stop()
         self.stop()
+
+
+async def _rest(forwarder: Forwarder) -> None:
+    """No step."""
 
 
 @contextmanager

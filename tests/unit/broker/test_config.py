@@ -15,9 +15,11 @@ PEERS = "n1=127.0.0.1:7001/127.0.0.1:7002,n2=[::1]:7003/host:7004"
 OTHER = {
     "node_id": "n2", "cluster": "c2", "listen": "0.0.0.0:1", "peer_listen": "0.0.0.0:2", "data_dir": "/d", "peers": PEERS,
     "shards": "4", "replicas": "5", "auto_create": "false", "payload_bytes_max": "1000", "ingress_bytes_max": "1048576",
-    "disk_free_bytes_min": "0", "streams_max": "1", "log_level": "debug"}
-VALUES = {name: text if name in ("node_id", "cluster", "listen", "peer_listen", "data_dir", "log_level")
-          else text.split(",") if name == "peers" else text == "true" if name == "auto_create" else int(text)
+    "disk_free_bytes_min": "0", "streams_max": "1", "log_level": "debug", "join": "a:1,b:2", "advertise": "a:1/b:2", "zone": "z",
+    "host": "h", "replace_after_seconds": "1"}
+TEXTS = ("node_id", "cluster", "listen", "peer_listen", "data_dir", "log_level", "advertise", "zone", "host")
+LISTS = ("peers", "join")
+VALUES = {name: text if name in TEXTS else text.split(",") if name in LISTS else text == "true" if name == "auto_create" else int(text)
           for name, text in OTHER.items()}
 DEFAULTS = msgspec.to_builtins(NodeConfig())
 
@@ -92,6 +94,8 @@ BAD = [
     ("replicas", "0", "1 to 7"), ("replicas", "8", "1 to 7"), ("replicas", "2.5", "int"),
     ("payload_bytes_max", "0", "1 to"), ("payload_bytes_max", str((2 << 20) + 1), "1 to 2097152"),
     ("ingress_bytes_max", "1048575", "at least 1 MiB"), ("streams_max", "0", "at least 1"),
+    ("join", "a", "write host:port"), ("advertise", "a:1", "write peerhost:port/clienthost:port"), ("advertise", "a:1/b", "host:port"),
+    ("zone", "a/b", "use up to 63"), ("host", "h" * 64, "use up to 63"), ("replace_after_seconds", "0", "1 to"),
     ("disk_free_bytes_min", "-1", "at least 0"), ("log_level", "loud", "say debug, info, warning or error")]
 
 
@@ -102,7 +106,7 @@ def test_a_wrong_value_is_refused_with_its_setting_and_source(name: str, text: s
     argument = f"--{name.replace('_', '-')}"
     file = tmp_path / "node.toml"
     number = isinstance(DEFAULTS[name], int) and text.lstrip("-").isdigit()
-    value = text.split(",") if name == "peers" else int(text) if number else text
+    value = text.split(",") if name in LISTS else int(text) if number else text
     file.write_text(f"{name} = {json.dumps(value)}\n")
     for source, said in ((f"flag {argument}: {name} ", wrong([f"{argument}={text}"])),
                          (f"variable SPILLWAY_{name.upper()}: {name} ", wrong(env={"SPILLWAY_" + name.upper(): text})),
@@ -125,7 +129,7 @@ def test_a_switch_is_true_or_false(text: str) -> None:
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    ("shard = 4", "unknown setting 'shard'; known are auto_create, cluster,"),
+    ("shard = 4", "unknown setting 'shard'; known are advertise, auto_create, cluster,"),
     ("[node]\nshards = 4", "unknown setting 'node'"),
     ("shards = '4x'", "shards is '4x'"), ("shards = true", "shards is True"), ("node_id = 4", "node_id is 4"),
     ("peers = [1]", "peers is [1]")])
@@ -190,3 +194,19 @@ def test_a_wrong_setting_is_one_line_and_an_exit_code_of_its_own(
     printed = capsys.readouterr()
     assert not printed.out
     assert printed.err == f"spillway {name}: flag --shards: shards is 0; it must be 1 to 1024\n"
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--node-id", "n1", "--peers", PEERS, "--join", "a:1"], "join and peers are both set"),
+    (["--node-id", "n1", "--peers", PEERS, "--advertise", "a:1/b:2"], "advertise and peers are both set")])
+def test_a_node_is_founded_or_joins(argv: list[str], says: str) -> None:
+    """Settings that contradict each other are refused."""
+    assert says in wrong(argv)
+
+
+def test_a_node_that_joins_knows_itself_only() -> None:
+    """Where others reach it: where it listens, unless it says otherwise."""
+    found = members_of(load(["--node-id", "n4", "--join", "a:1"], {}))
+    assert {n: (m.peer_address, m.client_address) for n, m in found.items()} == {"n4": ("127.0.0.1:7071", "127.0.0.1:7070")}
+    found = members_of(load(["--node-id", "n4", "--join", "a:1", "--advertise", "p:1/c:2"], {}))
+    assert {n: (m.peer_address, m.client_address) for n, m in found.items()} == {"n4": ("p:1", "c:2")}

@@ -18,7 +18,7 @@ async def test_a_client_without_credit_costs_nothing(monkeypatch: pytest.MonkeyP
     asked = []
     wake_time = CreditSplitter.wake_time
     monkeypatch.setattr(CreditSplitter, "wake_time", lambda self, now: asked.append(now) or wake_time(self, now))
-    node: Any = SimpleNamespace(config=SimpleNamespace(node_id="n1"), members={"n1": None},
+    node: Any = SimpleNamespace(config=SimpleNamespace(node_id="n1"), members={"n1": None}, on_members=[],
                                 scheduler=SimpleNamespace(subscribe=lambda consumer, patterns: None))
     consumer = Consumer("c")
     proxy = LeaseProxy(SimpleNamespace(node=node), Subscribe(destinations=["d"], credit=Credit(messages=1, bytes=99)),  # type: ignore[arg-type]

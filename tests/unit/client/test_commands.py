@@ -303,7 +303,7 @@ def test_every_command_prints_json_and_takes_an_address() -> None:
                 yield f"{path} {name}", command
 
     found = dict(leaves(typer.main.get_command(app), "spillway"))
-    assert len(found) == 24
+    assert len(found) == 28
     for name, command in found.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--output", "-o", "--address", "-a"} <= options and command.help, name

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -28,11 +28,13 @@ from spillway.broker.runtime.consumers import Sink
 from spillway.cluster.errors import WireInvalid
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
+from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
 from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
 from spillway.v1.admin_service_pb2 import CreateDestinationRequest
 from spillway.v1.admin_service_pb2 import Destination as DestinationProto
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
+from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE, ItemError
 from spillway.v1.queue_service_pb2 import (
     SETTLEMENT_RESULT_REFUSED,
@@ -135,9 +137,12 @@ class PeerLink:
 
     def __init__(self, node_id: str, address: str) -> None:
         self.node_id = node_id
+        self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.admin = AdminServiceStub(self.channel)
         self.share = ShareServiceStub(self.channel)
+        self.cluster = ClusterServiceStub(self.channel)
+        self.member = MemberServiceStub(self.channel)
         self.produce = _Stream(self, "Produce", _produced, _produce_lost)
         # Copies of routes have a stream of their own: what is forwarded on the other may wait for copies that come back here.
         self.copies = _Stream(self, "Produce", _produced, _produce_lost)
@@ -163,13 +168,30 @@ class Forwarder:
         self.local: Callable[[int, bytes], Any]
         node.pass_on = self._pass_on
         node.pass_on_settlement = self._pass_on_settlement
+        node.on_members.append(self._follow_members)
 
     def link(self, node_id: str) -> PeerLink:
-        """The link to another node."""
+        """The link to another node. Raises Unavailable if it is none of the cluster."""
         link = self._links.get(node_id)
         if link is None:
-            link = self._links[node_id] = PeerLink(node_id, self.node.members[node_id].peer_address)
+            member = self.node.members.get(node_id)
+            if member is None:
+                raise Unavailable(f"node {node_id} is none of the cluster")
+            link = self._links[node_id] = PeerLink(node_id, member.peer_address)
         return link
+
+    def _follow_members(self) -> None:
+        """Ends links to nodes that are none any more, or are elsewhere; what waits there is passed on or failed."""
+        members = self.node.members
+        for node_id, link in list(self._links.items()):
+            if node_id not in members or members[node_id].peer_address != link.address:
+                del self._links[node_id]
+                self._go(link.close())
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
         """Ends all links."""
@@ -190,9 +212,7 @@ class Forwarder:
             act(leader)
             return
         self._leaderless[shard] = deque([act])
-        task = asyncio.get_running_loop().create_task(self._await_leader(shard))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._go(self._await_leader(shard))
 
     async def _await_leader(self, shard: int) -> None:
         leader = None
@@ -248,6 +268,8 @@ class Forwarder:
                 else:
                     self.node.shards[shard].enqueue(0, batch)
                     self.node.host.wake(shard)
+            elif leader not in self.node.members:
+                asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, self.produce, shard, batch)
             else:
                 link = self.link(leader)
                 (link.produce if batch.copies is None else link.copies).send(self._encode(batch), (self, shard, batch))
@@ -266,9 +288,7 @@ class Forwarder:
                       for i, code, field, text in sorted(call.errors)]
             _produced((self, shard, batch), ProduceResponse(sequences=call.results, errors=errors).SerializeToString())
 
-        task = asyncio.get_running_loop().create_task(answer())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._go(answer())
 
     def _encode(self, batch: Batch) -> bytes:
         request = ProduceRequestView(producer_id=batch.producer)
@@ -317,6 +337,8 @@ class Forwarder:
                     runtime.settle(call, index, s.fencing_token, s.sequence, s.outcome, delay, s.reason)
                 self.node.host.wake(shard)
                 call.release()
+            elif leader not in self.node.members:
+                asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, self.ack, shard, call, settlements, give_up)
             else:
                 request = AckRequest(settlements=settlements.values())
                 self.link(leader).ack.send(request.SerializeToString(), item)
@@ -496,6 +518,7 @@ class LeaseProxy:
         self._splitter: CreditSplitter[str] | None = None
         self._local = forwarder.node.config.node_id
         self._calls: dict[str, Any] = {}
+        self._leases: dict[str, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
 
@@ -504,15 +527,23 @@ class LeaseProxy:
         node = self._forwarder.node
         node.scheduler.subscribe(self._consumer, list(self._subscribe.destinations))
         self._sink.tap = lambda messages, size: self._delivered(self._local, messages, size)
-        for peer in node.members:
-            if peer != self._local:
-                self._tasks.append(self._loop.create_task(self._lease(peer)))
+        node.on_members.append(self._follow_members)
+        self._follow_members()
         self._tasks.append(self._loop.create_task(self._rebalance()))
         self.credit(self._subscribe.credit.messages, self._subscribe.credit.bytes)
 
+    def _follow_members(self) -> None:
+        """Subscribes at nodes that came, and no longer at those that are gone."""
+        peers = self._forwarder.node.members.keys() - {self._local}
+        for peer in self._leases.keys() - peers:
+            self._leases.pop(peer).cancel()
+        for peer in peers - self._leases.keys():
+            self._leases[peer] = self._loop.create_task(self._lease(peer))
+
     def stop(self) -> None:
         """Ends all streams."""
-        for task in self._tasks:
+        self._forwarder.node.on_members.remove(self._follow_members)
+        for task in (*self._tasks, *self._leases.values()):
             task.cancel()
         for call in self._calls.values():
             call.cancel()
@@ -581,7 +612,11 @@ class LeaseProxy:
         held = [HeldLease(shard=h.shard, fencing_token=h.fencing_token) for h in self._subscribe.held]
         wait = LEADER_POLL_SECONDS
         while True:
-            call: Any = self._forwarder.link(peer).channel.stream_stream("/spillway.v1.QueueService/Lease")()
+            try:
+                channel = self._forwarder.link(peer).channel
+            except Unavailable:
+                return
+            call: Any = channel.stream_stream("/spillway.v1.QueueService/Lease")()
             try:
                 del subscribe.held[:]
                 subscribe.held.extend(held)

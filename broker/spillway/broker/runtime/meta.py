@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from spillway.broker.core import directory as d
-from spillway.broker.core.directory import Change, Command, Destination, Directory, Route
+from spillway.broker.core.directory import Change, Command, Destination, Directory, Home, Member, Route
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import AlreadyExists, EtagMismatch, NotFound, RequestError, Unavailable
 from spillway.cluster.machine import Role
@@ -95,6 +95,34 @@ class MetaRuntime:
         if change.outcome == d.FULL:
             raise RequestError("tenant", f"{d.HOLDS_MAX} are paused or parked, the most that a cluster keeps")
 
+    async def put_member(self, member: Member, create: bool, replace: bool, etag: int = 0,
+                         homes: Mapping[int, Sequence[str]] | None = None) -> Member:
+        """Creates or replaces a node of the cluster, and says at once where shards belong with it. Raises AlreadyExists, NotFound,
+        EtagMismatch, RequestError, Unavailable."""
+        rows = _homes(homes or {})
+        change = await self._change(lambda number: d.PutMember(self.node_id, number, member, create, replace, etag, rows))
+        if change.outcome == d.UNKNOWN_TARGET:
+            raise Unavailable(f"node {change.why} left meanwhile; try again")
+        _check(change.outcome, f"node {member.node_id!r}", "node_id", "node_id", etag)
+        if change.outcome == d.FULL:
+            raise RequestError("node_id", f"there are {d.NODES_MAX} nodes, the most that a cluster has; remove one first")
+        assert isinstance(change.record, Member)
+        return change.record
+
+    async def drop_member(self, node_id: str, etag: int = 0) -> None:
+        """Forgets a node of the cluster. Raises NotFound, EtagMismatch, RequestError if a shard belongs there, Unavailable."""
+        change = await self._change(lambda number: d.DropMember(self.node_id, number, node_id, etag))
+        _check(change.outcome, f"node {node_id!r}", "node_id", "node_id", etag)
+        if change.outcome == d.TAKEN:
+            raise RequestError("node_id", f"{change.why} belongs on node {node_id!r}; drain it first")
+
+    async def settle(self, homes: Mapping[int, Sequence[str]], first: Sequence[Member] = ()) -> bool:
+        """Says where shards belong, and with `first` who the nodes are; false if that was said before, or names a node that is none.
+        Raises Unavailable."""
+        rows = _homes(homes)
+        change = await self._change(lambda number: d.Settle(self.node_id, number, rows, tuple(first), bool(first)))
+        return change.outcome == d.OK
+
     async def _change(self, make: Callable[[int], Command], timeout: float = 5.0) -> Change:
         """Proposes a change on the meta group's leader, which this node must be."""
         if not self.leading:
@@ -165,6 +193,10 @@ class MetaRuntime:
         self.revision += 1
         self._policies.clear()
         self.changed()
+
+
+def _homes(homes: Mapping[int, Sequence[str]]) -> tuple[Home, ...]:
+    return tuple(Home(shard, 0, tuple(nodes)) for shard, nodes in homes.items())
 
 
 def _check(outcome: int, what: str, name_field: str, etag_field: str, etag: int) -> None:

@@ -22,6 +22,7 @@ from spillway.broker.core.outbox import OUTBOX
 from spillway.broker.core.policy import Policy, park_ms
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick, Scheduler
+from spillway.broker.runtime.balance import META_GROUP, Balance
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink, stream_of
 from spillway.broker.runtime.meta import MetaRuntime
@@ -30,6 +31,7 @@ from spillway.broker.runtime.shares import Shares
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
 from spillway.cluster.clock import Clock, SystemClock
+from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
@@ -51,7 +53,6 @@ TIMERS_PER_TICK_MAX = 2048  # many may be due at one moment, midnight for one; t
 CHECKPOINT_SECONDS = 5.0  # a shard with unsaved changes is saved at least this often
 SYNC_SECONDS = 1.0
 SAMPLE_SECONDS = 5.0
-META_GROUP = 0
 TRIM_SECONDS = 10.0
 QUIET_SECONDS = 5.0  # without a checkpoint: then write buffers are given back, too
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; ctypes releases the GIL meanwhile
@@ -60,14 +61,17 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; ct
 class Node:
     """Composed by `app`; services call it."""
 
-    def __init__(self, config: NodeConfig, store: StateStore, host: RaftHost, placement: dict[int, list[str]],
+    def __init__(self, config: NodeConfig, store: StateStore, host: RaftHost, founded: dict[int, list[str]],
                  clock: Clock | None = None) -> None:
+        """`founded`: where shards belong when the cluster is founded, shard -> node ids; empty for a node that joins."""
         self.config = config
         self.clock = clock or SystemClock()
         self.members: dict[str, Peer] = members_of(config)
+        """All nodes, as far as this one knows; replaced, never changed."""
+        self.own = self.members[config.node_id]
         self.store = store
         self.host = host
-        self.placement = placement  # shard -> node ids, the preferred leader first
+        self.founded = founded
         self.scheduler = Scheduler(self.policy)
         self.timers = Timers()
         self.random: Callable[[], float] = random.random
@@ -83,17 +87,23 @@ class Node:
         self._trimmed = self.clock.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
+        self.balance = Balance(self)
         self._policies: dict[bytes, Policy] = {}  # those that the scheduler uses
         self._holds: dict[bytes, Hold] = {}  # operators' gates that the scheduler knows
         self._remote_holds: dict[bytes, int] = {}  # scope -> until, of gates that other nodes keep closed
         self.shares = Shares(self)
-        host.add_group(META_GROUP, sorted(self.members)[:7], self.meta)
+        host.add_group(META_GROUP, [] if config.join else sorted(self.members)[:VOTERS_MAX], self.meta)
         self.shards: dict[int, ShardRuntime] = {}
         for number in host.ended():
             store.forget(number)
-        for number, nodes in placement.items():
+        for number in range(1, config.shards + 1):
+            nodes = founded.get(number, [])
             if host.has_replica(number, nodes):
                 self.add_replica(number, nodes if config.node_id in nodes else [])
+        self.on_members: list[Callable[[], None]] = []
+        """Called when `members` is another one."""
+        self.on_removed: Callable[[], None] = lambda: None
+        """Called when this node is none of the cluster any more."""
         host.removed = self._removed
         host.before_collect = self.before_collect
         store.unreadable = host.fatal
@@ -113,13 +123,26 @@ class Node:
         return runtime
 
     def _removed(self, shard: int) -> None:
-        """This node is no member of a shard's group any more: nothing is left of its state."""
+        """This node is no member of a group any more: nothing is left of its state."""
         runtime = self.shards.pop(shard, None)
         if runtime is not None:
             runtime.ended()
             self._due_checkpoints.pop(runtime, None)
         self.store.forget(shard)
         self.topology_changed()
+        if shard == META_GROUP:
+            log.warning("this node was removed from the cluster: it ends, and its data directory is of no more use")
+            self.on_removed()
+
+    @property
+    def placement(self) -> dict[int, list[str]]:
+        """Where shards belong: shard -> node ids, the preferred leader first."""
+        return self.balance.homes()
+
+    def members_changed(self) -> None:
+        """`members` is another one."""
+        for follow in list(self.on_members):
+            follow()
 
     # -- small things --------------------------------------------------------------------------------------------
 
@@ -411,10 +434,7 @@ class Node:
     def start(self, forwarder: Forwarder) -> None:
         """Starts timers, upkeep and the exchange with the other nodes; the host runs by itself."""
         self._watch_disk()
-        work = [self._tick(), self._upkeep(), self.shares.watch_ages()]
-        if len(self.members) > 1:
-            work.append(self.shares.run(forwarder))
-        for one in work:
+        for one in (self._tick(), self._upkeep(), self.shares.watch_ages(), self.shares.run(forwarder), self.balance.run(forwarder)):
             task = asyncio.get_running_loop().create_task(one)
             task.add_done_callback(self.task_done)
             self._tasks.append(task)
@@ -492,7 +512,6 @@ class Node:
                 await loop.run_in_executor(None, self.host.store.rest)
             self.scheduler.sweep(self.now_ms())
             self._watch_disk()
-            self._balance_leaders()
             await self._trim_memory()
 
     async def _trim_memory(self) -> None:
@@ -501,14 +520,6 @@ class Node:
         if _malloc_trim is not None and now - self._trimmed > TRIM_SECONDS:
             self._trimmed = now
             await asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)
-
-    def _balance_leaders(self) -> None:
-        """Hands one shard a second back to its preferred leader, once that is up to date: leaders stay spread."""
-        for number, nodes in self.placement.items():
-            runtime = self.shards.get(number)
-            if runtime is not None and runtime.leading and nodes[0] != self.config.node_id and (
-                    self.host.transfer(number, nodes[0])):
-                return
 
     def _watch_disk(self) -> None:
         free = shutil.disk_usage(Path(self.config.data_dir)).free

@@ -15,6 +15,7 @@ import grpc
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.policy import UNBOUNDED, UNLIMITED, Adaptive, Policy, Retention, tenant_retention
 from spillway.broker.core.state import destination_of
+from spillway.broker.errors import Unavailable
 from spillway.peer.v1.share_service_pb2 import SharedScope, ShareRequest, ShareResponse
 
 if TYPE_CHECKING:
@@ -295,7 +296,6 @@ class Shares:
     async def run(self, forwarder: Forwarder) -> None:
         """Tells the others, again and again."""
         node = self._node
-        peers = [n for n in node.members if n != node.config.node_id]
         busy: dict[str, asyncio.Task[None]] = {}
         while True:
             try:
@@ -304,6 +304,9 @@ class Shares:
             except TimeoutError:
                 pass
             self._wake.clear()
+            peers = [n for n in node.members if n != node.config.node_id]
+            if not peers:
+                continue
             begin = node.clock.monotonic()
             await self.divide_limits()
             request = await self.report()
@@ -317,7 +320,7 @@ class Shares:
     async def _tell(self, forwarder: Forwarder, peer: str, request: ShareRequest) -> None:
         try:
             response: ShareResponse = await forwarder.link(peer).share.Share(request, timeout=FORGET_MS / 1000)
-        except grpc.aio.AioRpcError:
+        except (grpc.aio.AioRpcError, Unavailable):
             return  # it will hear the next one
         now = self._node.now_ms()
         told = {scope.scope: scope.message_bytes for scope in response.scopes}

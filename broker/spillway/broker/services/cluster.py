@@ -1,30 +1,51 @@
-"""ClusterService: who leads what."""
+"""ClusterService: who leads what, and who the nodes are."""
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
+import grpc
+from spillway.broker.core import directory as d
+from spillway.broker.errors import BrokerError, Unavailable
+from spillway.broker.runtime.balance import node_status
+from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
+from spillway.broker.services.cluster_status import cluster_status
+from spillway.broker.services.names import check_name
+from spillway.broker.services.operations import CALL_SECONDS
+from spillway.broker.services.status import pass_on
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import cluster_service_pb2_grpc
 
 WATCH_PERIOD_SECONDS = 0.05  # changes within it are told at once
+STATUS_SECONDS = 2.0  # a node that does not answer in that time is not reachable
+Answer = TypeVar("Answer", pb.DrainNodeResponse, pb.UndrainNodeResponse, pb.RemoveNodeResponse)
+_STATES = {d.STAYS: pb.NODE_STATE_ACTIVE, d.DRAINS: pb.NODE_STATE_DRAINING, d.GONE: pb.NODE_STATE_REMOVING}
 
 
 class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
-    """The handlers."""
+    """The handlers. One instance serves clients, one (`peer` true) the other nodes and passes nothing on."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, forwarder: Forwarder, peer: bool = False) -> None:
         self.node = node
+        self.forwarder = forwarder
+        self.peer = peer
+
+    def _nodes(self) -> list[pb.Node]:
+        known = self.node.meta.directory.members
+        out = []
+        for member in self.node.members.values():
+            said = known.get(member.node_id)
+            out.append(pb.Node(id=member.node_id, address=member.client_address, zone=said.zone if said else "",
+                               host=said.host if said else "", state=_STATES[said.leaving if said else d.STAYS]))
+        return out
 
     def topology(self) -> pb.Topology:
         """As this node sees it."""
         node = self.node
         out = pb.Topology(cluster=node.config.cluster, shard_count=node.config.shards)
-        for member in node.members.values():
-            out.nodes.add(id=member.node_id, address=member.client_address)
+        out.nodes.extend(self._nodes())
         for shard, replicas in sorted(node.placement.items()):
             out.shards.add(shard=shard, leader=node.leader_of(shard) or "", replicas=replicas,
                            term=node.host.leader_of(shard)[1])
@@ -49,9 +70,49 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
 
     async def GetNodeStatus(self, request: pb.GetNodeStatusRequest, context: Any) -> pb.GetNodeStatusResponse:
         """See cluster_service.proto."""
-        out = pb.GetNodeStatusResponse(node=self.node.config.node_id, version=version("spillway"))
-        for group, s in sorted(self.node.host.status().items()):
-            out.groups.add(group=group, role=s.role.value, leader=s.leader or "", term=s.term, commit_index=s.commit_index,
-                           applied_index=s.applied_index, durable_index=s.durable_index,
-                           log_first_index=s.log_first_index, log_last_index=s.log_last_index)
-        return out
+        return node_status(self.node)
+
+    async def GetClusterStatus(self, request: pb.GetClusterStatusRequest, context: Any) -> pb.GetClusterStatusResponse:
+        """See cluster_service.proto."""
+        own = self.node.config.node_id
+
+        async def ask(node_id: str) -> pb.GetNodeStatusResponse | None:
+            if node_id == own:
+                return node_status(self.node)
+            try:
+                answer: pb.GetNodeStatusResponse = await self.forwarder.link(node_id).cluster.GetNodeStatus(
+                    pb.GetNodeStatusRequest(), timeout=STATUS_SECONDS)
+            except (grpc.aio.AioRpcError, Unavailable):
+                return None
+            return answer
+
+        nodes = self._nodes()
+        answers = await asyncio.gather(*(ask(node.id) for node in nodes))
+        found = {node.id: answer for node, answer in zip(nodes, answers, strict=True) if answer is not None}
+        return cluster_status(self.node.config.cluster, nodes, self.node.placement, found)
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
+        """See cluster_service.proto."""
+        return await self._leave("DrainNode", request, pb.DrainNodeResponse(), d.DRAINS, context)
+
+    async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Any) -> pb.UndrainNodeResponse:
+        """See cluster_service.proto."""
+        return await self._leave("UndrainNode", request, pb.UndrainNodeResponse(), d.STAYS, context)
+
+    async def RemoveNode(self, request: pb.RemoveNodeRequest, context: Any) -> pb.RemoveNodeResponse:
+        """See cluster_service.proto."""
+        return await self._leave("RemoveNode", request, pb.RemoveNodeResponse(), d.GONE, context)
+
+    async def _leave(self, method: str, request: Any, response: Answer, leaving: int, context: Any) -> Answer:
+        try:
+            check_name("node_id", request.node_id)
+            leader = await self.forwarder.await_meta_leader()
+            if leader == self.node.config.node_id:
+                await self.node.balance.leave(request.node_id, leaving)
+            elif self.peer:
+                raise Unavailable("this node does not lead the meta group", leader)
+            else:
+                await getattr(self.forwarder.link(leader).cluster, method)(request, timeout=CALL_SECONDS)
+        except (BrokerError, grpc.aio.AioRpcError) as error:
+            await pass_on(context, error)
+        return response

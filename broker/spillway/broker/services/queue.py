@@ -248,7 +248,7 @@ class QueueService:
             if subscribe.session:
                 node.release_lost(subscribe.session, subscribe.stream, set(subscribe.streams_open),
                                   {(h.shard, h.fencing_token) for h in subscribe.held})
-            if not subscribe.local_only and not self.peer and len(node.members) > 1:
+            if not subscribe.local_only and not self.peer:
                 proxy = LeaseProxy(self.forwarder, subscribe, consumer, sink, self._credit)
                 proxy.start()
             else:

@@ -1,0 +1,374 @@
+"""Who the nodes are, where shards belong, and getting them there.
+
+The meta group says both (`core.directory`); every node reads it. Its leader decides where shards belong, whenever nodes come, leave,
+or stay away for too long, by `cluster.placement`. Each shard's leader brings its own group there, step by step (`cluster.steps`):
+there is no plan that could be lost with somebody, and whoever leads next goes on. A node makes the replicas that belong to it, and
+ends those of which a leader says that they are of no group any more.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import grpc
+import msgspec
+from spillway.broker.config import Peer, members_of
+from spillway.broker.core import directory as d
+from spillway.broker.errors import BrokerError, NotFound, RequestError, Unavailable
+from spillway.cluster.errors import ChangeRefused
+from spillway.cluster.placement import Site, place
+from spillway.cluster.raft.configuration import ChangeKind
+from spillway.cluster.steps import HandOver, next_step
+from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
+from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse
+
+if TYPE_CHECKING:
+    from spillway.broker.runtime.forward import Forwarder
+    from spillway.broker.runtime.node import Node
+
+log = logging.getLogger(__name__)
+
+STEP_SECONDS = 0.25
+ASK_SECONDS = 2.0  # between questions about what other nodes have
+CALL_SECONDS = 2.0
+HAND_OVER_SECONDS = 0.5  # between two: each makes a shard wait for a moment
+MOVES_MAX = 2  # groups led by one node that take in a new replica at a time: each may be a copy of a whole shard
+META_GROUP = 0
+
+
+class Balance:
+    """Of one node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._revision = -1
+        self._named = members_of(node.config) if node.config.peers else {}  # what the operator says of addresses counts
+        self._seen: dict[str, float] = {}  # when another node was connected last
+        self._asked_at = -1e9
+        self._handed_at = -1e9
+        self._changing = asyncio.Lock()  # of one change of the nodes at a time: each is judged by what the one before has made
+        self._freed: set[str] = set()  # nodes that leave, and that no shard's group has as a member any more
+        self.joined: Callable[[dict[str, str]], None] = lambda peers: None
+        """Told the other nodes' addresses when they change; for the transport."""
+
+    # -- what is wanted ------------------------------------------------------------------------------------------
+
+    def homes(self) -> dict[int, list[str]]:
+        """Where shards belong: shard -> node ids, the preferred leader first."""
+        homes = self._node.meta.directory.homes
+        if not homes:
+            return self._node.founded
+        return {shard: list(home.nodes) for shard, home in homes.items()}
+
+    def follow(self) -> None:
+        """Takes note of who the nodes are, when that may have changed."""
+        node = self._node
+        if self._revision == node.meta.revision:
+            return
+        self._revision = node.meta.revision
+        known = node.meta.directory.members
+        if not known:
+            return
+        members = {m.node_id: self._named.get(m.node_id) or Peer(m.node_id, m.peer_address, m.client_address) for m in known.values()}
+        if members != node.members:
+            came, left = members.keys() - node.members.keys(), node.members.keys() - members.keys()
+            if came or left:
+                log.info("the nodes are %s%s%s", ", ".join(sorted(members)), f"; new: {', '.join(sorted(came))}" if came else "",
+                         f"; gone: {', '.join(sorted(left))}" if left else "")
+            node.members = members
+            self.joined({peer.node_id: peer.peer_address for peer in members.values() if peer.node_id != node.config.node_id})
+            node.members_changed()
+        node.topology_changed()
+
+    def leaving(self, node_id: str) -> bool:
+        """Whether a node is to have no replicas."""
+        member = self._node.meta.directory.members.get(node_id)
+        return member is not None and member.leaving != d.STAYS
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    async def run(self, forwarder: Forwarder) -> None:
+        """Steps, again and again."""
+        while True:
+            await asyncio.sleep(STEP_SECONDS)
+            try:
+                await self.step(forwarder)
+            except (BrokerError, grpc.aio.AioRpcError) as error:
+                log.debug("the balance waits: %s", error)
+
+    async def step(self, forwarder: Forwarder) -> None:
+        """Everything that may be done now. Raises BrokerError or AioRpcError where somebody does not answer."""
+        node = self._node
+        now = node.clock.monotonic()
+        for peer in (*node.host.present, node.config.node_id):
+            self._seen[peer] = now
+        self.follow()
+        if node.stopping:
+            return
+        self._make_replicas()
+        self._lead_groups(now)
+        asks = now - self._asked_at >= ASK_SECONDS
+        if asks:
+            self._asked_at = now
+            await self._introduce(forwarder)
+            await self._end_replicas(forwarder)
+        if node.meta.leading:
+            await self._lead_meta(forwarder, now, asks)
+        else:
+            self._freed.clear()
+
+    def _make_replicas(self) -> None:
+        node = self._node
+        for shard, nodes in self.homes().items():
+            if node.config.node_id in nodes and shard not in node.shards and shard not in node.host.ended():
+                log.info("shard %d: this node takes a replica", shard)
+                node.add_replica(shard, [])
+
+    def _in_touch(self, node_id: str) -> bool:
+        return node_id == self._node.config.node_id or node_id in self._node.host.present
+
+    def _lead_groups(self, now: float) -> None:
+        """One step for each group that this node leads."""
+        node = self._node
+        own = node.config.node_id
+        wanted = self.homes()
+        led = [number for number, runtime in node.shards.items() if runtime.leading]
+        statuses = node.host.status()
+        moves = sum(number in statuses and bool(statuses[number].configuration.learners) for number in led)
+        if node.meta.leading:
+            led.append(META_GROUP)
+        for number in led:
+            status = statuses.get(number)
+            if status is None or status.configuration_index > status.commit_index:
+                continue
+            nodes = self._meta_wanted() if number == META_GROUP else wanted.get(number, [])
+            if not nodes:
+                continue
+            step = next_step(status.configuration, nodes, own, self._in_touch)
+            if step is None:
+                continue
+            if isinstance(step, HandOver):
+                if now - self._handed_at >= HAND_OVER_SECONDS and node.host.transfer(number, step.to):
+                    self._handed_at = now
+                continue
+            if step.kind is ChangeKind.ADD_LEARNER and number != META_GROUP:
+                if moves >= MOVES_MAX:
+                    continue
+                moves += 1
+            what = f"group {number}: {step.kind.value} {step.node_id}"
+
+            def done(outcome: int | ChangeRefused, what: str = what) -> None:
+                if isinstance(outcome, ChangeRefused):
+                    log.debug("%s: %s", what, outcome)
+                else:
+                    log.info("%s", what)
+            node.host.propose_change(number, step, done)
+
+    def _meta_wanted(self) -> list[str]:
+        """Whoever is in the meta group goes on; all others come in. Voters first, so that they stay voters."""
+        node = self._node
+        members = node.meta.directory.members
+        if not members:
+            return []
+        now = node.host.status()[META_GROUP].configuration
+        stay = [n for n in members if members[n].leaving != d.GONE or n not in self._freed]
+        own = node.config.node_id
+        return sorted(stay, key=lambda n: (n != own, n not in now.voters, n not in now.learners, n))
+
+    # -- replicas here -------------------------------------------------------------------------------------------
+
+    async def _end_replicas(self, forwarder: Forwarder) -> None:
+        """Ends replicas that are members of no group any more and were not told, or never became one."""
+        node = self._node
+        own = node.config.node_id
+        wanted = self.homes()
+        doubtful = [n for n, r in node.shards.items() if own not in wanted.get(n, ()) and not r.leading]
+        by_leader: dict[str, list[int]] = {}
+        for number in doubtful:
+            leader = node.host.leader_of(number)[0]
+            if leader is not None and leader != own and leader in node.members:
+                by_leader.setdefault(leader, []).append(number)
+        for leader, numbers in by_leader.items():
+            status = await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)
+            for group in status.groups:
+                if group.group in numbers and group.role == "leader" and group.configuration_index <= group.commit_index and (
+                        own not in group.voters and own not in group.learners):
+                    node.host.drop_group(group.group, group.configuration_index)
+
+    def introduction(self) -> ClusterMember:
+        """This node, as it says itself."""
+        node = self._node
+        own = node.own
+        return ClusterMember(node_id=own.node_id, peer_address=own.peer_address, client_address=own.client_address,
+                             zone=node.config.zone, host=node.config.host, incarnation=node.host.hello().incarnation)
+
+    async def _introduce(self, forwarder: Forwarder) -> None:
+        """Tells the meta group what is new about this node."""
+        node = self._node
+        known = node.meta.directory.members.get(node.config.node_id)
+        mine = self.introduction()
+        if known is not None and _said(known) != mine:
+            request = JoinRequest(cluster=node.config.cluster, member=mine, formed=True, shard_count=node.config.shards,
+                                  replica_count=node.config.replicas)
+            leader = forwarder.meta_leader()
+            if leader == node.config.node_id:
+                await self.join(request)
+            else:
+                await forwarder.link(leader).member.Join(request, timeout=CALL_SECONDS)
+
+    # -- the meta group's leader ---------------------------------------------------------------------------------
+
+    async def join(self, request: JoinRequest) -> None:
+        """Makes a node one of the cluster, or notes what is new about one; on the meta group's leader. Raises RequestError, which says
+        what to do, or Unavailable."""
+        async with self._changing:
+            await self._join(request)
+
+    async def _join(self, request: JoinRequest) -> None:
+        node = self._node
+        config, new = node.config, request.member
+        directory = node.meta.directory
+        if not directory.members:
+            raise Unavailable("the cluster is only forming; try again")
+        known = directory.members.get(new.node_id)
+        if request.cluster != config.cluster:
+            raise RequestError("cluster", f"this is cluster {config.cluster!r}, not {request.cluster!r}; join the other one")
+        for setting, theirs, ours in (("shards", request.shard_count, config.shards), ("replicas", request.replica_count, config.replicas)):
+            if theirs != ours:
+                raise RequestError(setting, f"is {theirs}, and {ours} in this cluster, for ever; start the node with --{setting} {ours}")
+        check_newcomer(new, request.formed, known, node.config.node_id, node.host.incarnation_of(new.node_id))
+        if known is None or _said(known) != new:
+            leaving = d.STAYS if known is None else known.leaving
+            await self._put_member(
+                d.Member(new.node_id, 0, new.peer_address, new.client_address, new.zone, new.host, new.incarnation, leaving), known)
+
+    async def leave(self, node_id: str, leaving: int) -> None:
+        """Says what is to become of a node: STAYS, DRAINS or GONE. On the meta group's leader. Raises NotFound, RequestError,
+        Unavailable."""
+        async with self._changing:
+            await self._leave(node_id, leaving)
+
+    async def _leave(self, node_id: str, leaving: int) -> None:
+        node = self._node
+        members = node.meta.directory.members
+        known = members.get(node_id)
+        if known is None:
+            raise NotFound("node_id", f"there is no node {node_id!r}; there are {', '.join(sorted(members))}")
+        if leaving == known.leaving:
+            return
+        if known.leaving == d.GONE:
+            raise RequestError("node_id", f"node {node_id!r} is being removed, and that cannot be undone; let it join again afterwards")
+        if leaving != d.STAYS and known.leaving == d.STAYS:
+            check_departure(node_id, [m.node_id for m in members.values() if m.leaving == d.STAYS], node.config.replicas)
+        await self._put_member(msgspec.structs.replace(known, leaving=leaving), known)
+
+    async def _put_member(self, member: d.Member, known: d.Member | None) -> None:
+        node = self._node
+        changed = self._elsewhere({**node.meta.directory.members, member.node_id: member}, node.clock.monotonic())
+        await node.meta.put_member(member, create=known is None, replace=known is not None, etag=0 if known is None else known.revision,
+                                   homes=changed)
+
+    def _elsewhere(self, members: Mapping[str, d.Member], now: float) -> dict[int, list[str]]:
+        """Where shards belong that belong elsewhere, with these nodes; shard -> node ids."""
+        config = self._node.config
+        stay = [m for m in members.values() if m.leaving == d.STAYS]
+        present = [m for m in stay if now - self._seen.setdefault(m.node_id, now) < config.replace_after_seconds]
+        if len(present) >= config.replicas:
+            stay = present
+        if not stay:
+            return {}
+        homes = self.homes()
+        placed = place([Site(m.node_id, m.zone, m.host) for m in stay], config.shards, min(config.replicas, len(stay)), homes)
+        return {shard: nodes for shard, nodes in placed.items() if homes.get(shard) != nodes}
+
+    async def _lead_meta(self, forwarder: Forwarder, now: float, asks: bool) -> None:
+        node = self._node
+        directory = node.meta.directory
+        if not directory.members:
+            founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
+            await node.meta.settle(node.founded, first=founders)
+            return
+        changed = self._elsewhere(directory.members, now)
+        if changed:
+            log.info("%d shards belong elsewhere now", len(changed))
+            await node.meta.settle(changed)
+        if asks:
+            await self._let_go(forwarder)
+
+    async def _let_go(self, forwarder: Forwarder) -> None:
+        """Finds nodes that are to be removed and have nothing any more; forgets those that the meta group has let go, too."""
+        node = self._node
+        members = node.meta.directory.members
+        going = {m.node_id for m in members.values() if m.leaving == d.GONE}
+        self._freed &= going
+        meta = node.host.status()[META_GROUP]
+        for node_id in self._freed - {*meta.configuration.voters, *meta.configuration.learners}:
+            if meta.configuration_index <= meta.commit_index:
+                await node.meta.drop_member(node_id)
+        if going - self._freed and not any(n in home for home in self.homes().values() for n in going - self._freed):
+            self._freed |= going - await self._members_of_shards(forwarder)
+
+    async def _members_of_shards(self, forwarder: Forwarder) -> set[str]:
+        """Node ids that are members of any shard's group, as the groups' leaders say. Raises Unavailable if one is unknown."""
+        node = self._node
+        found: set[str] = set()
+        unknown = set(range(1, node.config.shards + 1))
+        leaders = {leader for shard in unknown if (leader := node.leader_of(shard)) is not None}
+        for leader in leaders:
+            if leader == node.config.node_id:
+                groups = node_status(node).groups
+            else:
+                groups = (await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)).groups
+            for group in groups:
+                if group.group in unknown and group.role == "leader" and group.configuration_index <= group.commit_index:
+                    unknown.discard(group.group)
+                    found.update(group.voters, group.learners)
+        if unknown:
+            raise Unavailable(f"shard {min(unknown)} has no leader, or its members change")
+        return found
+
+
+def _said(member: d.Member) -> ClusterMember:
+    """What a node said of itself."""
+    return ClusterMember(node_id=member.node_id, peer_address=member.peer_address, client_address=member.client_address,
+                         zone=member.zone, host=member.host, incarnation=member.incarnation)
+
+
+def check_newcomer(new: ClusterMember, formed: bool, known: d.Member | None, own: str, connected: str | None) -> None:
+    """Whether a node may be one of this cluster. `known`: what is known under its id; `own`: this node's id; `connected`: the store
+    of the node of that id that there is a connection to. Raises RequestError with what to do."""
+    if known is None:
+        if formed:
+            raise RequestError("node_id", f"node {new.node_id!r} has the data of a cluster, and is no node of this one: it is another "
+                               "cluster's, or was removed. Start it with an empty data_dir")
+        return
+    if (connected is not None and connected != new.incarnation) or (new.node_id == own and known.incarnation not in ("", new.incarnation)):
+        raise RequestError("node_id", f"a node {new.node_id!r} is running already; choose another node_id")
+    if known.leaving == d.GONE:
+        raise RequestError("node_id", f"node {new.node_id!r} is being removed; wait until it is gone, and start with an empty data_dir")
+    if formed and known.incarnation not in ("", new.incarnation):
+        raise RequestError("node_id", f"node {new.node_id!r} of this cluster has other data; start it with its own data_dir, or an empty "
+                           "one")
+
+
+def check_departure(node_id: str, staying: list[str], replicas: int) -> None:
+    """Whether one of those that stay may leave. Raises RequestError with what to do."""
+    if len(staying) <= 1:
+        raise RequestError("node_id", f"node {node_id!r} is the last one, and has the only replicas; let another node join first")
+    if len(staying) - 1 < min(replicas, len(staying)):
+        raise RequestError("node_id", f"without node {node_id!r} there are {len(staying) - 1} nodes, and shards have "
+                           f"{min(replicas, len(staying))} replicas; let another node join first")
+
+
+def node_status(node: Node) -> GetNodeStatusResponse:
+    """What a node says of itself in ClusterService.GetNodeStatus."""
+    out = GetNodeStatusResponse(node=node.config.node_id, version=version("spillway"))
+    for group, s in sorted(node.host.status().items()):
+        out.groups.add(group=group, role=s.role.value, leader=s.leader or "", term=s.term, commit_index=s.commit_index,
+                       applied_index=s.applied_index, durable_index=s.durable_index,
+                       log_first_index=s.log_first_index, log_last_index=s.log_last_index,
+                       voters=s.configuration.voters, learners=s.configuration.learners, configuration_index=s.configuration_index)
+    return out

@@ -1,0 +1,77 @@
+"""What the nodes' answers say of the cluster: what moves, what is wrong, and what to do about it. Pure."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from spillway.v1 import cluster_service_pb2 as pb
+
+LAG_MANY = 10_000  # entries; beyond them a replica is said to be behind
+
+
+def cluster_status(cluster: str, nodes: Sequence[pb.Node], homes: Mapping[int, Sequence[str]],
+                   answers: Mapping[str, pb.GetNodeStatusResponse]) -> pb.GetClusterStatusResponse:
+    """`nodes`: all of them; `homes`: where shards belong; `answers`: of those that answered."""
+    out = pb.GetClusterStatusResponse(cluster=cluster)
+    groups: dict[int, dict[str, pb.GroupStatus]] = {0: {}, **{shard: {} for shard in homes}}
+    for node_id, answer in answers.items():
+        for status in answer.groups:
+            groups.setdefault(status.group, {})[node_id] = status
+    for number in sorted(groups):
+        out.groups.append(_group(number, list(homes.get(number, ())), groups[number]))
+    for node in nodes:
+        own = [g for g in out.groups if g.group and (node.id in g.voters or node.id in g.learners)]
+        out.nodes.add(node=node, reachable=node.id in answers, replicas=len(own),
+                      version=answers[node.id].version if node.id in answers else "",
+                      leads=sum(1 for g in out.groups if g.group and g.leader == node.id))
+    _problems(out)
+    return out
+
+
+def _group(number: int, wanted: list[str], replicas: Mapping[str, pb.GroupStatus]) -> pb.GroupReport:
+    leaders = [(status.term, node_id) for node_id, status in replicas.items() if status.role == "leader"]
+    out = pb.GroupReport(group=number, wanted=wanted)
+    if leaders:
+        out.term, out.leader = max(leaders)
+        members = replicas[out.leader]
+    elif replicas:
+        members = max(replicas.values(), key=lambda status: (status.term, status.commit_index))
+    else:
+        return out
+    out.voters.extend(members.voters)
+    out.learners.extend(members.learners)
+    out.moving = bool(wanted) and (set(wanted) != set(members.voters) or bool(members.learners))
+    for node_id, status in sorted(replicas.items()):
+        if node_id in members.voters or node_id in members.learners:
+            out.replicas.add(node=node_id, applied_index=status.applied_index,
+                             lag=max(0, members.commit_index - status.applied_index))
+    return out
+
+
+def _problems(out: pb.GetClusterStatusResponse) -> None:
+    def say(what: str, remedy: str) -> None:
+        out.problems.add(what=what, remedy=remedy)
+
+    reachable = {n.node.id for n in out.nodes if n.reachable}
+    for n in out.nodes:
+        if not n.reachable:
+            say(f"node {n.node.id} does not answer",
+                "start it again; if it is gone for good: spillway cluster remove " + n.node.id)
+    for g in out.groups:
+        name = f"shard {g.group}" if g.group else "the meta group"
+        if not g.leader:
+            if missing := [v for v in g.voters if v not in reachable]:
+                say(f"{name} has no leader", f"a majority of {', '.join(g.voters)} must run; start {', '.join(missing)}")
+            else:
+                say(f"{name} has no leader", "an election takes some seconds; if it lasts, look at the logs of its nodes")
+        elif len(alive := [v for v in g.voters if v in reachable]) < len(g.voters) and len(alive) == len(g.voters) // 2 + 1:
+            say(f"{name} stops if one more of {', '.join(alive)} fails", "start the nodes that do not answer")
+    without = sorted(n.node.id for n in out.nodes if not n.node.zone)
+    if without and len(without) < len(out.nodes):
+        say("some nodes have a zone, and some have none", f"start {', '.join(without)} with --zone")
+    for n in out.nodes:
+        behind = [r.lag for g in out.groups for r in g.replicas if r.node == n.node.id and r.lag > LAG_MANY]
+        if behind:
+            say(f"node {n.node.id} is up to {max(behind)} entries behind", "see whether its disk and network keep up")
+    stay = [n for n in out.nodes if n.node.state == pb.NODE_STATE_ACTIVE]
+    if len(stay) == 2:
+        say("there are two nodes: if one fails, everything stops", "let a third one join")

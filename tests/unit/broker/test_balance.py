@@ -1,0 +1,54 @@
+"""Who may join and leave, and what is said to those who may not."""
+from __future__ import annotations
+
+import pytest
+from spillway.broker.core import directory as d
+from spillway.broker.errors import RequestError
+from spillway.broker.runtime.balance import check_departure, check_newcomer
+from spillway.peer.v1.member_service_pb2 import ClusterMember
+
+
+def known(incarnation: str = "i", leaving: int = d.STAYS) -> d.Member:
+    return d.Member("n4", 1, "p:1", "c:1", incarnation=incarnation, leaving=leaving)
+
+
+@pytest.mark.parametrize(("formed", "member", "connected", "refused"), [
+    (False, None, None, None),  # a new one
+    (True, None, None, "the data of a cluster, and is no node of this one"),
+    (True, known(), "i", None),  # it says what is new
+    (False, known(), None, None),
+    (False, known("old"), None, None),  # it lost its disk
+    (True, known(""), None, None),  # a founder that had not said
+    (True, known("old"), None, "has other data"),
+    (False, known("old"), "old", "running already"),  # two with one id
+    (False, known(leaving=d.GONE), None, "being removed"),
+    (True, known(leaving=d.DRAINS), None, None)])
+def test_who_may_join(formed: bool, member: d.Member | None, connected: str | None, refused: str | None) -> None:
+    """A new node with an empty directory, and those that are known with their own."""
+    new = ClusterMember(node_id="n4", incarnation="i")
+    if refused is None:
+        check_newcomer(new, formed, member, "n1", connected)
+        return
+    with pytest.raises(RequestError, match=refused) as caught:
+        check_newcomer(new, formed, member, "n1", connected)
+    assert caught.value.field == "node_id"
+
+
+def test_nobody_joins_under_the_id_of_the_node_that_is_asked() -> None:
+    """The meta group's leader has no connection to itself."""
+    with pytest.raises(RequestError, match="running already"):
+        check_newcomer(ClusterMember(node_id="n4", incarnation="other"), False, known(), "n4", None)
+
+
+@pytest.mark.parametrize(("staying", "replicas", "refused"), [
+    (["a", "b", "c", "d"], 3, None), (["a", "b"], 1, None),
+    (["a", "b", "c"], 3, "there are 2 nodes, and shards have 3 replicas; let another node join first"),
+    (["a", "b"], 3, "there are 1 nodes, and shards have 2 replicas"),
+    (["a"], 3, "the last one"), (["a"], 1, "the last one")])
+def test_who_may_leave(staying: list[str], replicas: int, refused: str | None) -> None:
+    """Nobody without whom there were fewer nodes than replicas."""
+    if refused is None:
+        check_departure("a", staying, replicas)
+        return
+    with pytest.raises(RequestError, match=refused):
+        check_departure("a", staying, replicas)

@@ -1,0 +1,75 @@
+"""What operators are told of the cluster."""
+from __future__ import annotations
+
+from spillway.broker.services.cluster_status import cluster_status
+from spillway.v1 import cluster_service_pb2 as pb
+
+
+def nodes(*ids: str, **fields: object) -> list[pb.Node]:
+    return [pb.Node(id=n, address=f"{n}:1", state=pb.NODE_STATE_ACTIVE, **fields) for n in ids]  # type: ignore[arg-type]
+
+
+def answer(**roles: str) -> pb.GetNodeStatusResponse:
+    """`g1="leader abc 9"`: role, voters, applied index."""
+    out = pb.GetNodeStatusResponse(version="1")
+    for group, said in roles.items():
+        role, voters, index, *learners = said.split()
+        out.groups.add(group=int(group[1:]), role=role, voters=list(voters), learners=list("".join(learners)), term=3,
+                       commit_index=int(index), applied_index=int(index))
+    return out
+
+
+def told(found: pb.GetClusterStatusResponse) -> list[str]:
+    """All problems, with their remedies."""
+    assert all(p.what and p.remedy for p in found.problems)
+    return [f"{p.what}: {p.remedy}" for p in found.problems]
+
+
+HEALTHY = {"a": answer(g0="leader abc 5", g1="leader abc 9"), "b": answer(g0="follower abc 5", g1="follower abc 7"),
+           "c": answer(g0="follower abc 5", g1="follower abc 9")}
+
+
+def test_a_sound_cluster_has_no_problems() -> None:
+    """Everybody answers, and all is where it belongs."""
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, HEALTHY)
+    assert told(found) == [] and not any(g.moving for g in found.groups)
+    assert [(n.node.id, n.reachable, n.replicas, n.leads) for n in found.nodes] == [
+        ("a", True, 1, 1), ("b", True, 1, 0), ("c", True, 1, 0)]
+    assert [(r.node, r.lag) for r in found.groups[1].replicas] == [("a", 0), ("b", 2), ("c", 0)]
+
+
+def test_a_node_that_is_silent_and_the_groups_that_may_stop() -> None:
+    """One is gone: what that means is said, and what to do."""
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, {n: HEALTHY[n] for n in "ab"})
+    said = told(found)
+    assert "node c does not answer: start it again; if it is gone for good: spillway cluster remove c" in said
+    assert "shard 1 stops if one more of a, b fails: start the nodes that do not answer" in said
+
+
+def test_no_leader() -> None:
+    """Who must be started is named."""
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, {"b": HEALTHY["b"]})
+    assert "shard 1 has no leader: a majority of a, b, c must run; start a, c" in told(found)
+    assert found.groups[1].leader == ""
+
+
+def test_what_moves() -> None:
+    """Members that are not those wanted, or that still learn."""
+    leads = {"a": answer(g0="leader abcd 5", g1="leader abc 9 d")}
+    found = cluster_status("c", nodes("a", "b", "c", "d"), {1: ["a", "b", "d"]}, leads)
+    assert found.groups[1].moving and list(found.groups[1].learners) == ["d"]
+    assert [n.replicas for n in found.nodes] == [1, 1, 1, 1], "a learner is a replica, too"
+
+
+def test_of_two_leaders_the_later_term_counts() -> None:
+    """One that was deposed may not know it yet."""
+    old, new = answer(g1="leader abc 9"), answer(g1="leader abc 9")
+    new.groups[0].term = 4
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, {"a": old, "b": new})
+    assert (found.groups[1].leader, found.groups[1].term) == ("b", 4)
+
+
+def test_zones_for_all_or_for_none() -> None:
+    """A zone that some nodes lack is a mistake."""
+    found = cluster_status("c", [*nodes("a", "b", zone="z"), *nodes("c")], {1: ["a", "b", "c"]}, HEALTHY)
+    assert told(found) == ["some nodes have a zone, and some have none: start c with --zone"]
