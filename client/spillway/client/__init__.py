@@ -10,6 +10,7 @@
 """
 from spillway.client.admin import Admin
 from spillway.client.client import Client
+from spillway.client.cluster import Cluster
 from spillway.client.consumer import Consumer, ConsumerState
 from spillway.client.errors import (
     AlreadyExists,
@@ -19,6 +20,7 @@ from spillway.client.errors import (
     DestinationNotFound,
     InternalError,
     InvalidArgument,
+    NodeNotFound,
     NotFound,
     OutcomeUnknown,
     OverBudget,
@@ -34,6 +36,7 @@ from spillway.client.errors import (
 from spillway.client.leases import LeasedMessage, LeasedRun
 from spillway.client.model import (
     AdaptiveLimit,
+    ClusterStatus,
     DeadLetter,
     DeliveryPolicy,
     Destination,
@@ -42,15 +45,20 @@ from spillway.client.model import (
     Gap,
     Gate,
     GateCause,
+    GroupReport,
     HttpTarget,
     Limit,
     NackPolicy,
+    NodeReport,
+    NodeState,
     Peek,
     PeekedMessage,
+    Problem,
     Purged,
     Receipt,
     Record,
     RedriveProgress,
+    ReplicaReport,
     Retention,
     Route,
     RouteTarget,
@@ -71,6 +79,8 @@ __all__ = [
     "BufferFull",
     "Client",
     "Closed",
+    "Cluster",
+    "ClusterStatus",
     "Conflict",
     "Consumer",
     "ConsumerState",
@@ -84,6 +94,7 @@ __all__ = [
     "Gap",
     "Gate",
     "GateCause",
+    "GroupReport",
     "HttpTarget",
     "InternalError",
     "InvalidArgument",
@@ -91,6 +102,9 @@ __all__ = [
     "LeasedRun",
     "Limit",
     "NackPolicy",
+    "NodeNotFound",
+    "NodeReport",
+    "NodeState",
     "NotFound",
     "Outcome",
     "OutcomeUnknown",
@@ -99,6 +113,7 @@ __all__ = [
     "Peek",
     "PeekedMessage",
     "PermissionDenied",
+    "Problem",
     "Producer",
     "Purged",
     "Receipt",
@@ -106,6 +121,7 @@ __all__ = [
     "RedriveProgress",
     "Reject",
     "Release",
+    "ReplicaReport",
     "ResourceExhausted",
     "Retention",
     "Retry",

@@ -16,20 +16,18 @@ from spillway.client.admin_wire import (
     explanation_from_pb,
     gate_from_pb,
     peeked_from_pb,
-    python_field,
     route_from_pb,
     route_to_pb,
     stats_from_pb,
 )
+from spillway.client.calls import TIMEOUT_SECONDS, Calls, translated
 from spillway.client.connection import Channels
 from spillway.client.errors import (
     DestinationNotFound,
     InvalidArgument,
     NotFound,
     RouteNotFound,
-    SpillwayError,
     Unavailable,
-    from_rpc_error,
 )
 from spillway.client.model import (
     DeadLetter,
@@ -49,8 +47,6 @@ from spillway.client.topology import Router
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1 import admin_service_pb2_grpc as rpc
 
-TIMEOUT_SECONDS = 10.0
-ATTEMPT_SECONDS_MAX = 6.0  # of the timeout, for one node: a broker waits up to 5 s for a leader
 PURGE_TIMEOUT_SECONDS = 120.0
 PURGE_ATTEMPT_SECONDS_MAX = 60.0  # a million queues take their time
 REDRIVE_TIMEOUT_SECONDS = 60.0
@@ -59,14 +55,13 @@ PAGE_SIZE = 100
 T = TypeVar("T")
 
 
-class Admin:
+class Admin(Calls):
     """Calls of AdminService. Every method takes `timeout` in seconds for all attempts together and raises Unavailable
     when it runs out, InvalidArgument naming a field that is refused, and what its description says. Where `tenant` and
     `key` may be given, None means all of them; a `key` needs a `tenant`."""
 
     def __init__(self, router: Router, channels: Channels) -> None:
-        self._router = router
-        self._channels = channels
+        super().__init__(router, channels, rpc.AdminServiceStub)
 
     # -- destinations --------------------------------------------------------------------------------------------
 
@@ -191,13 +186,13 @@ class Admin:
                         return
                 failure = Unavailable(f"{address} ended the stream before everything was back")
             except grpc.aio.AioRpcError as error:
-                translated = _translated(error)
-                if isinstance(translated, NotFound) and so_far:
+                failed = translated(error)
+                if isinstance(failed, NotFound) and so_far:
                     yield RedriveProgress(so_far, True)  # the node that broke had put back the last one
                     return
-                if not isinstance(translated, Unavailable):
-                    raise translated from None
-                failure = translated
+                if not isinstance(failed, Unavailable):
+                    raise failed from None
+                failure = failed
             finally:
                 call.cancel()
             if not dry_run:
@@ -292,47 +287,6 @@ class Admin:
             return await self._call(call, timeout)
         except DestinationNotFound as error:
             raise RouteNotFound(str(error)) from None
-
-    async def _call(self, call: Callable[[Any, float], Awaitable[T]], timeout: float,
-                    attempt_seconds_max: float = ATTEMPT_SECONDS_MAX) -> T:
-        """One call, at one node after the other while they are UNAVAILABLE."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        backoff = Backoff(0.05, 1.0)
-        last = Unavailable("no node answered in time")
-        turn = 0
-        while (left := deadline - loop.time()) > 0:
-            address = self._address(turn)
-            turn += 1
-            stub = rpc.AdminServiceStub(self._channels.get(address, "control"))
-            try:
-                result = await call(stub, min(left, attempt_seconds_max))
-            except grpc.aio.AioRpcError as error:
-                translated = _translated(error)
-                if not isinstance(translated, Unavailable):
-                    raise translated from None
-                last = translated
-                self._failed(address)
-                await asyncio.sleep(min(backoff.next(), max(deadline - loop.time(), 0)))
-            else:
-                self._router.health.worked(address)
-                return result
-        raise last
-
-    def _failed(self, address: str) -> None:
-        self._router.health.failed(address)
-        self._router.watch.suspect(address)
-
-    def _address(self, turn: int) -> str:
-        addresses = self._router.watch.addresses
-        order = [addresses[(turn + i) % len(addresses)] for i in range(len(addresses))]
-        return next((a for a in order if self._router.health.is_up(a)), order[0])
-
-
-def _translated(error: grpc.RpcError) -> SpillwayError:
-    """The package's error, its field by the name that the field has in Python."""
-    found = from_rpc_error(error)
-    return InvalidArgument(python_field(found.field), found.description) if isinstance(found, InvalidArgument) else found
 
 
 def _least_one(field: str, value: int) -> int:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from spillway.client.admin import Admin
+from spillway.client.cluster import Cluster
 from spillway.client.connection import Channels, Health
 from spillway.client.consumer import CREDIT_BYTES, CREDIT_MESSAGES, LEASE_TOTAL_SECONDS, Consumer
 from spillway.client.errors import Closed, InvalidArgument, SpillwayError, Unavailable
@@ -83,6 +84,11 @@ class Client:
     def admin(self) -> Admin:
         """Destinations and what became of their messages."""
         return Admin(*self._open())
+
+    @property
+    def cluster(self) -> Cluster:
+        """How the nodes are, and who of them is to leave."""
+        return Cluster(*self._open())
 
     def producer(self, *, linger: float = 0.0, in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX,
                  producer_id: str | None = None, close_timeout: float = 30.0) -> Producer:

@@ -4,6 +4,7 @@
     ├── InvalidArgument          the caller's: a field is missing, too long or out of range; `field` names it
     ├── NotFound                 the caller's: what is asked for does not exist
     │   ├── DestinationNotFound  no such destination, and auto-create is off
+    │   ├── NodeNotFound         no such node
     │   └── RouteNotFound        no such route
     ├── AlreadyExists            the caller's: the name is taken
     ├── Conflict                 the caller's: someone else changed the destination or route first (etag)
@@ -53,6 +54,10 @@ class NotFound(SpillwayError):
 
 class DestinationNotFound(NotFound):
     """The destination does not exist, or has nothing of what was asked for."""
+
+
+class NodeNotFound(NotFound):
+    """The cluster has no such node."""
 
 
 class RouteNotFound(NotFound):

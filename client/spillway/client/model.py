@@ -302,3 +302,73 @@ class DeadLetter:
     id: str
     headers: Mapping[str, str]
     payload: bytes
+
+
+class NodeState(enum.IntEnum):
+    """What is to become of a node."""
+
+    UNSPECIFIED = 0  # the broker is newer than this client
+    ACTIVE = 1
+    DRAINING = 2  # its replicas move, or have moved, to others
+    REMOVING = 3  # as draining, and then it leaves
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """One node of the cluster."""
+
+    id: str
+    address: str  # host:port for clients
+    zone: str
+    host: str
+    state: NodeState
+    reachable: bool
+    version: str  # "" unless it answered
+    replicas: int  # of shards
+    leads: int  # shards
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """One replica that answered."""
+
+    node: str
+    applied_index: int
+    lag: int  # entries that the leader had committed and this one had not applied
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """One Raft group."""
+
+    group: int  # 0: meta; else the shard
+    leader: str  # "": nobody says that it leads
+    term: int
+    wanted: tuple[str, ...]  # where its replicas belong, the preferred leader first
+    voters: tuple[str, ...]
+    learners: tuple[str, ...]  # that are catching up
+    replicas: tuple[ReplicaReport, ...]
+    moving: bool  # its members are not yet those wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that an operator should know."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """How a cluster is."""
+
+    cluster: str
+    nodes: tuple[NodeReport, ...]
+    groups: tuple[GroupReport, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def moving(self) -> int:
+        """How many shards are on their way to other nodes."""
+        return sum(group.moving for group in self.groups)

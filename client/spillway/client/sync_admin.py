@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TypeVar
 
 from spillway.client import client as aio
-from spillway.client.admin import PURGE_TIMEOUT_SECONDS, REDRIVE_TIMEOUT_SECONDS, TIMEOUT_SECONDS
+from spillway.client.admin import PURGE_TIMEOUT_SECONDS, REDRIVE_TIMEOUT_SECONDS
+from spillway.client.calls import TIMEOUT_SECONDS
 from spillway.client.loop_thread import LoopThread
 from spillway.client.model import (
     DeadLetter,

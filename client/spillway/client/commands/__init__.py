@@ -6,7 +6,7 @@ import sys
 
 import typer
 from spillway.client.cli import EXIT_FAILED
-from spillway.client.commands import dead_letters, destinations, messages, operations, routes, status
+from spillway.client.commands import cluster, dead_letters, destinations, messages, operations, routes, status
 
 app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
@@ -14,6 +14,7 @@ app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pr
                   epilog="Installed extras add commands: serve (spillway[broker]), dispatch (spillway[dispatch]).")
 for _part in (messages, status, operations):
     _part.add_to(app)
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(destinations.app, name="destination")
 app.add_typer(dead_letters.app, name="dead-letter")
 app.add_typer(routes.app, name="route")

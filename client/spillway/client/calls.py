@@ -1,0 +1,70 @@
+"""Calls that any node serves: made at one node after the other while they are UNAVAILABLE."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from spillway.client.admin_wire import python_field
+from spillway.client.connection import Channels
+from spillway.client.errors import InvalidArgument, SpillwayError, Unavailable, from_rpc_error
+from spillway.client.retry import Backoff
+from spillway.client.topology import Router
+
+TIMEOUT_SECONDS = 10.0
+ATTEMPT_SECONDS_MAX = 6.0  # of the timeout, for one node: a broker waits up to 5 s for a leader
+
+T = TypeVar("T")
+
+
+class Calls:
+    """Base of Admin and Cluster."""
+
+    def __init__(self, router: Router, channels: Channels, stub: Callable[[Any], Any]) -> None:
+        """`stub` makes the service's stub from a channel."""
+        self._router = router
+        self._channels = channels
+        self._stub = stub
+
+    async def _call(self, call: Callable[[Any, float], Awaitable[T]], timeout: float,
+                    attempt_seconds_max: float = ATTEMPT_SECONDS_MAX) -> T:
+        """One call, at one node after the other while they are UNAVAILABLE."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        backoff = Backoff(0.05, 1.0)
+        last = Unavailable("no node answered in time")
+        turn = 0
+        while (left := deadline - loop.time()) > 0:
+            address = self._address(turn)
+            turn += 1
+            stub = self._stub(self._channels.get(address, "control"))
+            try:
+                result = await call(stub, min(left, attempt_seconds_max))
+            except grpc.aio.AioRpcError as error:
+                found = translated(error)
+                if not isinstance(found, Unavailable):
+                    raise found from None
+                last = found
+                self._failed(address)
+                await asyncio.sleep(min(backoff.next(), max(deadline - loop.time(), 0)))
+            else:
+                self._router.health.worked(address)
+                return result
+        raise last
+
+    def _failed(self, address: str) -> None:
+        self._router.health.failed(address)
+        self._router.watch.suspect(address)
+
+    def _address(self, turn: int) -> str:
+        addresses = self._router.watch.addresses
+        order = [addresses[(turn + i) % len(addresses)] for i in range(len(addresses))]
+        return next((a for a in order if self._router.health.is_up(a)), order[0])
+
+
+def translated(error: grpc.RpcError) -> SpillwayError:
+    """The package's error, its field by the name that the field has in Python."""
+    found = from_rpc_error(error)
+    return InvalidArgument(python_field(found.field), found.description) if isinstance(found, InvalidArgument) else found

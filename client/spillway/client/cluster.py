@@ -1,0 +1,61 @@
+"""The cluster itself: how its nodes are, and who of them is to leave. Any node serves any call."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from spillway.client.calls import TIMEOUT_SECONDS, Calls
+from spillway.client.connection import Channels
+from spillway.client.errors import DestinationNotFound, NodeNotFound
+from spillway.client.model import ClusterStatus, GroupReport, NodeReport, NodeState, Problem, ReplicaReport
+from spillway.client.topology import Router
+from spillway.v1 import cluster_service_pb2 as pb
+from spillway.v1 import cluster_service_pb2_grpc as rpc
+
+T = TypeVar("T")
+_STATES = {int(state) for state in NodeState}
+
+
+class Cluster(Calls):
+    """Calls of ClusterService. Every method takes `timeout` in seconds for all attempts together and raises Unavailable when it
+    runs out, and what its description says."""
+
+    def __init__(self, router: Router, channels: Channels) -> None:
+        super().__init__(router, channels, rpc.ClusterServiceStub)
+
+    async def status(self, *, timeout: float = TIMEOUT_SECONDS) -> ClusterStatus:
+        """Nodes, groups, what moves, what is wrong and what to do about it, as far as the nodes answer within two seconds."""
+        response = await self._call(lambda stub, seconds: stub.GetClusterStatus(pb.GetClusterStatusRequest(), timeout=seconds), timeout)
+        return status_from_pb(response)
+
+    async def drain(self, node_id: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """Has every replica and leadership of a node moved to others; returns when that is decided, see `status` for when it is done.
+        Raises NodeNotFound; InvalidArgument if too few nodes are left."""
+        await self._of_node(lambda stub, seconds: stub.DrainNode(pb.DrainNodeRequest(node_id=node_id), timeout=seconds), timeout)
+
+    async def undrain(self, node_id: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """Undoes `drain`. Raises NodeNotFound; InvalidArgument if the node is being removed."""
+        await self._of_node(lambda stub, seconds: stub.UndrainNode(pb.UndrainNodeRequest(node_id=node_id), timeout=seconds), timeout)
+
+    async def remove(self, node_id: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """As `drain`; then the node is none of the cluster any more. Also for one that is dead for good. Cannot be undone."""
+        await self._of_node(lambda stub, seconds: stub.RemoveNode(pb.RemoveNodeRequest(node_id=node_id), timeout=seconds), timeout)
+
+    async def _of_node(self, call: Callable[[Any, float], Awaitable[T]], timeout: float) -> T:
+        try:
+            return await self._call(call, timeout)
+        except DestinationNotFound as error:
+            raise NodeNotFound(str(error)) from None
+
+
+def status_from_pb(response: pb.GetClusterStatusResponse) -> ClusterStatus:
+    """As the client has it."""
+    return ClusterStatus(
+        response.cluster,
+        tuple(NodeReport(n.node.id, n.node.address, n.node.zone, n.node.host,
+                         NodeState(n.node.state) if n.node.state in _STATES else NodeState.UNSPECIFIED,
+                         n.reachable, n.version, n.replicas, n.leads) for n in response.nodes),
+        tuple(GroupReport(g.group, g.leader, g.term, tuple(g.wanted), tuple(g.voters), tuple(g.learners),
+                          tuple(ReplicaReport(r.node, r.applied_index, r.lag) for r in g.replicas), g.moving) for g in response.groups),
+        tuple(Problem(p.what, p.remedy) for p in response.problems))

@@ -1,0 +1,124 @@
+"""The cluster's nodes: status, drain, undrain, remove. A node joins by itself: `spillway serve --join`."""
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from spillway.client.cli import EXIT_UNAVAILABLE
+from spillway.client.commands.common import (
+    ADDRESS,
+    Address,
+    Format,
+    Output,
+    Yes,
+    confirmed,
+    plain,
+    plural,
+    print_done,
+    print_json,
+    print_table,
+    run_async,
+    seconds,
+)
+
+if TYPE_CHECKING:
+    from spillway.client import Client, ClusterStatus
+
+app = typer.Typer(name="cluster", no_args_is_help=True, help="The cluster's nodes. A node joins by `spillway serve --join HOST:PORT`.")
+NodeId = Annotated[str, typer.Argument(help="Id of the node.", metavar="NODE")]
+Wait = Annotated[float, typer.Option("--wait", parser=seconds, metavar="DURATION", help=(
+    "Wait for so long until it is done: 30s, 10m; 0 to return at once."))]
+POLL_SECONDS = 0.5
+
+
+@app.command()
+def status(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+    """Shows nodes, shards, what moves, what is wrong and what to do about it. Exit code 4 if something is wrong."""
+    from spillway.client import Client
+
+    async def show() -> int:
+        async with Client(address) as client:
+            found = await client.cluster.status()
+        if output is Output.JSON:
+            print_json(plain(found))
+        else:
+            _print(found)
+        return EXIT_UNAVAILABLE if found.problems else 0
+
+    run_async(show)
+
+
+def _print(found: ClusterStatus) -> None:
+    shards = [group for group in found.groups if group.group]
+    print(f"cluster {found.cluster!r}: {plural(len(found.nodes), 'node')}, {plural(len(shards), 'shard')}, "
+          + (f"{found.moving} moving" if found.moving else "none moving"))
+    print_table(("node", "state", "address", "zone", "host", "version", "replicas", "leads"), [
+        (n.id, n.state.name.lower() if n.reachable else f"{n.state.name.lower()}, silent", n.address, n.zone, n.host, n.version,
+         str(n.replicas), str(n.leads)) for n in found.nodes])
+    print_table(("shard", "leader", "voters", "catching up", "belongs on", "lag"), [
+        (str(g.group) if g.group else "meta", g.leader or "none", ", ".join(g.voters), ", ".join(g.learners),
+         ", ".join(g.wanted) if g.moving else "", str(max((r.lag for r in g.replicas), default=0))) for g in found.groups])
+    for problem in found.problems:
+        print(f"wrong: {problem.what}\n  do:  {problem.remedy}")
+
+
+@app.command()
+def drain(node: NodeId, wait: Wait = 600.0, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+    """Moves all replicas of a node to others, and waits until it has none. It stays in the cluster: see undrain, remove."""
+    _leave("drain", node, wait, output, address)
+
+
+@app.command()
+def undrain(node: NodeId, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+    """Undoes drain: the node gets its share of replicas again."""
+    from spillway.client import Client
+
+    async def work() -> int:
+        async with Client(address) as client:
+            await client.cluster.undrain(node)
+        print_done(f"node {node} gets replicas again", output, node=node, state="active")
+        return 0
+
+    run_async(work)
+
+
+@app.command()
+def remove(node: NodeId, wait: Wait = 600.0, yes: Yes = False, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+    """Drains a node, and then it is none of the cluster any more; also one that is dead for good. Cannot be undone."""
+    confirmed(f"Remove node {node} from the cluster for good?", yes)
+    _leave("remove", node, wait, output, address)
+
+
+def _leave(what: str, node: str, wait: float, output: Output, address: list[str]) -> None:
+    from spillway.client import Client
+
+    async def work() -> int:
+        async with Client(address) as client:
+            await (client.cluster.drain(node) if what == "drain" else client.cluster.remove(node))
+            left = await _wait(client, node, wait)
+        if left:
+            print_done(f"node {node}: {plural(left, 'replica')} left, going on", output, node=node, replicas_left=left)
+            return EXIT_UNAVAILABLE if wait else 0
+        print_done(f"node {node} has no replica any more" if what == "drain" else f"node {node} is none of the cluster any more; stop it",
+                   output, node=node, replicas_left=0)
+        return 0
+
+    run_async(work)
+
+
+async def _wait(client: Client, node: str, wait: float) -> int:
+    """Waits until a node has no replica, or, if it is being removed, is gone; returns what it has then."""
+    import asyncio
+
+    from spillway.client import NodeState
+
+    until = time.monotonic() + wait
+    while True:
+        found = await client.cluster.status()
+        own = next((n for n in found.nodes if n.id == node), None)
+        if own is None or (own.state is NodeState.DRAINING and not own.replicas):
+            return 0
+        if time.monotonic() > until:
+            return max(1, own.replicas)
+        await asyncio.sleep(POLL_SECONDS)
