@@ -1,4 +1,4 @@
-"""`python -m bench [a b c d e f g]`: runs workloads, prints a table, writes JSON."""
+"""`python -m bench [a b c d e f g h]`: runs workloads, prints a table, writes JSON."""
 from __future__ import annotations
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import failover, isolation, limits, machine, memory, neighbour, pick, round_trip, throughput
+from bench import changes, failover, isolation, limits, machine, memory, neighbour, pick, round_trip, throughput
 from bench.report import render
 
 DISK_TYPES_REFUSED = ("tmpfs", "ramfs")
@@ -56,16 +56,22 @@ def isolations(directory: Path, quick: bool) -> dict[str, Any]:
     return isolation.measure(directory / "g", 5.0 if quick else 20.0)
 
 
+def all_changes(directory: Path, quick: bool) -> dict[str, Any]:
+    """Workload h."""
+    return changes.measure(directory / "h", 500.0 if quick else 3_000.0)
+
+
 WORKLOADS: dict[str, Callable[[Path, bool], Any]] = {
     "a": throughputs, "b": round_trips, "c": noisy_neighbour, "d": memories, "e": fail_over,
-    "f": picks, "g": isolations}
+    "f": picks, "g": isolations, "h": all_changes}
 
 
 def main(argv: list[str]) -> int:
     """Runs what the arguments say; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD",
-                        help="a throughput, b round trip, c noisy neighbour, d memory, e failover, f pick, g isolation; default: all")
+                        help="a throughput, b round trip, c noisy neighbour, d memory, e failover, f pick, g isolation, "
+                             "h changes; default: all")
     parser.add_argument("--quick", action="store_true", help="shorter and smaller: for a look, not for figures")
     parser.add_argument("--out", type=Path, default=Path("build/bench/results.json"), help="where the JSON goes")
     parser.add_argument("--dir", type=Path, default=Path("build/bench"), help="below it the nodes keep their data; a disk")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -20,20 +21,47 @@ CALL_SECONDS = 2.0
 class Nodes:
     """One cluster of one or more nodes; started in its own directory, ended with `children`."""
 
-    def __init__(self, directory: Path, count: int, children: Children) -> None:
+    def __init__(self, directory: Path, count: int, children: Children, flags: Sequence[str] = ()) -> None:
+        self._directory, self._started, self._flags = directory, children, list(flags)
         directory.mkdir(parents=True, exist_ok=True)
         ports = free_ports(2 * count)
         ids = [f"n{i + 1}" for i in range(count)]
         self.listen = {n: f"127.0.0.1:{ports[2 * i]}" for i, n in enumerate(ids)}
-        peers = {n: f"127.0.0.1:{ports[2 * i + 1]}" for i, n in enumerate(ids)}
+        self._peers = peers = {n: f"127.0.0.1:{ports[2 * i + 1]}" for i, n in enumerate(ids)}
         everyone = ",".join(f"{n}={peers[n]}/{self.listen[n]}" for n in ids) if count > 1 else ""
         self.children: dict[str, Child] = {}
         for n in ids:
-            command = [sys.executable, "-m", "spillway.broker", "--node-id", n, "--listen", self.listen[n],
-                       "--peer-listen", peers[n], "--data-dir", str(directory / n)]
-            self.children[n] = Child(n, command + (["--peers", everyone] if everyone else []), directory)
-            children.start(self.children[n])
+            self._start(n, ["--peers", everyone] if everyone else [])
         poll(self._ready, READY_SECONDS, "a leader for every shard")
+
+    def _start(self, node: str, flags: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "spillway.broker", "--node-id", node, "--listen", self.listen[node],
+                   "--peer-listen", self._peers[node], "--data-dir", str(self._directory / node)]
+        self.children[node] = Child(node, [*command, *self._flags, *flags], self._directory)
+        self._started.start(self.children[node])
+
+    def join(self, node: str) -> None:
+        """Starts one more node, which joins the cluster; does not wait."""
+        listen, peer = (f"127.0.0.1:{port}" for port in free_ports(2))
+        seeds = ",".join(self._peers[n] for n, child in self.children.items() if child.running)
+        self.listen[node], self._peers[node] = listen, peer
+        self._start(node, ["--join", seeds])
+
+    def cluster(self) -> pb.GetClusterStatusResponse | None:
+        """The cluster as the first node that runs and answers sees it."""
+        for node, child in self.children.items():
+            if child.running:
+                try:
+                    with self._channel(node) as channel:
+                        return ClusterServiceStub(channel).GetClusterStatus(pb.GetClusterStatusRequest(), timeout=5)
+                except grpc.RpcError:
+                    continue
+        return None
+
+    def drain(self, node: str) -> None:
+        """Has a node's replicas moved to others; does not wait."""
+        with self._channel(next(n for n, child in self.children.items() if child.running and n != node)) as channel:
+            ClusterServiceStub(channel).DrainNode(pb.DrainNodeRequest(node_id=node), timeout=10)
 
     @property
     def addresses(self) -> list[str]:

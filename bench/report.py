@@ -28,7 +28,7 @@ def render(results: dict[str, Any]) -> str:
     """All tables."""
     parts = [_machine(results)]
     for letter, section in (("a", _throughput), ("b", _round_trip), ("c", _neighbour), ("d", _memory), ("e", _failover),
-                            ("f", _pick), ("g", _isolation)):
+                            ("f", _pick), ("g", _isolation), ("h", _changes)):
         if letter in results:
             parts.append(section(results))
     parts += [f"Workload {letter} FAILED: {why}" for letter, why in results["failed"].items()]
@@ -121,6 +121,16 @@ def _failover(results: dict[str, Any]) -> str:
         f"Started again after {restart['down_seconds']} s, it answered after {restart['answers_after_seconds']} s and had "
         f"caught up after {restart['caught_up_after_seconds']} s; leaders were back after "
         f"{restart['leaders_back_after_seconds'] or '(not)'} s."])
+
+
+def _changes(results: dict[str, Any]) -> str:
+    h = results["h"]
+    rows = [(one["change"], f"{one['seconds']:.1f}", one["send_to_stored_max"], one["send_to_delivered_max"],
+             one["delivery_gap_of_worst_queue"]) for one in h["changes"]]
+    return (f"h  A cluster changes at {h['per_second']:.0f} messages/s of 1 KiB in {h['queues']} queues: {h['sent']:,} sent, "
+            f"{h['sends_failed']} sends failed, {h['lost']} lost, {h['stored_twice']} stored twice, {h['reordered']} reordered, "
+            f"{h['redelivered']} redelivered\n"
+            + table(("change", "took s", "longest to stored s", "longest to delivered s", "delivery gap of worst queue s"), rows))
 
 
 def _pick(results: dict[str, Any]) -> str:

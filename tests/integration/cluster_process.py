@@ -35,6 +35,7 @@ class NodeProcess:
         self.directory = directory
         self.node_id = node_id
         self.address = listen
+        self.peer_address = peer_listen
         self.log = directory / f"{node_id}.log"
         self.data_dir = directory / node_id
         self.argv = [sys.executable, "-m", "spillway.broker", "--node-id", node_id, "--listen", listen,
@@ -77,7 +78,17 @@ class ClusterProcesses:
         common = list(flags or [])
         if nodes > 1:
             common += ["--peers", ",".join(f"{n}={peer[n]}/{listen[n]}" for n in ids)]
+        self.directory = directory
+        self.flags = list(flags or [])
         self.nodes = {n: NodeProcess(directory, n, listen[n], peer[n], common) for n in ids}
+
+    def join(self, node_id: str, *flags: str) -> NodeProcess:
+        """Starts one more node, which joins; does not wait."""
+        listen, peer = (f"127.0.0.1:{port}" for port in free_ports(2))
+        seeds = ",".join(n.peer_address for n in self.nodes.values() if n.running)
+        node = self.nodes[node_id] = NodeProcess(self.directory, node_id, listen, peer, [*self.flags, "--join", seeds, *flags])
+        node.start()
+        return node
 
     @property
     def addresses(self) -> list[str]:
