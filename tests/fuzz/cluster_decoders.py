@@ -287,7 +287,7 @@ def _snapshot_samples() -> tuple[bytes, ...]:
     made = []
     for cut in (1 << 20, 40):
         chunks = _chunks(*rows, cut=cut)
-        exporter = Exporter(mock.Mock(), b"R" + bytes(8), 1, 9, 3, 1)
+        exporter = Exporter(mock.Mock(), b"R" + bytes(8), 1, 9, 3, mock.Mock())
         for kind, body in chunks:
             exporter._add(kind, body)
         made.append(b"\2" + join(exporter._ready))

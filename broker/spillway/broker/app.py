@@ -26,6 +26,7 @@ from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.placement import place
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
+from spillway.cluster.snapshots import Position
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.grpc import PROTOCOL, GrpcTransport
 from spillway.contract.limits import FRAME_BYTES_MAX
@@ -112,7 +113,7 @@ class App:
         path = claim(config)
         self.journal = JournalStore(path / "log", config.cluster, config.node_id)
         try:
-            self.store = StateStore(path / "state")
+            self.store = StateStore(path / "state", snapshot_bytes_per_second=config.snapshot_bytes_per_second)
         except StoreRefused:
             self.journal.close()
             raise
@@ -135,8 +136,8 @@ class App:
         return Hello(protocol=PROTOCOL, cluster=node.cluster, node_id=node.node_id, incarnation=node.incarnation,
                      formed=node.formed, founders=node.founders)
 
-    def _export(self, group: int, peer: str) -> object:
-        return self.host.export(group, peer)
+    def _export(self, group: int, peer: str, position: Position | None) -> object:
+        return self.host.export(group, peer, position)
 
     async def start(self) -> None:
         """Binds the ports, then starts the groups. Raises ConfigError if a port is taken."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 from spillway.broker.errors import ConfigError
+from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
 
 
@@ -35,6 +36,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     payload_bytes_max: Annotated[int, f"largest payload, at most {FRAME_BYTES_MAX // 2}"] = PAYLOAD_BYTES_MAX
     ingress_bytes_max: Annotated[int, "messages accepted from producers and not yet committed, over all streams"] = 64 << 20
     disk_free_bytes_min: Annotated[int, "below this much free disk, Produce is refused; leases and acks go on"] = 256 << 20
+    snapshot_bytes_per_second: Annotated[int, "all snapshots together that this node sends to others; less leaves more for traffic, "
+                                              "but a replica that is behind catches up later"] = SNAPSHOT_BYTES_PER_SECOND
     streams_max: Annotated[int, "open streams of clients; further ones are refused"] = 10_000
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
 
@@ -149,6 +152,8 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"ingress_bytes_max is {config.ingress_bytes_max}; it must be at least 1 MiB")
     if config.disk_free_bytes_min < 0:
         raise ConfigError(f"disk_free_bytes_min is {config.disk_free_bytes_min}; it must be at least 0")
+    if config.snapshot_bytes_per_second < 1 << 20:
+        raise ConfigError(f"snapshot_bytes_per_second is {config.snapshot_bytes_per_second}; it must be at least 1 MiB")
     if config.streams_max < 1:
         raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
     if config.log_level not in ("debug", "info", "warning", "error"):

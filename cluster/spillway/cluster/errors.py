@@ -6,6 +6,7 @@ ClusterError
 ├── StorageFailed     the machine's: a write or sync failed; fatal, nothing later can be trusted
 │   └── StorageDamaged    also a StoreRefused: what is on the disk is not what was written; starting again does not help
 ├── SnapshotInvalid   the peer's: a snapshot is damaged, out of order or too old; fetch again
+│   └── SnapshotBroken    its transfer broke: what came stands, and the next fetch goes on from there
 ├── PeerRefused       the peer's: another cluster, protocol or node id
 ├── WireInvalid       the peer's: bytes that are no message of ours; close the connection
 └── ChangeRefused     the caller's: a change of a group's members that is not made; nothing happened
@@ -42,6 +43,10 @@ class StorageDamaged(StorageFailed, StoreRefused):
 
 class SnapshotInvalid(ClusterError):
     """A snapshot cannot be installed."""
+
+
+class SnapshotBroken(SnapshotInvalid):
+    """The transfer of a snapshot broke."""
 
 
 class PeerRefused(ClusterError):

@@ -11,15 +11,14 @@ and for the end. The state is that of one moment, whatever is committed meanwhil
 """
 from __future__ import annotations
 
-import asyncio
 import struct
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rocksdict import ReadOptions, WriteBatch
-from spillway.cluster.errors import SnapshotInvalid, StorageFailed
+from spillway.cluster.errors import SnapshotInvalid
 
 if TYPE_CHECKING:
     from spillway.cluster.state_store import StateStore
@@ -28,7 +27,8 @@ FORMAT = 2
 CHUNK_BYTES_MAX = 256 << 10
 CHUNK_ROWS_MAX = 500  # many small rows would hold up the loop: 500 take about 1 ms
 ROW_BYTES_MAX = 64 << 20  # what a receiver holds in memory at most
-EXPORT_BYTES_PER_SECOND = 64 << 20  # leaves room for the traffic of the day
+RESUME_SECONDS = 30.0  # after a broken transfer both sides keep what they have for so long
+CHUNKS_MAX, ROWS_MAX = 1 << 31, 1 << 62  # beyond any; numbers of a position come from another node
 _FRAME = struct.Struct("<IcI")
 _BODY_BYTES_MAX = CHUNK_BYTES_MAX - _FRAME.size
 _HEADER = struct.Struct("<BIQQ")
@@ -52,14 +52,15 @@ class Position:
     """Empty before the first row."""
 
 
-class Exporter(AsyncIterator[bytes]):
-    """The chunks of one group's state as of one moment. It pins that moment's files until it ends or is closed.
+class Exporter(Iterator[bytes]):
+    """The chunks of one group's state as of one moment. It pins that moment's files until it ends or is closed. See `Exports` for the
+    rate at which they are sent.
 
     One iterator reads all of it, also after `resume`: an iterator of RocksDB sees the moment of its making, and those that
     rocksdict makes of a snapshot do so, too, instead of that of the snapshot (0.3.29)."""
 
-    def __init__(self, database: Any, prefix: bytes, group_id: int, index: int, term: int, bytes_per_second: int) -> None:
-        """See StateStore.export. The moment is now."""
+    def __init__(self, database: Any, prefix: bytes, group_id: int, index: int, term: int, check: Callable[[Any], None]) -> None:
+        """See StateStore.exporter. The moment is now. `check(rows)` raises StorageFailed if the iterator ended because of an error."""
         self.group_id = group_id
         self.index = index
         self.term = term
@@ -71,7 +72,7 @@ class Exporter(AsyncIterator[bytes]):
         self._rows: Any = database.iter(read)
         self._begun = False
         self._prefix = prefix
-        self._bytes_per_second = bytes_per_second
+        self._check = check
         self._number = 0
         self._checksum = 0
         self._count = 0
@@ -79,36 +80,44 @@ class Exporter(AsyncIterator[bytes]):
 
     def resume(self, position: Position) -> None:
         """Goes on, or back, to where a receiver is: its transfer broke. Raises SnapshotInvalid if this is the state of
-        another moment, or closed."""
+        another moment, or closed, or if there is no such position."""
         if self._rows is None or position.index != self.index:
             raise SnapshotInvalid(f"cannot go on at entry {position.index}: this snapshot is as of entry {self.index}"
                                   f"{' and closed' if self._rows is None else ''}")
+        if not (position.number < CHUNKS_MAX and position.rows < ROWS_MAX and position.checksum < 1 << 32):
+            raise SnapshotInvalid(f"cannot go on at chunk {position.number}: there is none")
         self._number, self._checksum, self._count = position.number, position.checksum, position.rows
         self._ready.clear()
         self._begun = position.number > 0
         if self._begun:
-            self._seek(position.last_key)
+            self._seek(position.last_key if position.rows else None)
 
-    async def __anext__(self) -> bytes:
-        """The next chunk, at the rate of the export. Raises StorageFailed if the disk cannot be read."""
+    def __next__(self) -> bytes:
+        """The next chunk. Raises StorageFailed if the disk cannot be read."""
         if not self._ready:
             if self._rows is None:
-                raise StopAsyncIteration
+                raise StopIteration
             self._read()
-        chunk = self._ready.pop(0)
-        await asyncio.sleep(len(chunk) / self._bytes_per_second)
-        return chunk
+        return self._ready.pop(0)
+
+    @property
+    def ended(self) -> bool:
+        """It cannot go on: all chunks were made, or it was closed."""
+        return self._rows is None
 
     def close(self) -> None:
         """Releases the moment. The chunks end."""
         self._rows = self._read_options = None
+        self._ready.clear()
 
     def __repr__(self) -> str:
         return f"<exporter of group {self.group_id} as of entry {self.index}: {self._count} rows, {self._number} chunks>"
 
-    def _seek(self, after: bytes) -> None:
-        self._rows.seek(self._prefix + after)
-        if after and self._rows.valid() and self._rows.key() == self._prefix + after:
+    def _seek(self, after: bytes | None) -> None:
+        """To the row after that of a key; None: to the first one."""
+        start = self._prefix + (after or b"")
+        self._rows.seek(start)
+        if after is not None and self._rows.valid() and self._rows.key() == start:
             self._rows.next()
 
     def _read(self) -> None:
@@ -117,7 +126,7 @@ class Exporter(AsyncIterator[bytes]):
         if not self._begun:
             self._begun = True
             self._add(b"H", _HEADER.pack(FORMAT, self.group_id, self.index, self.term))
-            self._seek(b"")
+            self._seek(None)
             return
         cut = len(self._prefix)
         parts: list[bytes] = []
@@ -140,12 +149,9 @@ class Exporter(AsyncIterator[bytes]):
                 self._add(b"R" if end >= size else b"P", body[start:end])
             self._count += count
             return
-        try:
-            rows.status()
-        except Exception as error:
-            raise StorageFailed(f"the state of group {self.group_id} cannot be read: {error}") from error
+        self._check(rows)
         self._add(b"T", _TRAILER.pack(self._count))
-        self.close()
+        self._rows = self._read_options = None
 
     def _add(self, kind: bytes, body: bytes) -> None:
         head = kind + self._number.to_bytes(4, "little")
@@ -154,19 +160,25 @@ class Exporter(AsyncIterator[bytes]):
         self._number += 1
 
 
+def begins(chunk: bytes) -> bool:
+    """Whether it is the first chunk of a snapshot."""
+    return chunk[4:5] == b"H"
+
+
 class Installer:
     """Takes the chunks of a snapshot, beside the present state, which stands until `finish`.
 
     A later installer of the same group ends an earlier one."""
 
-    def __init__(self, store: StateStore, group_id: int, above: int = 0) -> None:
-        """`above`: only a state as of a later entry is taken. Raises StorageFailed."""
+    def __init__(self, store: StateStore, group_id: int, above: int = 0, source: str = "") -> None:
+        """`above`: only a state as of a later entry is taken. `source` is who sends it. Raises StorageFailed."""
         self.group_id = group_id
+        self.source = source
         self.position = Position(0, 0, 0, 0, b"")
         """Where to go on after a refused chunk or a broken transfer; grows with whole rows only."""
         self._store = store
         self._rows = store.group(group_id)
-        self._above = above
+        self.above = above
         self._term = 0
         self._number = 0
         self._checksum = 0
@@ -241,7 +253,7 @@ class Installer:
             raise self._invalid("it was ended, or another one was begun")
 
     def _check_newer(self, index: int) -> None:
-        applied = max(self._above, self._rows.applied_index)
+        applied = max(self.above, self._rows.applied_index)
         if index <= applied:
             raise self._invalid(f"as of entry {index}, but {applied} is applied here")
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from rocksdict import (
     ReadOptions,
     WriteBatch,
 )
-from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused, is_damage
-from spillway.cluster.snapshots import EXPORT_BYTES_PER_SECOND, Exporter, Installer
+from spillway.cluster.errors import REPLACE_HINT, SnapshotBroken, StorageDamaged, StorageFailed, StoreRefused, is_damage
+from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND, Exports
+from spillway.cluster.snapshots import RESUME_SECONDS, Exporter, Installer, Position, begins
 
 FORMAT = 1
 WRITE_BUFFER_BYTES = 16 << 20  # a message that is deleted before its buffer is full never reaches a file
@@ -60,9 +61,10 @@ CONFIGURATION_KEY = b"\xff\xff\xff\xffC"  # beyond the keys of any state machine
 class StateStore:
     """The database. One writer: the node's loop."""
 
-    def __init__(self, path: Path, *, write_buffer_bytes: int = WRITE_BUFFER_BYTES) -> None:
-        """Opens or creates it, and drops snapshots that were not finished. Raises StoreRefused if it is damaged, in use or
-        of a newer format, or if there is no space."""
+    def __init__(self, path: Path, *, write_buffer_bytes: int = WRITE_BUFFER_BYTES,
+                 snapshot_bytes_per_second: int = SNAPSHOT_BYTES_PER_SECOND) -> None:
+        """Opens or creates it, and drops snapshots that were not finished. All exports together send
+        `snapshot_bytes_per_second`. Raises StoreRefused if it is damaged, in use or of a newer format, or if there is no space."""
         self.path = path
         self._write_buffer_bytes = write_buffer_bytes
         self._write_lock = threading.Lock()  # `rest` runs beside the loop
@@ -71,6 +73,8 @@ class StateStore:
         self._failed: StorageFailed | None = None
         self._groups: dict[int, GroupRows] = {}
         self._exporters: WeakSet[Exporter] = WeakSet()
+        self._exports = Exports(self.exporter, snapshot_bytes_per_second)
+        self._staged: dict[int, tuple[Installer, asyncio.TimerHandle]] = {}  # by group: what came of snapshots whose transfer broke
         self.unreadable: Callable[[StorageFailed], None] = lambda error: None
         """Called when something cannot be read, before that is raised: whoever asked, a node must not go on with such a state."""
         self.installers: dict[int, Installer] = {}
@@ -116,6 +120,8 @@ class StateStore:
         batch.delete_range(_PREFIX.pack(b"R", group_id, 0), _PREFIX.pack(b"R", group_id + 1, 0))
         self.write(batch)
         self._groups.pop(group_id, None)
+        self._take_staged(group_id)
+        self.installers.pop(group_id, None)
         self.sync_now()
 
     async def sync(self) -> None:
@@ -138,6 +144,9 @@ class StateStore:
 
     def close(self) -> None:
         """Releases the database. Scans must have ended: RocksDB stays open as long as one of its iterators lives."""
+        self._exports.close()
+        for _, timer in self._staged.values():
+            timer.cancel()  # what came is dropped at the next start
         for exporter in list(self._exporters):
             exporter.close()
         self.db.close()
@@ -147,22 +156,37 @@ class StateStore:
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
-    def export(self, group_id: int, bytes_per_second: int = EXPORT_BYTES_PER_SECOND) -> Exporter:
-        """A group's state as of now, in chunks; see Exporter."""
+    def exporter(self, group_id: int) -> Exporter:
+        """A group's state as of now, in chunks."""
         rows = self.group(group_id)
-        exporter = Exporter(self.db, rows.prefix, group_id, rows.applied_index, rows.applied_term,
-                            bytes_per_second)
+        exporter = Exporter(self.db, rows.prefix, group_id, rows.applied_index, rows.applied_term, self.check)
         self._exporters.add(exporter)
         return exporter
 
-    async def install(self, group_id: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
-        """Replaces a group's rows by a snapshot, all or nothing; returns its applied (index, term). It is durable then, and
-        nothing else of the loop runs between the change and the return. Raises SnapshotInvalid if it is damaged or not above
-        entry `above` (the old state stands), and StorageFailed."""
-        installer = Installer(self, group_id, above)
+    def export(self, group_id: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
+        """A group's state for another node; see Exports.send."""
+        return self._exports.send(group_id, peer, position)
+
+    async def install(self, group_id: int, peer: str, fetch: Callable[[Position | None], AsyncIterator[bytes]],
+                      above: int) -> tuple[int, int]:
+        """Replaces a group's rows by a snapshot from a peer, all or nothing; returns its applied (index, term). It is durable then,
+        and nothing else of the loop runs between the change and the return.
+
+        `fetch(position)` gives the chunks from `position` on, or those of another snapshot from its first one on. After
+        SnapshotBroken what came is kept for a while, and the next call for the same peer goes on with it. Raises SnapshotInvalid
+        if it is damaged or not above entry `above`; whatever is raised, the old state stands. Raises StorageFailed."""
+        installer = self._take_staged(group_id)
+        if installer is None or installer.source != peer or installer.position.index <= above:
+            installer = Installer(self, group_id, above, peer)
+        installer.above = above
+        position = installer.rewind()
+        goes_on = position.number > 0
         try:
             unsynced = 0
-            async for chunk in chunks:
+            async for chunk in fetch(position if goes_on else None):
+                if goes_on and begins(chunk):
+                    installer = Installer(self, group_id, above, peer)
+                goes_on = False
                 installer.feed(chunk)
                 unsynced += len(chunk)
                 if unsynced > INSTALL_SYNC_BYTES:
@@ -172,10 +196,29 @@ class StateStore:
                     await asyncio.sleep(0)
             await self.sync()
             return installer.finish()
+        except SnapshotBroken:
+            self._stage(installer)
+            raise
         except BaseException:
             with suppress(StorageFailed):  # the first error counts
                 installer.abort()
             raise
+
+    def _stage(self, installer: Installer) -> None:
+        """Keeps what came of a snapshot whose transfer broke."""
+        def drop() -> None:
+            if self._take_staged(group_id) is not None:
+                with suppress(StorageFailed):  # whoever writes next is told
+                    installer.abort()
+
+        group_id = installer.group_id
+        self._staged[group_id] = installer, asyncio.get_running_loop().call_later(RESUME_SECONDS, drop)
+
+    def _take_staged(self, group_id: int) -> Installer | None:
+        installer, timer = self._staged.pop(group_id, (None, None))
+        if timer is not None:
+            timer.cancel()
+        return installer
 
     # -- for the groups and snapshots of this store ---------------------------------------------------------------
 

@@ -211,7 +211,7 @@ class SimNode:
         config = NodeConfig(node_id=self.name, cluster="sim", data_dir=f"/{self.name}", shards=options.shards,
                             replicas=options.replicas, peers=[f"{n}=p-{n}:1/{n}:1" for n in world.names] if len(world.names) > 1 else [])
         self.transport = SpyTransport(world.network, self.name, lambda: self.host.hello(),
-                                      lambda group, peer: self.host.export(group, peer))
+                                      lambda group, peer, position: self.host.export(group, peer, position))
         self.transport.node = self
         clock = SimClock(self)
         self.host = RaftHost(self.name, sorted(world.names), store, self.transport, self.store, limits=options.limits,

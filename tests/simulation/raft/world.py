@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from spillway.cluster.errors import StorageFailed
@@ -15,6 +15,7 @@ from spillway.cluster.machine import Role
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.raft.progress import Limits
+from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers
 from spillway.cluster.transport.memory import MemoryTransport
 from spillway.peer.v1.raft_pb2 import RaftFrame
@@ -148,11 +149,12 @@ class SimSnapshots:
     def __init__(self, node: SimNode) -> None:
         self._node = node
 
-    def export(self, group: int) -> AsyncIterator[bytes]:
+    def export(self, group: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
         """Not used."""
         raise NotImplementedError
 
-    async def install(self, group: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
+    async def install(self, group: int, peer: str, fetch: Callable[[Position | None], AsyncIterator[bytes]],
+                      above: int) -> tuple[int, int]:
         """Not used."""
         raise NotImplementedError
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spillway.cluster.errors import SnapshotInvalid, StorageFailed
-from spillway.cluster.snapshots import CHUNK_BYTES_MAX, CHUNK_ROWS_MAX, Installer
+from spillway.cluster import state_store
+from spillway.cluster.errors import SnapshotBroken, SnapshotInvalid, StorageFailed
+from spillway.cluster.snapshots import CHUNK_BYTES_MAX, CHUNK_ROWS_MAX, Installer, Position
 from spillway.cluster.state_store import StateStore
 
 GROUP = 3
-FAST = 1 << 40  # bytes per second
 Rows = dict[bytes, bytes]
+Fetch = Callable[[Position | None], AsyncIterator[bytes]]
 
 
 def filled(path: Path, index: int = 10) -> tuple[StateStore, Rows]:
@@ -38,12 +39,17 @@ def content(store: StateStore, group: int = GROUP) -> Rows:
 
 
 async def chunks_of(store: StateStore, group: int = GROUP) -> list[bytes]:
-    return [chunk async for chunk in store.export(group, FAST)]
+    return [chunk async for chunk in store.export(group, "peer", None)]
 
 
-async def stream(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for chunk in chunks:
-        yield chunk
+def stream(chunks: Iterable[bytes], error: Exception | None = None) -> Fetch:
+    """What a peer sends, wherever the receiver is; then perhaps an error."""
+    async def fetch(position: Position | None) -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+        if error is not None:
+            raise error
+    return fetch
 
 
 def generations(store: StateStore) -> set[bytes]:
@@ -60,7 +66,7 @@ async def test_a_snapshot_replaces_what_was_there(tmp_path: Path) -> None:
     chunks = await chunks_of(source)
     assert max(map(len, chunks)) <= CHUNK_BYTES_MAX
     assert len(chunks) > 10
-    assert await target.install(GROUP, stream(chunks), 4) == (10, 2)
+    assert await target.install(GROUP, "peer", stream(chunks), 4) == (10, 2)
     assert (target.applied(GROUP), target.group(GROUP).durable_index) == ((10, 2), 10)
     for _ in range(2):
         assert content(target) == rows
@@ -78,11 +84,11 @@ async def test_a_snapshot_shows_one_moment(tmp_path: Path) -> None:
     """Commits and replacements during an export don't show in it."""
     source, rows = filled(tmp_path / "a")
     target = StateStore(tmp_path / "b")
-    exporter = source.export(GROUP, FAST)
-    chunks = [await anext(exporter)]
+    exporter = source.exporter(GROUP)
+    chunks = [next(exporter)]
     source.group(GROUP).commit(11, 2, [(b"zz", b"late"), (b"small00000", b"late")], [b"large1"], [(b"m", b"n")])
-    chunks += [chunk async for chunk in exporter]
-    assert await target.install(GROUP, stream(chunks), 0) == (10, 2)
+    chunks += exporter
+    assert await target.install(GROUP, "peer", stream(chunks), 0) == (10, 2)
     assert content(target) == rows
     target.close()
     source.close()
@@ -93,7 +99,7 @@ async def test_an_empty_group_travels(tmp_path: Path) -> None:
     source, target = StateStore(tmp_path / "a"), StateStore(tmp_path / "b")
     source.group(GROUP).commit(5, 1, [], [], [])
     target.group(GROUP).commit(4, 1, [(b"a", b"1")], [], [])
-    assert await target.install(GROUP, source.export(GROUP), 4) == (5, 1)
+    assert await target.install(GROUP, "peer", stream(source.exporter(GROUP)), 4) == (5, 1)
     assert content(target) == {}
     target.close()
     source.close()
@@ -152,9 +158,9 @@ async def test_a_broken_snapshot_changes_nothing(tmp_path: Path, snapshot: list[
     store = StateStore(tmp_path)
     store.group(GROUP).commit(4, 1, [(b"a", b"1")], [], [])
     with pytest.raises(SnapshotInvalid, match=said):
-        await store.install(GROUP, stream(make(snapshot)), 4)
+        await store.install(GROUP, "peer", stream(make(snapshot)), 4)
     assert (content(store), store.applied(GROUP), len(generations(store))) == ({b"a": b"1"}, (4, 1), 1)
-    assert await store.install(GROUP, stream(snapshot), 4) == (10, 2)
+    assert await store.install(GROUP, "peer", stream(snapshot), 4) == (10, 2)
     store.close()
 
 
@@ -164,9 +170,9 @@ async def test_an_older_snapshot_is_refused(tmp_path: Path, snapshot: list[bytes
     store = StateStore(tmp_path)
     store.group(GROUP).commit(applied, 1, [(b"a", b"1")], [], [])
     with pytest.raises(SnapshotInvalid, match=f"as of entry 10, but {max(applied, above)} is applied here"):
-        await store.install(GROUP, stream(snapshot), above)
+        await store.install(GROUP, "peer", stream(snapshot), above)
     with pytest.raises(SnapshotInvalid, match=f"of group {GROUP + 1}: of group {GROUP}"):
-        await store.install(GROUP + 1, stream(snapshot), 0)
+        await store.install(GROUP + 1, "peer", stream(snapshot), 0)
     assert content(store) == {b"a": b"1"}
     store.close()
 
@@ -202,7 +208,7 @@ async def test_a_crash_before_the_end_leaves_the_old_state(tmp_path: Path, snaps
     store = StateStore(tmp_path)
     assert (content(store), store.applied(GROUP)) == (old, (0, 0) if blank else (4, 1))
     assert len(generations(store)) == len(old)
-    assert await store.install(GROUP, stream(snapshot), 0) == (10, 2)
+    assert await store.install(GROUP, "peer", stream(snapshot), 0) == (10, 2)
     assert b"large3" in content(store)
     store.close()
 
@@ -212,11 +218,11 @@ async def test_a_transfer_goes_on_where_it_broke(tmp_path: Path) -> None:
     committed meanwhile."""
     source, rows = filled(tmp_path / "a")
     target = StateStore(tmp_path / "b")
-    exporter = source.export(GROUP, FAST)
+    exporter = source.exporter(GROUP)
     installer = Installer(target, GROUP)
     random = Random(5)
     sent = 0
-    async for chunk in exporter:
+    for chunk in exporter:
         sent += 1
         source.group(GROUP).commit(10 + sent, 2, [(b"late%d" % sent, b"x"), (b"large1", b"x")], [b"small00001"], [])
         if random.random() < 0.2:
@@ -233,9 +239,123 @@ async def test_a_transfer_goes_on_where_it_broke(tmp_path: Path) -> None:
     with pytest.raises(SnapshotInvalid, match="closed"):
         exporter.resume(installer.position)
     with pytest.raises(SnapshotInvalid, match=f"as of entry {10 + sent}"):
-        source.export(GROUP).resume(installer.position)
+        source.exporter(GROUP).resume(installer.position)
     target.close()
     source.close()
+
+
+async def test_an_empty_key_is_a_position_like_any_other(tmp_path: Path) -> None:
+    """A transfer that broke right behind the row without a key does not send it again."""
+    source, target = StateStore(tmp_path / "a"), StateStore(tmp_path / "b")
+    rows = {b"": b"empty key", b"large": bytes(CHUNK_BYTES_MAX)}
+    source.group(GROUP).commit(10, 2, list(rows.items()), [], [])
+    exporter, installer = source.exporter(GROUP), Installer(target, GROUP)
+    for _ in range(2):
+        installer.feed(next(exporter))
+    assert (installer.position.rows, installer.position.last_key) == (1, b"")
+    exporter.resume(installer.rewind())
+    for chunk in exporter:
+        installer.feed(chunk)
+    assert installer.finish() == (10, 2)
+    assert content(target) == rows
+    target.close()
+    source.close()
+
+
+@pytest.mark.parametrize("position", [
+    Position(10, 1 << 32, 0, 0, b""), Position(10, 1, 1 << 32, 0, b""), Position(10, 1, 0, 1 << 63, b""), Position(9, 1, 0, 0, b"")])
+async def test_a_position_that_cannot_be_is_refused(tmp_path: Path, position: Position) -> None:
+    """It comes from another node."""
+    source, _ = filled(tmp_path)
+    with pytest.raises(SnapshotInvalid, match="cannot go on at"):
+        source.exporter(GROUP).resume(position)
+    source.close()
+
+
+async def test_what_came_of_a_broken_transfer_is_kept(tmp_path: Path) -> None:
+    """The next fetch from the same peer says where to go on, and the rest of the chunks is enough; with the old state standing
+    meanwhile, also as that of a later entry."""
+    source, rows = filled(tmp_path / "a")
+    store = StateStore(tmp_path / "b")
+    store.group(GROUP).commit(4, 1, [(b"a", b"1")], [], [])
+    exporter = source.exporter(GROUP)
+    asked: list[Position | None] = []
+
+    def some(count: int) -> Fetch:
+        async def fetch(position: Position | None) -> AsyncIterator[bytes]:
+            asked.append(position)
+            if position is not None:
+                exporter.resume(position)
+            for _ in range(count):
+                yield next(exporter)
+            raise SnapshotBroken("the stream broke")
+        return fetch
+
+    for attempt in range(3):
+        with pytest.raises(SnapshotBroken):
+            await store.install(GROUP, "peer", some(4), 4)
+        store.group(GROUP).commit(5 + attempt, 1, [(b"a", b"1")], [], [])
+        assert content(store) == {b"a": b"1"}
+
+    async def rest(position: Position | None) -> AsyncIterator[bytes]:
+        asked.append(position)
+        assert position is not None
+        exporter.resume(position)
+        for chunk in exporter:
+            yield chunk
+
+    assert await store.install(GROUP, "peer", rest, 7) == (10, 2)
+    assert content(store) == rows and len(generations(store)) == 1
+    numbers = [p and p.number for p in asked]
+    assert numbers[0] is None and numbers[1] == 4 and numbers[1:] == sorted(set(numbers[1:]), key=lambda n: n or 0)
+    store.close()
+    source.close()
+
+
+@pytest.mark.parametrize(("peer", "above", "sleep", "forgotten"), [
+    ("other", 4, 0, False), ("peer", 10, 0, False), ("peer", 4, 1, False), ("peer", 4, 0, True)],
+    ids=["another peer", "overtaken by the log", "too late", "the replica is gone"])
+async def test_what_came_is_no_good_any_more(tmp_path: Path, snapshot: list[bytes], monkeypatch: pytest.MonkeyPatch, peer: str,
+                                             above: int, sleep: float, forgotten: bool) -> None:
+    """Then the fetch begins anew, and nothing is left of what came."""
+    monkeypatch.setattr(state_store, "RESUME_SECONDS", 0.01 if sleep else 60)
+    store = StateStore(tmp_path)
+    with pytest.raises(SnapshotBroken):
+        await store.install(GROUP, "peer", stream(snapshot[:5], SnapshotBroken("the stream broke")), 4)
+    assert len(generations(store)) == 1
+    if forgotten:
+        store.forget(GROUP)
+    async with asyncio.timeout(60):
+        while sleep and store.installers:
+            await asyncio.sleep(0.001)
+    assert len(generations(store)) == (not sleep and not forgotten)
+
+    async def fetch(position: Position | None) -> AsyncIterator[bytes]:
+        assert position is None
+        raise SnapshotInvalid("asked")
+        yield b""
+
+    with pytest.raises(SnapshotInvalid, match="asked"):
+        await store.install(GROUP, peer, fetch, above)
+    assert not generations(store)
+    store.close()
+
+
+async def test_a_sender_may_begin_anew(tmp_path: Path, snapshot: list[bytes]) -> None:
+    """Its first chunk says so: what came of the other snapshot is dropped. A chunk that fits neither is refused, and nothing of it
+    stays."""
+    store = StateStore(tmp_path)
+    broken = stream(snapshot[:5], SnapshotBroken("the stream broke"))
+    with pytest.raises(SnapshotBroken):
+        await store.install(GROUP, "peer", broken, 4)
+    with pytest.raises(SnapshotInvalid, match="chunk 7 instead of 4"):
+        await store.install(GROUP, "peer", stream(snapshot[7:]), 4)
+    assert not generations(store)
+    with pytest.raises(SnapshotBroken):
+        await store.install(GROUP, "peer", broken, 4)
+    assert await store.install(GROUP, "peer", stream(snapshot), 4) == (10, 2)
+    assert len(generations(store)) == 1
+    store.close()
 
 
 async def test_the_last_installer_of_a_group_counts(tmp_path: Path, snapshot: list[bytes]) -> None:
@@ -256,28 +376,14 @@ async def test_the_last_installer_of_a_group_counts(tmp_path: Path, snapshot: li
     store.close()
 
 
-async def test_an_export_keeps_to_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits as long as its bytes take at that rate."""
-    source, _ = filled(tmp_path)
-    waited = []
-
-    async def sleep(seconds: float) -> None:
-        waited.append(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    sizes = [len(chunk) async for chunk in source.export(GROUP, 1_000_000)]
-    assert sum(waited) == pytest.approx(sum(sizes) / 1_000_000)
-    source.close()
-
-
 async def test_closing_a_store_ends_its_exports(tmp_path: Path) -> None:
     """They would keep the database open."""
     source, _ = filled(tmp_path)
-    exporters = [source.export(GROUP, FAST) for _ in range(2)]
-    await anext(exporters[0])
-    await anext(exporters[0])
+    exporters = [source.exporter(GROUP) for _ in range(2)]
+    next(exporters[0])
+    next(exporters[0])
     source.close()
-    assert [chunk async for chunk in exporters[1]] == []
+    assert list(exporters[0]) == list(exporters[1]) == []
     StateStore(tmp_path).close()
 
 
@@ -292,7 +398,7 @@ async def test_a_failing_disk_ends_an_install(tmp_path: Path, snapshot: list[byt
 
     monkeypatch.setattr(store, "_flush_wal", fail)
     with pytest.raises(StorageFailed, match="Input/output error"):
-        await store.install(GROUP, stream(snapshot), 4)
+        await store.install(GROUP, "peer", stream(snapshot), 4)
     store.close()
     store = StateStore(tmp_path)
     assert (content(store), store.applied(GROUP)) == ({b"a": b"1"}, (4, 1))

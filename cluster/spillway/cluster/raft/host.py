@@ -19,7 +19,8 @@ import logging
 import os
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Set
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,7 @@ from spillway.cluster.raft.guard import Message
 from spillway.cluster.raft.journal import FORMAT, JournalStore
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing, drive
+from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers, PeerHello, PeerTransport
 from spillway.peer.v1.raft_pb2 import RaftFrame, RaftGroupMessage
 
@@ -52,12 +54,15 @@ EXIT_REFUSED = 3  # the data directory: look before starting again
 class SnapshotStore(Protocol):
     """The state store's part in snapshots."""
 
-    def export(self, group: int) -> AsyncIterator[bytes]:
-        """The group's rows as of one moment, in chunks."""
+    def export(self, group: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
+        """The group's rows as of one moment for a peer, in chunks: from `position` on if that moment is still there, else of a new
+        one from the first chunk on."""
 
-    async def install(self, group: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
-        """Replaces the group's rows, atomically and durably; returns (index, term) of the last entry in them. Raises
-        SnapshotInvalid if the snapshot is damaged or not above entry `above`; nothing changed then."""
+    async def install(self, group: int, peer: str, fetch: Callable[[Position | None], AsyncIterator[bytes]],
+                      above: int) -> tuple[int, int]:
+        """Replaces the group's rows by those that `fetch` gets from a peer, atomically and durably; returns (index, term) of the last
+        entry in them. Raises SnapshotInvalid if the snapshot is damaged or not above entry `above`, SnapshotBroken if its transfer
+        broke, so that a next call may go on; the state is as it was then."""
 
     def applied(self, group: int) -> tuple[int, int]:
         """(index, term) of the last entry in the group's rows."""
@@ -507,13 +512,14 @@ class RaftHost:
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
-    async def export(self, group: int, peer: str) -> AsyncIterator[bytes]:
-        """The state of a group for a peer that fetches it, in chunks. Nothing if there is no replica of it here, or while
-        its own state is being replaced."""
+    async def export(self, group: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
+        """The state of a group for a peer that fetches it, in chunks, from `position` on if possible. Nothing if there is no replica
+        of it here, or while its own state is being replaced."""
         replica = self.groups.get(group)
         if replica is not None and self.snapshots is not None and not replica.installing and peer in replica.configuration:
-            async for chunk in self.snapshots.export(group):
-                yield chunk
+            async with aclosing(self.snapshots.export(group, peer, position)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     def installed(self, group: int, index: int, term: int) -> None:
         """A snapshot took effect durably, and the machine was reloaded: the log follows in the next turn."""
@@ -541,8 +547,8 @@ class RaftHost:
                 return
             if self.snapshots is None:
                 raise StoreRefused(f"group {group} needs a snapshot, and there is no state store to take it")
-            index, term = await self.snapshots.install(group, self.transport.fetch_snapshot(peer, group),
-                                                       replica.engine.applied)
+            index, term = await self.snapshots.install(
+                group, peer, lambda position: self.transport.fetch_snapshot(peer, group, position), replica.engine.applied)
             # Nothing else of the loop runs between the end of `install` and this.
             replica.machine.reload()
         except (StoreRefused, StorageFailed) as error:

@@ -22,6 +22,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from spillway.cluster.snapshots import Position
+
 
 class PeerHello(Protocol):
     """What a peer says of its store when a connection begins."""
@@ -60,9 +62,9 @@ class PeerTransport(Protocol):
     def send(self, peer: str, epoch: int, frame: bytes) -> None:
         """Queues a frame on the connection `epoch` to `peer`; drops it if that is not the present one."""
 
-    def fetch_snapshot(self, peer: str, group: int) -> AsyncIterator[bytes]:
-        """The chunks of the group's state as of one moment at `peer`, in order. Raises SnapshotInvalid if the transfer
-        breaks; the caller starts again."""
+    def fetch_snapshot(self, peer: str, group: int, position: Position | None) -> AsyncIterator[bytes]:
+        """The chunks of the group's state as of one moment at `peer`, in order: from `position` on if the peer still has that
+        moment, else from the first one on. Raises SnapshotBroken if the transfer breaks; the caller tries again."""
 
     async def close(self) -> None:
         """Closes all connections and waits until nothing runs any more."""

@@ -5,10 +5,12 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
-from spillway.cluster.errors import ClusterError, PeerRefused, SnapshotInvalid
+from spillway.cluster.errors import ClusterError, PeerRefused, SnapshotBroken
+from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers
 from spillway.peer.v1 import peer_service_pb2_grpc
 from spillway.peer.v1.peer_service_pb2 import (
@@ -17,6 +19,7 @@ from spillway.peer.v1.peer_service_pb2 import (
     FetchSnapshotRequest,
     FetchSnapshotResponse,
     Hello,
+    SnapshotPosition,
 )
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messag
            ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
            ("grpc.max_reconnect_backoff_ms", int(RECONNECT_SECONDS_MAX * 1000)),
            ("grpc.http2.lookahead_bytes", 4 << 20)]
+# A snapshot's connection has no other sign of life, and what is fetched may wait for its turn. Servers refuse more pings.
+FETCH_OPTIONS = [*OPTIONS, ("grpc.keepalive_time_ms", 15_000), ("grpc.keepalive_timeout_ms", 5_000)]
 
 
 class _Connection:
@@ -78,8 +83,8 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     """A PeerTransport. Add it to the peers' server with `add_to_server`."""
 
     def __init__(self, hello: Any, cluster: str, node_id: str, peers: dict[str, str], export: Any) -> None:
-        """`hello()` gives the Hello to send; `peers` maps node ids to host:port; `export(group, peer)` is an async iterator
-        of snapshot chunks."""
+        """`hello()` gives the Hello to send; `peers` maps node ids to host:port; `export(group, peer, position)` is an async
+        generator of snapshot chunks."""
         self._hello = hello
         self._cluster = cluster
         self._node_id = node_id
@@ -277,19 +282,25 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         if request.cluster != self._cluster:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is cluster {self._cluster!r}")
         peer = dict(context.invocation_metadata() or ()).get("spillway-node", "")
-        async for chunk in self._export(request.group, peer):
-            yield FetchSnapshotResponse(chunk=chunk)
+        at = request.position
+        position = Position(at.index, at.number, at.checksum, at.rows, at.last_key) if request.HasField("position") else None
+        async with aclosing(self._export(request.group, peer, position)) as chunks:
+            async for chunk in chunks:
+                yield FetchSnapshotResponse(chunk=chunk)
 
-    async def fetch_snapshot(self, peer: str, group: int) -> AsyncIterator[bytes]:
+    async def fetch_snapshot(self, peer: str, group: int, position: Position | None) -> AsyncIterator[bytes]:
         """See PeerTransport."""
-        channel = grpc.aio.insecure_channel(self._peers[peer], options=OPTIONS)
+        address = self._peers.get(peer)
+        if address is None:
+            raise SnapshotBroken(f"node {peer} is none of the cluster any more")
+        request = FetchSnapshotRequest(group=group, cluster=self._cluster, position=None if position is None else SnapshotPosition(
+            index=position.index, number=position.number, checksum=position.checksum, rows=position.rows, last_key=position.last_key))
+        channel = grpc.aio.insecure_channel(address, options=FETCH_OPTIONS)
         try:
-            stub = peer_service_pb2_grpc.PeerServiceStub(channel)
-            call = stub.FetchSnapshot(FetchSnapshotRequest(group=group, cluster=self._cluster),
-                                      metadata=(("spillway-node", self._node_id),))
+            call = peer_service_pb2_grpc.PeerServiceStub(channel).FetchSnapshot(request, metadata=(("spillway-node", self._node_id),))
             async for response in call:
                 yield response.chunk
         except grpc.aio.AioRpcError as error:
-            raise SnapshotInvalid(f"the stream broke: {error.details()}") from None
+            raise SnapshotBroken(f"the stream broke: {error.details()}") from None
         finally:
             await channel.close()

@@ -6,10 +6,12 @@ of a connection loses all later ones of that direction. Time comes from the sche
 """
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
-from spillway.cluster.errors import SnapshotInvalid, WireInvalid
+from spillway.cluster.errors import SnapshotBroken, WireInvalid
+from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers, PeerHello
 
 Later = Callable[[float, Callable[[], None]], Any]  # seconds, what to do then
@@ -127,8 +129,8 @@ class MemoryTransport:
     """A PeerTransport on a MemoryNetwork."""
 
     def __init__(self, network: MemoryNetwork, node_id: str, hello: Callable[[], PeerHello],
-                 export: Callable[[int, str], AsyncIterator[bytes]] | None = None) -> None:
-        """`hello()` is what peers are told; `export(group, peer)` gives the chunks of a snapshot."""
+                 export: Callable[[int, str, Position | None], AsyncGenerator[bytes, None]] | None = None) -> None:
+        """`hello()` is what peers are told; `export(group, peer, position)` gives the chunks of a snapshot."""
         self.node_id = node_id
         self.hello = hello
         self.handlers: Handlers
@@ -150,15 +152,16 @@ class MemoryTransport:
         """See PeerTransport."""
         self._network.send(self, peer, epoch, frame)
 
-    async def fetch_snapshot(self, peer: str, group: int) -> AsyncIterator[bytes]:
+    async def fetch_snapshot(self, peer: str, group: int, position: Position | None) -> AsyncIterator[bytes]:
         """See PeerTransport."""
         other = self._network.transport(peer)
         if other is None or other._export is None or not self._network.connected(self.node_id, peer):
-            raise SnapshotInvalid(f"node {peer} is not reachable")
-        async for chunk in other._export(group, self.node_id):
-            if not self._network.connected(self.node_id, peer):
-                raise SnapshotInvalid(f"the connection to node {peer} broke")
-            yield chunk
+            raise SnapshotBroken(f"node {peer} is not reachable")
+        async with aclosing(other._export(group, self.node_id, position)) as chunks:
+            async for chunk in chunks:
+                if not self._network.connected(self.node_id, peer):
+                    raise SnapshotBroken(f"the connection to node {peer} broke")
+                yield chunk
 
     async def close(self) -> None:
         """See PeerTransport."""

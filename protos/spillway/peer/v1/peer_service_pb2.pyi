@@ -150,23 +150,69 @@ class FetchSnapshotRequest(_message.Message):
 
     GROUP_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     group: _builtins.int
     """Group number."""
     cluster: _builtins.str
     """The cluster's name; another one is refused."""
+    @_builtins.property
+    def position(self) -> Global___SnapshotPosition:
+        """Where to go on after a broken transfer, if that snapshot is still there; else
+        a new one comes, from its first chunk on.
+        """
+
     def __init__(
         self,
         *,
         group: _builtins.int = ...,
         cluster: _builtins.str = ...,
+        position: Global___SnapshotPosition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "group", b"group"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "group", b"group", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchSnapshotRequest: _TypeAlias = FetchSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class SnapshotPosition(_message.Message):
+    """Up to where a node has a snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    LAST_KEY_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Index of the last entry in the snapshot."""
+    number: _builtins.int
+    """Number of the next chunk."""
+    checksum: _builtins.int
+    """Checksum of the last chunk."""
+    rows: _builtins.int
+    """Rows that came."""
+    last_key: _builtins.bytes
+    """Key of the last row that came."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        number: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        last_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "index", b"index", "last_key", b"last_key", "number", b"number", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotPosition: _TypeAlias = SnapshotPosition  # noqa: Y015
 
 @_typing.final
 class FetchSnapshotResponse(_message.Message):

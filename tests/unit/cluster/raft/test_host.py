@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing
+from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.memory import MemoryNetwork, MemoryTransport
 
 from tests.simulation.raft.checkers import Violation
@@ -382,7 +383,7 @@ class Snapshots:
         self.failures = failures
         self.installed = 0
 
-    async def export(self, group: int) -> AsyncIterator[bytes]:
+    async def export(self, group: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
         """See SnapshotStore."""
         for index, term, command in self.machine.seen[:]:
             yield b"%d %d " % (index, term) + command
@@ -391,10 +392,11 @@ class Snapshots:
         """See SnapshotStore."""
         return None
 
-    async def install(self, group: int, chunks: AsyncIterator[bytes], above: int) -> tuple[int, int]:
+    async def install(self, group: int, peer: str, fetch: Callable[[Position | None], AsyncIterator[bytes]],
+                      above: int) -> tuple[int, int]:
         """See SnapshotStore."""
         rows = []
-        async for chunk in chunks:
+        async for chunk in fetch(None):
             index, term, command = chunk.split(b" ", 2)
             rows.append((int(index), int(term), command))
         if self.failures:
@@ -432,7 +434,7 @@ class Running:
         for name in names or self.names:
             store = JournalStore(self.disks[name], "c", name)
             transport = MemoryTransport(self.network, name, lambda n=name: self.hosts[n].hello(),  # type: ignore[misc]
-                                        lambda group, peer, n=name: self.hosts[n].export(group, peer))  # type: ignore[misc]
+                                        lambda group, peer, position, n=name: self.hosts[n].export(group, peer, position))  # type: ignore[misc]
             host = self.hosts[name] = RaftHost(name, self.names, store, transport, self.snapshots[name], QUICK, self.limits,
                                                fatal=self.errors.append)
             host.add_group(0, self.names, self.machines[name])
@@ -506,10 +508,11 @@ async def test_a_follower_behind_the_log_fetches_a_snapshot() -> None:
     await running.tasks[late]
     running.network.leave(running.hosts[late].transport)  # type: ignore[arg-type]
     await running.put(*[b"%d" % i for i in range(20)])
-    for name in running.names:
-        if name != late:
-            running.machines[name].durable = running.hosts[name].groups[0].engine.applied
-    await running.until(lambda: running.hosts[leader].groups[0].journal.first > 10)
+    others = [n for n in running.names if n != late]  # whoever of them leads then
+    await running.until(lambda: all(running.machines[n].commands[-1:] == [b"19"] for n in others))
+    for name in others:
+        running.machines[name].durable = running.hosts[name].groups[0].engine.applied
+    await running.until(lambda: all(running.hosts[n].groups[0].journal.first > 10 for n in others))
     saved = running.machines[late].seen
     running.machines[late] = running.snapshots[late].machine = Machine()
     running.machines[late].seen, running.machines[late].durable = saved, running.hosts[late].groups[0].engine.applied

@@ -5,8 +5,9 @@ import random
 from typing import Any
 
 import pytest
-from spillway.cluster.errors import SnapshotInvalid, WireInvalid
+from spillway.cluster.errors import SnapshotBroken, WireInvalid
 from spillway.cluster.raft.formation import Hello
+from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers, PeerHello
 from spillway.cluster.transport.memory import MemoryNetwork, MemoryTransport
 
@@ -36,8 +37,8 @@ class Node:
     def disconnected(self, peer: str, epoch: int) -> None:
         assert self.up.pop(peer) == epoch
 
-    async def export(self, group: int, peer: str) -> Any:
-        for i in range(3):
+    async def export(self, group: int, peer: str, position: Position | None) -> Any:
+        for i in range(position.number if position else 0, 3):
             yield b"%d" % i
 
     def send(self, peer: str, data: bytes) -> None:
@@ -141,11 +142,12 @@ async def test_a_closed_transport_is_gone() -> None:
 async def test_snapshots_come_in_order_and_need_a_connection() -> None:
     """Chunks as exported; a transfer that breaks says so."""
     _, network, a, _ = _pair()
-    assert [c async for c in a.transport.fetch_snapshot("b", 0)] == [b"0", b"1", b"2"]
-    chunks = a.transport.fetch_snapshot("b", 0)
+    assert [c async for c in a.transport.fetch_snapshot("b", 0, None)] == [b"0", b"1", b"2"]
+    assert [c async for c in a.transport.fetch_snapshot("b", 0, Position(9, 2, 0, 0, b""))] == [b"2"]
+    chunks = a.transport.fetch_snapshot("b", 0, None)
     assert await anext(chunks) == b"0"
     network.disconnect("a", "b")
-    with pytest.raises(SnapshotInvalid):
+    with pytest.raises(SnapshotBroken):
         await anext(chunks)
-    with pytest.raises(SnapshotInvalid):
-        await anext(a.transport.fetch_snapshot("b", 0))
+    with pytest.raises(SnapshotBroken):
+        await anext(a.transport.fetch_snapshot("b", 0, None))
