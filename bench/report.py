@@ -28,7 +28,7 @@ def render(results: dict[str, Any]) -> str:
     """All tables."""
     parts = [_machine(results)]
     for letter, section in (("a", _throughput), ("b", _round_trip), ("c", _neighbour), ("d", _memory), ("e", _failover),
-                            ("f", _pick), ("g", _isolation), ("h", _changes)):
+                            ("f", _pick), ("g", _isolation), ("h", _changes), ("i", _transfer)):
         if letter in results:
             parts.append(section(results))
     parts += [f"Workload {letter} FAILED: {why}" for letter, why in results["failed"].items()]
@@ -131,6 +131,17 @@ def _changes(results: dict[str, Any]) -> str:
             f"{h['sends_failed']} sends failed, {h['lost']} lost, {h['stored_twice']} stored twice, {h['reordered']} reordered, "
             f"{h['redelivered']} redelivered\n"
             + table(("change", "took s", "longest to stored s", "longest to delivered s", "delivery gap of worst queue s"), rows))
+
+
+def _transfer(results: dict[str, Any]) -> str:
+    i = results["i"]
+    rows = [(side, before / 1e6, peak / 1e6, (peak - before) / 1e6) for side, before, peak in (
+        ("the node that sends it", i["sender_rss_before"], i["sender_rss_peak"]),
+        ("the node that receives it", i["rss_fresh"], i["receiver_rss_peak"]))]
+    return (f"i  A shard of {i['shard_bytes'] / 1e6:,.0f} MB, {i['messages']:,} messages, moves to a node that joins: "
+            f"{i['seconds']} s, {i['megabytes_per_second']} MB/s, a voter after {i['until_voter_seconds']} s; killed with "
+            f"{i['receiver_bytes_at_kill'] / 1e6:,.0f} MB of a first attempt: {'a clean state' if i['clean'] else 'NOT CLEAN'}\n"
+            + table(("resident memory", "before MB", "peak MB", "growth MB"), rows))
 
 
 def _pick(results: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ ROLES = {
     "rounds": "bench.round_trip_load",
     "paced": "bench.failover_load", "record": "bench.failover_load",
     "endpoint": "bench.isolation_load", "events": "bench.isolation_load",
+    "fill": "bench.transfer_load",
 }
 
 
