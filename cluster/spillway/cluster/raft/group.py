@@ -25,12 +25,13 @@ from spillway.cluster.raft.membership import CAUGHT_UP_ENTRIES, Membership
 from spillway.cluster.raft.progress import Limits, Progress
 from spillway.cluster.raft.recovery import Barriers, Recovery
 from spillway.cluster.raft.seam import CANDIDATE, CONFIGURATION, FOLLOWER, LEADER, NO_OP, REGULAR, Timing, source
+from spillway.cluster.snapshots import RESUME_SECONDS
 
 APPLY_BYTES_PER_TURN = 8 << 20  # a long replay must not keep other groups waiting
 APPLY_SECONDS_PER_TURN = 0.02
 TRANSFER_SECONDS = 1.0  # proposals pause at most so long for a transfer that does not come about
 TRANSFER_REPEAT_SECONDS = 0.1
-SNAPSHOT_ALIVE_SECONDS = 3.0  # a follower that answers offers may be fetching
+FOLLOWER_ALIVE_SECONDS = 3.0  # one that has answered is there for so long: the log is kept for it
 SNAPSHOT_RETRY_SECONDS = 0.5  # after a fetch that failed
 RESTART_HINT = "replace this node by an empty one; the others will bring it up to date"
 
@@ -211,16 +212,18 @@ class RaftGroup:
         self._heard += seconds
 
     def compact(self, keep_bytes: int) -> int:
-        """Drops what the state has durably from the log; returns the number of entries. Keeps some for slow followers, and
-        for those that fetch a snapshot, within bounds; a dead follower holds nothing."""
+        """Drops what the state has durably from the log; returns the number of entries. Keeps what followers that answer still need,
+        and those that fetch a snapshot will, within bounds; a dead follower holds nothing."""
         journal = self.journal
         if journal.bytes <= keep_bytes + keep_bytes // 4:
             return 0
         upto = self.machine.durable_index()
-        if journal.bytes <= self.limits.hold:
+        if self.engine.state == LEADER:
+            hold = self.limits.hold
             for progress in self._progress.values():
-                if progress.offering and source.now < progress.offer_until:
-                    upto = min(upto, progress.hold_index)
+                if (source.now < progress.alive_until and journal.first <= progress.hold_index < upto
+                        and journal.bytes <= hold + progress.snapshot_bytes):
+                    upto = progress.hold_index
         return journal.compact(upto, keep_bytes)
 
     def _note(self) -> None:
@@ -300,6 +303,7 @@ class RaftGroup:
             for peer, progress in self._progress.items():
                 progress.start_over()
                 progress.offered()
+                progress.lead()
                 engine.begin_follower(peer)
                 engine.set_connected(peer, peer in self._connected)
         for peer in self._progress:
@@ -340,7 +344,7 @@ class RaftGroup:
         index = engine.next_index(peer)
         if index <= journal.first:
             if not progress.offering:
-                progress.offer(self.machine.durable_index())
+                progress.offer(journal.first, self.machine.durable_index(), source.now + FOLLOWER_ALIVE_SECONDS)
                 engine.set_connected(peer, False)  # the library must not reach for a snapshot of its own
                 beat = True
             if beat:
@@ -420,10 +424,11 @@ class RaftGroup:
             engine.forget_match(peer)
         else:
             engine.receive(peer, answer)
-        progress.offer_until = source.now + SNAPSHOT_ALIVE_SECONDS
+        progress.alive_until = max(progress.alive_until, source.now + FOLLOWER_ALIVE_SECONDS)
         if answer["reset"]:
             progress.start_over()
             engine.set_next_index(peer, max(1, min(index, last + 1)))
+            progress.needs(engine.next_index(peer) - 1)
             self._send_entries(peer, beat=True)
         else:
             if answer["success"]:
@@ -555,6 +560,12 @@ class RaftGroup:
             self.installing = True
             self.fetch_from = peer
             self.journal.begin_install(engine.applied)
+
+    def exported(self, peer: str, size: int, moment: int | None) -> None:
+        """So many bytes of a snapshot are sent to a follower; with `moment`, the first ones of the state as of that entry."""
+        progress = self._progress.get(peer)
+        if progress is not None:
+            progress.exported(size, moment, source.now + RESUME_SECONDS)
 
     def fetch_failed(self) -> None:
         """The snapshot did not come about; the state is as it was."""

@@ -36,7 +36,7 @@ from spillway.cluster.raft.guard import Message
 from spillway.cluster.raft.journal import FORMAT, JournalStore
 from spillway.cluster.raft.progress import Limits
 from spillway.cluster.raft.seam import Timing, drive
-from spillway.cluster.snapshots import Position
+from spillway.cluster.snapshots import Position, moment_of
 from spillway.cluster.transport.base import Handlers, PeerHello, PeerTransport
 from spillway.peer.v1.raft_pb2 import RaftFrame, RaftGroupMessage
 
@@ -519,6 +519,7 @@ class RaftHost:
         if replica is not None and self.snapshots is not None and not replica.installing and peer in replica.configuration:
             async with aclosing(self.snapshots.export(group, peer, position)) as chunks:
                 async for chunk in chunks:
+                    replica.exported(peer, len(chunk), moment_of(chunk))
                     yield chunk
 
     def installed(self, group: int, index: int, term: int) -> None:
@@ -547,6 +548,7 @@ class RaftHost:
                 return
             if self.snapshots is None:
                 raise StoreRefused(f"group {group} needs a snapshot, and there is no state store to take it")
+            log.info("group %d: fetches a snapshot from node %s", group, peer)
             index, term = await self.snapshots.install(
                 group, peer, lambda position: self.transport.fetch_snapshot(peer, group, position), replica.engine.applied)
             # Nothing else of the loop runs between the end of `install` and this.
