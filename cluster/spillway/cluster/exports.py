@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from spillway.cluster.errors import SnapshotInvalid
 from spillway.cluster.snapshots import RESUME_SECONDS, Exporter, Position
@@ -14,6 +15,8 @@ from spillway.cluster.snapshots import RESUME_SECONDS, Exporter, Position
 SNAPSHOT_BYTES_PER_SECOND = 64 << 20  # leaves room for the traffic of the day
 RUNNING_MAX = 4  # more at once only make each one slower, and the log that is kept for it longer
 KEPT_MAX = 4  # broken ones that wait to go on
+STILL_THERE_SECONDS = 1.0
+TAKEN_SECONDS = 15.0  # a receiver that does not take a chunk for so long is gone, or its disk is
 BURST_SECONDS = 0.05  # what was not used may be used later: an event loop wakes late
 
 Key = tuple[int, str]  # group, who receives it
@@ -53,34 +56,56 @@ class Exports:
 
     async def send(self, group: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
         """The chunks of a group's state for a peer: from `position` on if that snapshot is still there, else of a new one, from its
-        first chunk on. It waits for its turn; a later call for the same group and peer ends an earlier one. Raises StorageFailed."""
+        first chunk on. While it waits for its turn there are empty chunks, so that the receiver knows that it is there. A later call
+        for the same group and peer ends an earlier one. Raises StorageFailed."""
         key, call = (group, peer), _Call()
-        await self._take_slot(key, call)
+        if key not in self._running:
+            async with aclosing(self._slot()) as signs:
+                async for _ in signs:
+                    yield b""
+            if key in self._running:
+                self._slots.release()
+        if (earlier := self._running.get(key)) is not None:  # it may not have noticed yet that its connection is gone
+            call.exporter = earlier.exporter
+        self._running[key] = call
+        loop, timer = asyncio.get_running_loop(), None
         try:
             exporter = call.exporter = self._exporter(key, call.exporter, position)
             for chunk in exporter:
                 await self._pace.take(len(chunk))
                 if self._running.get(key) is not call:
                     return
+                timer = loop.call_later(TAKEN_SECONDS, self._end, key, call)
                 yield chunk
+                timer.cancel()
                 if self._running.get(key) is not call:
                     return
         finally:
-            if self._running.get(key) is call:
-                del self._running[key]
-                self._slots.release()
-                if call.exporter is not None and not call.exporter.ended:
-                    self._keep(key, call.exporter)
+            if timer is not None:
+                timer.cancel()
+            self._end(key, call)
 
-    async def _take_slot(self, key: Key, call: _Call) -> None:
-        """Takes over from an earlier call, which may not have noticed yet that its connection is gone; else waits."""
-        if key not in self._running:
-            await self._slots.acquire()
-            if key in self._running:
+    def _end(self, key: Key, call: _Call) -> None:
+        """Gives up its place, unless another call has it already."""
+        if self._running.get(key) is call:
+            del self._running[key]
+            self._slots.release()
+            if call.exporter is not None and not call.exporter.ended:
+                self._keep(key, call.exporter)
+
+    async def _slot(self) -> AsyncGenerator[None, None]:
+        """Takes a place among those that run, in the order of asking; gives a sign from time to time until there is one."""
+        turn = asyncio.ensure_future(self._slots.acquire())
+        taken = False
+        try:
+            while not turn.done():
+                await asyncio.wait((turn,), timeout=STILL_THERE_SECONDS)
+                if not turn.done():
+                    yield
+            taken = True
+        finally:
+            if not taken and not turn.cancel():
                 self._slots.release()
-        if (earlier := self._running.get(key)) is not None:
-            call.exporter = earlier.exporter
-        self._running[key] = call
 
     def _exporter(self, key: Key, exporter: Exporter | None, position: Position | None) -> Exporter:
         """The one to go on with, or a new one."""

@@ -160,9 +160,10 @@ class Exporter(Iterator[bytes]):
         self._number += 1
 
 
-def begins(chunk: bytes) -> bool:
-    """Whether it is the first chunk of a snapshot."""
-    return chunk[4:5] == b"H"
+def moment_of(chunk: bytes) -> int | None:
+    """Of the first chunk of a snapshot, the index that it is as of; None for others."""
+    begins = chunk[4:5] == b"H" and len(chunk) == _FRAME.size + _HEADER.size
+    return _HEADER.unpack_from(chunk, _FRAME.size)[2] if begins else None
 
 
 class Installer:

@@ -39,7 +39,7 @@ from rocksdict import (
 )
 from spillway.cluster.errors import REPLACE_HINT, SnapshotBroken, StorageDamaged, StorageFailed, StoreRefused, is_damage
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND, Exports
-from spillway.cluster.snapshots import RESUME_SECONDS, Exporter, Installer, Position, begins
+from spillway.cluster.snapshots import RESUME_SECONDS, Exporter, Installer, Position, moment_of
 
 FORMAT = 1
 WRITE_BUFFER_BYTES = 16 << 20  # a message that is deleted before its buffer is full never reaches a file
@@ -184,7 +184,7 @@ class StateStore:
         try:
             unsynced = 0
             async for chunk in fetch(position if goes_on else None):
-                if goes_on and begins(chunk):
+                if goes_on and moment_of(chunk) is not None:
                     installer = Installer(self, group_id, above, peer)
                 goes_on = False
                 installer.feed(chunk)

@@ -153,15 +153,29 @@ async def test_what_cannot_go_on_begins_anew(made: Made, target: StateStore, why
     assert again.finish()[0] == (10 if why == "another group" else 11)
 
 
-async def test_few_run_at_once(made: Made) -> None:
-    """Whoever comes later waits for a place, and its moment is when it gets one; who gives up waiting takes none."""
+async def test_few_run_at_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes later waits for a place, and its moment is when it gets one; who gives up waiting takes none. Who waits is told
+    all the time that the sender is there."""
+    monkeypatch.setattr(exports, "STILL_THERE_SECONDS", 0.001)
     sending = Exports(made, FAST)
     first = [sending.send(group, "n2", None) for group in range(1, RUNNING_MAX + 1)]
     for call in first:
         await anext(call)
-    waiting = [asyncio.ensure_future(anext(sending.send(6, peer, None))) for peer in ("n2", "n3", "n4")]
-    for _ in range(10):
-        await asyncio.sleep(0)
+    signs = 0
+
+    async def first_chunk(peer: str) -> bytes:
+        nonlocal signs
+        async for chunk in (call := sending.send(6, peer, None)):
+            if chunk:
+                await call.aclose()
+                return chunk
+            signs += 1
+        raise AssertionError("nothing")
+
+    waiting = [asyncio.ensure_future(first_chunk(peer)) for peer in ("n2", "n3", "n4")]
+    async with asyncio.timeout(60):
+        while signs < 10:
+            await asyncio.sleep(0.001)
     assert len(made.all) == RUNNING_MAX and not any(task.done() for task in waiting)
     waiting[0].cancel()
     made.store.group(6).commit(11, 2, [], [], [])
@@ -172,6 +186,8 @@ async def test_few_run_at_once(made: Made) -> None:
     assert waiting[0].cancelled()
     for call in first[2:]:
         await call.aclose()
+    assert repr(sending) == "<exports: 0 running, 4 kept>" and sending._slots._value == RUNNING_MAX
+    sending.close()
 
 
 async def test_broken_ones_are_kept_within_bounds(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +209,23 @@ async def test_broken_ones_are_kept_within_bounds(made: Made, monkeypatch: pytes
     await broken(1)
     sending.close()
     assert made.all[-1].ended
+
+
+async def test_a_receiver_that_takes_nothing_has_no_place(made: Made, monkeypatch: pytest.MonkeyPatch, target: StateStore) -> None:
+    """Its machine is gone, and the connection does not tell: others may run. If it comes back after all, it goes on."""
+    monkeypatch.setattr(exports, "TAKEN_SECONDS", 0.01)
+    sending = Exports(made, FAST)
+    installer = Installer(target, 1)
+    call = sending.send(1, "n2", None)
+    installer.feed(await anext(call))
+    async with asyncio.timeout(60):
+        while repr(sending) != "<exports: 0 running, 1 kept>":
+            await asyncio.sleep(0.001)
+    monkeypatch.undo()
+    await rest(sending.send(1, "n2", installer.rewind()), installer)
+    assert installer.finish() == (10, 2) and len(made.all) == 1
+    assert [chunk async for chunk in call] == []
+    assert sending._slots._value == RUNNING_MAX
 
 
 async def test_a_call_that_is_let_go_of_is_a_broken_one(made: Made) -> None:

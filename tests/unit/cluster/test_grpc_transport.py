@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from spillway.cluster import exports
 from spillway.cluster.errors import SnapshotBroken
 from spillway.cluster.snapshots import Position
 from spillway.cluster.state_store import StateStore
@@ -110,6 +111,53 @@ async def test_a_snapshot_goes_on_over_a_new_connection(tmp_path: Path) -> None:
     await a.close()
     source.close()
     target.close()
+
+
+async def test_a_sender_that_vanishes_ends_the_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine lost its power: nothing comes any more, not even the end of the connection. No replica waits for that for ever."""
+    monkeypatch.setattr(transport, "SNAPSHOT_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(exports, "TAKEN_SECONDS", 0.5)
+    source = StateStore(tmp_path, snapshot_bytes_per_second=16 << 20)
+    source.group(1).commit(10, 2, [(b"%03d" % n, bytes(100_000)) for n in range(500)], [], [])
+    server = grpc.aio.server()
+    sender(source).add_to_server(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    vanished = False
+    pipes: list[asyncio.Task[None]] = []
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                if not vanished:
+                    writer.write(data)
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, there = await asyncio.open_connection("127.0.0.1", port)
+        pipes.extend(asyncio.ensure_future(pipe(*way)) for way in ((reader, there), (back, writer)))
+
+    network = await asyncio.start_server(between, "127.0.0.1", 0)
+    node = GrpcTransport(lambda: hello("a"), "c", "a", {"b": f"127.0.0.1:{network.sockets[0].getsockname()[1]}"}, None)
+    chunks = aiter(node.fetch_snapshot("b", 1, None))
+    await anext(chunks)
+    vanished = True
+    async with asyncio.timeout(LONG):
+        with pytest.raises(SnapshotBroken, match="silent"):
+            while True:
+                await anext(chunks)
+        while repr(source._exports) != "<exports: 0 running, 1 kept>":  # the sender has noticed, too
+            await asyncio.sleep(0.01)
+    for task in pipes:
+        task.cancel()
+    await asyncio.gather(*pipes, return_exceptions=True)
+    network.close()
+    await network.wait_closed()
+    await server.stop(None)
+    await node.close()
+    source.close()
 
 
 async def test_a_peer_that_is_none_any_more_sends_nothing(tmp_path: Path) -> None:

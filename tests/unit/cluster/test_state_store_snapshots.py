@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spillway.cluster import state_store
-from spillway.cluster.errors import SnapshotBroken, SnapshotInvalid, StorageFailed
+from spillway.cluster.errors import SnapshotBroken, SnapshotInvalid, StorageDamaged, StorageFailed
 from spillway.cluster.snapshots import CHUNK_BYTES_MAX, CHUNK_ROWS_MAX, Installer, Position
 from spillway.cluster.state_store import StateStore
 
@@ -406,7 +406,7 @@ async def test_a_failing_disk_ends_an_install(tmp_path: Path, snapshot: list[byt
 
 
 async def test_damage_under_an_export_is_an_error(tmp_path: Path) -> None:
-    """A block that cannot be read does not end the snapshot as if it were complete."""
+    """A block that cannot be read does not end the snapshot as if it were complete, and the node is told."""
     source = StateStore(tmp_path)
     source.group(GROUP).commit(1, 1, [(b"%05d" % n, Random(n).randbytes(300)) for n in range(2_000)], [], [])
     source.db.flush(True)
@@ -416,8 +416,11 @@ async def test_damage_under_an_export_is_an_error(tmp_path: Path) -> None:
     whole[len(whole) // 2:len(whole) // 2 + 64] = bytes(64)
     file.write_bytes(whole)
     source = StateStore(tmp_path)
+    told: list[StorageFailed] = []
+    source.unreadable = told.append
     with pytest.raises(StorageFailed, match="cannot be read"):
         await chunks_of(source)
+    assert [type(error) for error in told] == [StorageDamaged]
     source.close()
 
 

@@ -29,14 +29,13 @@ SEND_BUFFER_BYTES_MAX = 64 << 20  # to one peer; beyond it the peer does not rea
 MESSAGE_BYTES_SOFT = 4 << 20  # frames in one gRPC message
 RECONNECT_SECONDS_MAX = 0.5
 REFUSED_LOG_SECONDS, REFUSED_LOG_MAX = 60.0, 100
+SNAPSHOT_SILENCE_SECONDS = 15.0  # whoever sends one says something every second
 SILENCE_SECONDS = 1.5  # a peer that says nothing for so long (claims come every second) is gone
 OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
            ("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1),
            ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
            ("grpc.max_reconnect_backoff_ms", int(RECONNECT_SECONDS_MAX * 1000)),
            ("grpc.http2.lookahead_bytes", 4 << 20)]
-# A snapshot's connection has no other sign of life, and what is fetched may wait for its turn. Servers refuse more pings.
-FETCH_OPTIONS = [*OPTIONS, ("grpc.keepalive_time_ms", 15_000), ("grpc.keepalive_timeout_ms", 5_000)]
 
 
 class _Connection:
@@ -295,11 +294,19 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             raise SnapshotBroken(f"node {peer} is none of the cluster any more")
         request = FetchSnapshotRequest(group=group, cluster=self._cluster, position=None if position is None else SnapshotPosition(
             index=position.index, number=position.number, checksum=position.checksum, rows=position.rows, last_key=position.last_key))
-        channel = grpc.aio.insecure_channel(address, options=FETCH_OPTIONS)
+        channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         try:
-            call = peer_service_pb2_grpc.PeerServiceStub(channel).FetchSnapshot(request, metadata=(("spillway-node", self._node_id),))
-            async for response in call:
-                yield response.chunk
+            call: Any = peer_service_pb2_grpc.PeerServiceStub(channel).FetchSnapshot(
+                request, metadata=(("spillway-node", self._node_id),))
+            while True:
+                async with asyncio.timeout(SNAPSHOT_SILENCE_SECONDS):
+                    response = await call.read()
+                if response is grpc.aio.EOF:
+                    break
+                if response.chunk:  # else it is only a sign of life
+                    yield response.chunk
+        except TimeoutError:
+            raise SnapshotBroken(f"silent for {SNAPSHOT_SILENCE_SECONDS} s") from None
         except grpc.aio.AioRpcError as error:
             raise SnapshotBroken(f"the stream broke: {error.details()}") from None
         finally:

@@ -161,7 +161,8 @@ class MemoryTransport:
             async for chunk in chunks:
                 if not self._network.connected(self.node_id, peer):
                     raise SnapshotBroken(f"the connection to node {peer} broke")
-                yield chunk
+                if chunk:  # else it is only a sign of life
+                    yield chunk
 
     async def close(self) -> None:
         """See PeerTransport."""

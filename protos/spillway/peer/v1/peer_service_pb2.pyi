@@ -222,7 +222,9 @@ class FetchSnapshotResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """At most about 256 KiB, with a checksum inside."""
+    """At most about 256 KiB, with a checksum inside. Empty: the sender is still there,
+    and sends others first.
+    """
     def __init__(
         self,
         *,
