@@ -1,11 +1,19 @@
 """Who may join and leave, and what is said to those who may not."""
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from node_world import Refused, World
+from several_nodes import PeersContext
 from spillway.broker.core import directory as d
-from spillway.broker.errors import RequestError
+from spillway.broker.errors import RequestError, Unavailable
 from spillway.broker.runtime.balance import check_departure, check_newcomer
-from spillway.peer.v1.member_service_pb2 import ClusterMember
+from spillway.broker.services.member import MemberService
+from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
 
 
 def known(incarnation: str = "i", leaving: int = d.STAYS) -> d.Member:
@@ -52,3 +60,32 @@ def test_who_may_leave(staying: list[str], replicas: int, refused: str | None) -
         return
     with pytest.raises(RequestError, match=refused):
         check_departure("a", staying, replicas)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.store.close()
+
+
+@pytest.mark.parametrize(("said", "leaving", "shards", "answered"), [
+    ({}, d.STAYS, 2, True), ({}, d.DRAINS, 2, True), ({}, d.GONE, 2, False), ({}, d.STAYS, 3, False),
+    ({"node_id": "n5"}, d.STAYS, 2, False), ({"incarnation": "other"}, d.STAYS, 2, False), ({"peer_address": "p:2"}, d.STAYS, 2, False)])
+async def test_who_is_a_member_already_needs_no_leader(world: World, said: dict[str, str], leaving: int, shards: int,
+                                                       answered: bool) -> None:
+    """A node that was killed right after it had joined asks again. It may be the very voter without whom the meta group has no leader:
+    any node tells it who the others are. Whatever is new about it needs the leader."""
+    async def await_meta_leader() -> str:
+        raise Unavailable("there is no leader")
+
+    world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"), n4=known(leaving=leaving))
+    forwarder: Any = SimpleNamespace(await_meta_leader=await_meta_leader)
+    member = ClusterMember(**{"node_id": "n4", "peer_address": "p:1", "client_address": "c:1", "incarnation": "i", **said})
+    request = JoinRequest(cluster="spillway", member=member, shard_count=shards, replica_count=1)
+    joining = MemberService(world.node, forwarder).Join(request, PeersContext())
+    if answered:
+        assert [m.node_id for m in (await joining).members] == ["n1", "n4"]
+    else:
+        with pytest.raises(Refused, match="UNAVAILABLE: there is no leader"):
+            await joining

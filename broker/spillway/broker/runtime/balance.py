@@ -210,7 +210,7 @@ class Balance:
         node = self._node
         known = node.meta.directory.members.get(node.config.node_id)
         mine = self.introduction()
-        if known is not None and _said(known) != mine:
+        if known is not None and said(known) != mine:
             request = JoinRequest(cluster=node.config.cluster, member=mine, formed=True, shard_count=node.config.shards,
                                   replica_count=node.config.replicas)
             leader = forwarder.meta_leader()
@@ -218,6 +218,14 @@ class Balance:
                 await self.join(request)
             else:
                 await forwarder.link(leader).member.Join(request, timeout=CALL_SECONDS)
+
+    def knows(self, request: JoinRequest) -> bool:
+        """Whether a node that asks to join is one of the cluster already, and there is nothing new about it. The meta group may have no
+        leader without it."""
+        config = self._node.config
+        known = self._node.meta.directory.members.get(request.member.node_id)
+        return (known is not None and known.leaving != d.GONE and said(known) == request.member
+                and (request.cluster, request.shard_count, request.replica_count) == (config.cluster, config.shards, config.replicas))
 
     # -- the meta group's leader ---------------------------------------------------------------------------------
 
@@ -240,7 +248,7 @@ class Balance:
             if theirs != ours:
                 raise RequestError(setting, f"is {theirs}, and {ours} in this cluster, for ever; start the node with --{setting} {ours}")
         check_newcomer(new, request.formed, known, node.config.node_id, node.host.incarnation_of(new.node_id))
-        if known is None or _said(known) != new:
+        if known is None or said(known) != new:
             leaving = d.STAYS if known is None else known.leaving
             await self._put_member(
                 d.Member(new.node_id, 0, new.peer_address, new.client_address, new.zone, new.host, new.incarnation, leaving), known)
@@ -331,7 +339,7 @@ class Balance:
         return found
 
 
-def _said(member: d.Member) -> ClusterMember:
+def said(member: d.Member) -> ClusterMember:
     """What a node said of itself."""
     return ClusterMember(node_id=member.node_id, peer_address=member.peer_address, client_address=member.client_address,
                          zone=member.zone, host=member.host, incarnation=member.incarnation)
