@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from spillway.cluster.errors import StorageFailed
@@ -81,9 +82,9 @@ class SimDisk:
         """See Disk."""
         return self.rows.get(key)
 
-    def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+    def scan(self, begin: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """See Disk."""
-        return [(k, self.rows[k]) for k in sorted(k for k in self.rows if begin <= k < end)]
+        return iter([(k, self.rows[k]) for k in sorted(k for k in self.rows if begin <= k < end)])
 
     def close(self) -> None:
         """See Disk."""

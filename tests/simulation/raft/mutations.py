@@ -144,8 +144,8 @@ def _forget_members() -> Any:
     """R17: a restart goes by the configuration as of the log's first entry."""
     load = GroupJournal._load
 
-    def unsafe(self: GroupJournal) -> None:
-        load(self)
+    def unsafe(self: GroupJournal, durable: int) -> None:
+        load(self, durable)
         del self._configurations[1:]
     return patch.object(GroupJournal, "_load", unsafe)
 
@@ -191,8 +191,8 @@ def _vote_lost() -> Iterator[None]:
     """Term and vote are written, but a restart does not see the vote."""
     load = GroupJournal._load
 
-    def unsafe(self: GroupJournal) -> None:
-        load(self)
+    def unsafe(self: GroupJournal, durable: int) -> None:
+        load(self, durable)
         self._vote = None
     with patch.object(GroupJournal, "_load", unsafe):
         yield

@@ -66,7 +66,7 @@ class Replica(World):
     @property
     def entries_on_disk(self) -> int:
         """Of the shard."""
-        return len(self.disk.scan(SHARD.to_bytes(4, "big") + b"E", SHARD.to_bytes(4, "big") + b"F"))
+        return sum(1 for _ in self.disk.scan(SHARD.to_bytes(4, "big") + b"E", SHARD.to_bytes(4, "big") + b"F"))
 
 
 class Cluster:

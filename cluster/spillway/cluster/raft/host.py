@@ -350,7 +350,7 @@ class RaftHost:
         self._check_recovered()
 
     def _start_group(self, number: int, members: list[str], machine: GroupMachine) -> None:
-        journal = self.store.journal(number, self.limits.tail)
+        journal = self.store.journal(number, self.limits.tail, machine.durable_index())
         if journal.install_above is not None:
             # A snapshot was being installed. If it took effect, the log is still the one from before it.
             if self.snapshots is None:

@@ -22,7 +22,7 @@ import secrets
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,8 +83,8 @@ class Disk(Protocol):
     def get(self, key: bytes) -> bytes | None:
         """A row."""
 
-    def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
-        """Rows of [begin, end), in order."""
+    def scan(self, begin: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Rows of [begin, end), in order, as they are read."""
 
     def close(self) -> None:
         """Releases it."""
@@ -191,21 +191,19 @@ class RocksDisk:
             raise self._unreadable(e) from e
         return value
 
-    def scan(self, begin: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+    def scan(self, begin: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """See Disk. Raises StorageDamaged, StorageFailed: damage is not an end."""
         read = ReadOptions()
         read.set_iterate_upper_bound(end)
         rows: Any = self._db.iter(read)
         rows.seek(begin)
-        found = []
         while rows.valid():
-            found.append((rows.key(), rows.value()))
+            yield rows.key(), rows.value()
             rows.next()
         try:
             rows.status()
         except Exception as e:
             raise self._unreadable(e) from e
-        return found
 
     def _unreadable(self, error: Exception) -> StorageFailed:
         if is_damage(str(error)):
@@ -285,9 +283,10 @@ class JournalStore:
         """Whether there is a log of a group, be it an empty one."""
         return group not in self.node.dropped and self.disk.get(group.to_bytes(4, "big") + b"C") is not None
 
-    def journal(self, group: int, tail_bytes_max: int = 2 << 20) -> GroupJournal:
-        """The log of a group. Raises StoreRefused if entries are missing from it, or damaged."""
-        journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max)
+    def journal(self, group: int, tail_bytes_max: int = 2 << 20, durable: int = 0) -> GroupJournal:
+        """The log of a group, whose state has the effects of the entry `durable` on disk. Raises StoreRefused if entries are missing
+        from it, or damaged."""
+        journal = self.groups[group] = GroupJournal(self, group, tail_bytes_max, durable)
         return journal
 
     def drop(self, group: int) -> None:
@@ -350,7 +349,7 @@ class GroupJournal(Journal):  # type: ignore[misc]
     The newest `tail_bytes_max` bytes are in memory, and whatever is not applied and synced yet; older entries are read from
     the disk when they are asked for. Terms of all entries are in memory, as runs. A new log is empty, and `first` is 0."""
 
-    def __init__(self, store: JournalStore, group: int, tail_bytes_max: int) -> None:
+    def __init__(self, store: JournalStore, group: int, tail_bytes_max: int, durable: int = 0) -> None:
         self.store = store
         self.group = group
         self.tail_bytes_max = tail_bytes_max
@@ -368,9 +367,9 @@ class GroupJournal(Journal):  # type: ignore[misc]
         self._head: LogEntry | None = None
         self._configurations: list[tuple[int, Configuration]] = []  # as of the first entry, then those of later entries
         self._name = group.to_bytes(4, "big")
-        self._load()
+        self._load(durable)
 
-    def _load(self) -> None:
+    def _load(self, durable: int) -> None:
         disk = self.store.disk
         founded = disk.get(self._name + b"C")
         if founded is not None:
@@ -390,6 +389,8 @@ class GroupJournal(Journal):  # type: ignore[misc]
             if self._runs and term < self._runs[-1][1]:
                 raise self._damaged(f"entry {index} has term {term}, after {self._runs[-1][1]}")
             self._append((value[8:], index, term))
+            if self.tail_bytes > self.tail_bytes_max:
+                self._evict(durable)  # a log that is kept for a replica that is behind may be long
         if self.last > 1 and not hard:
             raise StoreRefused(f"term and vote of group {self.group} are lost; replace this node by an empty one")
         if max(self._term, self.last, self._runs[-1][1] if self._runs else 0, *(at for at, _ in self._configurations)) > NUMBER_MAX:
@@ -530,7 +531,7 @@ class GroupJournal(Journal):  # type: ignore[misc]
         return self._head
 
     def _read(self, begin: int, end: int) -> list[LogEntry]:
-        rows = self.store.disk.scan(self._key(begin), self._key(end))
+        rows = list(self.store.disk.scan(self._key(begin), self._key(end)))
         if len(rows) != end - begin:
             raise StorageFailed(f"the log of group {self.group} lacks entries of {begin} to {end - 1} on disk")
         return [(value[8:], begin + i, _TERM.unpack_from(value)[0]) for i, (_, value) in enumerate(rows)]
@@ -570,7 +571,10 @@ class GroupJournal(Journal):  # type: ignore[misc]
 
     def evict(self) -> None:
         """Drops from memory the oldest entries that are applied and synced, down to three quarters of the bound."""
-        limit = min(self.applied, self.synced, self.last - 1) - self._tail_first + 1
+        self._evict(min(self.applied, self.synced))
+
+    def _evict(self, upto: int) -> None:
+        limit = min(upto, self.last) - self._tail_first  # that entry stays: all behind it may be cut, and the last one is in memory
         drop = 0
         while drop < limit and self.tail_bytes > self.tail_bytes_max * 3 // 4:
             self.tail_bytes -= len(self._tail[drop][0]) + ENTRY_OVERHEAD_BYTES

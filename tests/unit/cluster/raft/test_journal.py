@@ -9,7 +9,7 @@ import pytest
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.raft import journal as journal_module
 from spillway.cluster.raft.configuration import Configuration
-from spillway.cluster.raft.journal import GroupJournal, JournalStore, LogViolation, RocksDisk
+from spillway.cluster.raft.journal import GroupJournal, JournalStore, LogEntry, LogViolation, RocksDisk
 
 from tests.simulation.raft.disk import SimDisk
 
@@ -131,6 +131,41 @@ def test_old_entries_leave_memory_and_are_read_back(store: JournalStore) -> None
     assert journal.term_start(25) == 20
     journal.compact(upto=30, keep_bytes=0)
     assert journal[0][1] == 30
+
+
+def test_a_long_log_is_not_read_into_memory(store: JournalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a start, either: what the state has durably leaves memory while the rest is still being read. The rest stays, as it may be
+    cut."""
+    journal = store.journal(3)
+    journal.setCurrentTerm(1, "n1")
+    for index in range(1, 41):
+        journal.add(b"\0%d" % index, index, 1)
+    _turn(store)
+    sizes: list[int] = []
+    append = GroupJournal._append
+
+    def watched(self: GroupJournal, entry: LogEntry) -> None:
+        append(self, entry)
+        sizes.append(self.tail_bytes)
+
+    monkeypatch.setattr(GroupJournal, "_append", watched)
+    again = JournalStore(store.disk, "c", "n")
+    read = again.journal(3, 400, 30)
+    assert len(read._tail) < 16 and max(sizes[:30]) < 500
+    assert (read.first, read.last, read.synced) == (1, 40, 40)
+    assert [e[1] for e in read[:]] == list(range(1, 41))
+    assert len(again.journal(3, 400, 0)._tail) == 40
+
+
+def test_the_whole_tail_may_be_cut(store: JournalStore) -> None:
+    """All that is in memory is of a leader that was deposed: the last entry is then one that had left memory, or had been about to."""
+    journal = store.journal(3, tail_bytes_max=400)
+    for index in range(1, 41):
+        journal.add(b"\0%d" % index, index, 1)
+    journal.commit = journal.applied = 30
+    _turn(store)
+    journal.deleteEntriesFrom(30)
+    assert journal.last == 30 and journal[-1][1] == 30
 
 
 def test_unapplied_entries_stay_in_memory(store: JournalStore) -> None:
@@ -342,7 +377,7 @@ def test_both_disks_behave_alike(tmp_path: Path) -> None:
                     batch.delete_range(key, b"%03d" % (int(key) + 5))
         for disk, batch in zip(disks, batches, strict=True):
             disk.write(batch)
-    found = [disk.scan(b"", b"\xff") for disk in disks]
+    found = [list(disk.scan(b"", b"\xff")) for disk in disks]
     assert found[0] == found[1]
     for disk in disks:
         disk.sync()
