@@ -185,7 +185,8 @@ class Installer:
         self._checksum = 0
         self._parts: list[bytes] = []
         self._parts_bytes = 0
-        self._complete = False
+        self.complete = False
+        """The last chunk has come."""
         self._generation = self._rows.generation + 1
         self._prefix = _PREFIX.pack(b"R", group_id, self._generation)
         store.installers[group_id] = self
@@ -195,7 +196,7 @@ class Installer:
         """The next chunk. Raises SnapshotInvalid if it is damaged, not the next one, or of an older state; it changed
         nothing then. Raises StorageFailed."""
         self._check_present()
-        if self._complete:
+        if self.complete:
             raise self._invalid("a chunk after the last one")
         if len(chunk) < _FRAME.size or len(chunk) > CHUNK_BYTES_MAX:
             raise self._invalid(f"a chunk of {len(chunk)} bytes")
@@ -232,7 +233,7 @@ class Installer:
         """Makes the snapshot the group's state, durably; returns its applied (index, term). Sync the store before, so that
         little is left to be synced here. Raises SnapshotInvalid if it is not complete or no longer newer than the state."""
         self._check_present()
-        if not self._complete:
+        if not self.complete:
             raise self._invalid("it broke off")
         index = self.position.index
         self._check_newer(index)
@@ -301,7 +302,7 @@ class Installer:
     def _take_trailer(self, body: bytes) -> None:
         if self._parts or len(body) != _TRAILER.size or _TRAILER.unpack(body)[0] != self.position.rows:
             raise self._invalid(f"{self.position.rows} rows came, but not all there are")
-        self._complete = True
+        self.complete = True
 
     def _invalid(self, why: str) -> SnapshotInvalid:
         return SnapshotInvalid(f"the snapshot of group {self.group_id}: {why}")

@@ -194,6 +194,8 @@ class StateStore:
                     await self.sync()
                 else:
                     await asyncio.sleep(0)
+            if not installer.complete:  # its sender has ended it, though it said no error: somebody else may have its place
+                raise SnapshotBroken(f"the snapshot of group {group_id}: it broke off")
             await self.sync()
             return installer.finish()
         except SnapshotBroken:
