@@ -10,7 +10,7 @@ import pytest
 from node_world import Refused, World
 from several_nodes import PeersContext
 from spillway.broker.core import directory as d
-from spillway.broker.errors import RequestError, Unavailable
+from spillway.broker.errors import NotFound, RequestError, Unavailable
 from spillway.broker.runtime.balance import check_departure, check_newcomer
 from spillway.broker.services.member import MemberService
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
@@ -89,3 +89,12 @@ async def test_who_is_a_member_already_needs_no_leader(world: World, said: dict[
     else:
         with pytest.raises(Refused, match="UNAVAILABLE: there is no leader"):
             await joining
+
+
+async def test_nobody_leaves_a_cluster_that_is_only_forming(world: World) -> None:
+    """The nodes have not said yet who they are: that is no reason to say that there is none of that name."""
+    with pytest.raises(Unavailable, match="only forming; try again"):
+        await world.node.balance.leave("n1", d.DRAINS)
+    world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"))
+    with pytest.raises(NotFound, match="there is no node 'n2'; there are n1"):
+        await world.node.balance.leave("n2", d.DRAINS)

@@ -37,6 +37,7 @@ CALL_SECONDS = 2.0
 HAND_OVER_SECONDS = 0.5  # between two: each makes a shard wait for a moment
 MOVES_MAX = 2  # groups led by one node that take in a new replica at a time: each may be a copy of a whole shard
 META_GROUP = 0
+FORMING = "the cluster is only forming; try again"
 
 
 class Balance:
@@ -240,7 +241,7 @@ class Balance:
         config, new = node.config, request.member
         directory = node.meta.directory
         if not directory.members:
-            raise Unavailable("the cluster is only forming; try again")
+            raise Unavailable(FORMING)
         known = directory.members.get(new.node_id)
         if request.cluster != config.cluster:
             raise RequestError("cluster", f"this is cluster {config.cluster!r}, not {request.cluster!r}; join the other one")
@@ -262,6 +263,8 @@ class Balance:
     async def _leave(self, node_id: str, leaving: int) -> None:
         node = self._node
         members = node.meta.directory.members
+        if not members:
+            raise Unavailable(FORMING)
         known = members.get(node_id)
         if known is None:
             raise NotFound("node_id", f"there is no node {node_id!r}; there are {', '.join(sorted(members))}")
