@@ -1,7 +1,11 @@
 """Who may join and leave, and what is said to those who may not."""
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
+from node_world import World
 from spillway.broker.core import directory as d
 from spillway.broker.errors import RequestError
 from spillway.broker.runtime.balance import check_departure, check_newcomer
@@ -52,3 +56,17 @@ def test_who_may_leave(staying: list[str], replicas: int, refused: str | None) -
         return
     with pytest.raises(RequestError, match=refused):
         check_departure("a", staying, replicas)
+
+
+async def test_who_watches_hears_of_leaders_of_shards_that_are_elsewhere(tmp_path: Path) -> None:
+    """A node without a replica of a shard, as one that was drained, tells its watchers when the shard's leader changes: clients would
+    never ask the new one."""
+    world = World(tmp_path)
+    try:
+        watching = asyncio.create_task(world.node.wait_topology(world.node.revision))
+        await asyncio.sleep(0)
+        for watcher in world.host.watchers:
+            watcher(2, "n3", 5)
+        await asyncio.wait_for(watching, 10)
+    finally:
+        world.store.close()

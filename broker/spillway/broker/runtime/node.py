@@ -105,6 +105,7 @@ class Node:
         self.on_removed: Callable[[], None] = lambda: None
         """Called when this node is none of the cluster any more."""
         host.removed = self._removed
+        host.on_leadership(lambda group, leader, term: self.topology_changed())  # also of groups without a replica here
         host.before_collect = self.before_collect
         store.unreadable = host.fatal
         self.meta.changed = self._meta_changed
