@@ -305,7 +305,7 @@ class Balance:
         going = {m.node_id for m in members.values() if m.leaving == d.GONE}
         self._freed &= going
         meta = node.host.status()[META_GROUP]
-        for node_id in self._freed - {*meta.configuration.voters, *meta.configuration.learners}:
+        for node_id in sorted(self._freed - {*meta.configuration.voters, *meta.configuration.learners}):
             if meta.configuration_index <= meta.commit_index:
                 await node.meta.drop_member(node_id)
         if going - self._freed and not any(n in home for home in self.homes().values() for n in going - self._freed):
@@ -317,7 +317,7 @@ class Balance:
         found: set[str] = set()
         unknown = set(range(1, node.config.shards + 1))
         leaders = {leader for shard in unknown if (leader := node.leader_of(shard)) is not None}
-        for leader in leaders:
+        for leader in sorted(leaders):
             if leader == node.config.node_id:
                 groups = node_status(node).groups
             else:
