@@ -16,32 +16,30 @@ def known(incarnation: str = "i", leaving: int = d.STAYS) -> d.Member:
     return d.Member("n4", 1, "p:1", "c:1", incarnation=incarnation, leaving=leaving)
 
 
-@pytest.mark.parametrize(("formed", "member", "connected", "refused"), [
-    (False, None, None, None),  # a new one
-    (True, None, None, "the data of a cluster, and is no node of this one"),
-    (True, known(), "i", None),  # it says what is new
-    (False, known(), None, None),
-    (False, known("old"), None, None),  # it lost its disk
-    (True, known(""), None, None),  # a founder that had not said
-    (True, known("old"), None, "has other data"),
-    (False, known("old"), "old", "running already"),  # two with one id
-    (False, known(leaving=d.GONE), None, "being removed"),
-    (True, known(leaving=d.DRAINS), None, None)])
-def test_who_may_join(formed: bool, member: d.Member | None, connected: str | None, refused: str | None) -> None:
-    """A new node with an empty directory, and those that are known with their own."""
+@pytest.mark.parametrize(("formed", "inside", "member", "running", "refused"), [
+    (False, False, None, None, None),  # a new one
+    (True, False, None, None, "the data of a cluster, and is no node of this one"),
+    (False, True, None, None, "the data of a cluster, and is no node of this one"),  # it was removed meanwhile
+    (True, False, known(), "i", None),  # it says what is new
+    (False, False, known(), None, None),
+    (False, False, known("old"), None, None),  # it lost its disk
+    (False, True, known("old"), "i", None),  # it lost its disk, and has recovered
+    (True, False, known(""), None, None),  # a founder that had not said
+    (True, False, known("old"), None, "has other data"),
+    (False, False, known("old"), "old", "running already"),  # two with one id
+    (False, True, known("old"), "old", "running already"),
+    (False, False, known(leaving=d.GONE), None, "being removed"),
+    (True, False, known(leaving=d.DRAINS), None, None)])
+def test_who_may_join(formed: bool, inside: bool, member: d.Member | None, running: str | None, refused: str | None) -> None:
+    """A new node with an empty directory, and those that are known with their own; a node of the cluster whatever became of its disk,
+    as the others have let it in."""
     new = ClusterMember(node_id="n4", incarnation="i")
     if refused is None:
-        check_newcomer(new, formed, member, "n1", connected)
+        check_newcomer(new, formed, inside, member, running)
         return
     with pytest.raises(RequestError, match=refused) as caught:
-        check_newcomer(new, formed, member, "n1", connected)
+        check_newcomer(new, formed, inside, member, running)
     assert caught.value.field == "node_id"
-
-
-def test_nobody_joins_under_the_id_of_the_node_that_is_asked() -> None:
-    """The meta group's leader has no connection to itself."""
-    with pytest.raises(RequestError, match="running already"):
-        check_newcomer(ClusterMember(node_id="n4", incarnation="other"), False, known(), "n4", None)
 
 
 @pytest.mark.parametrize(("staying", "replicas", "refused"), [

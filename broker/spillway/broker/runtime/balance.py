@@ -211,7 +211,7 @@ class Balance:
         known = node.meta.directory.members.get(node.config.node_id)
         mine = self.introduction()
         if known is not None and _said(known) != mine:
-            request = JoinRequest(cluster=node.config.cluster, member=mine, formed=True, shard_count=node.config.shards,
+            request = JoinRequest(cluster=node.config.cluster, member=mine, inside=True, shard_count=node.config.shards,
                                   replica_count=node.config.replicas)
             leader = forwarder.meta_leader()
             if leader == node.config.node_id:
@@ -239,7 +239,9 @@ class Balance:
         for setting, theirs, ours in (("shards", request.shard_count, config.shards), ("replicas", request.replica_count, config.replicas)):
             if theirs != ours:
                 raise RequestError(setting, f"is {theirs}, and {ours} in this cluster, for ever; start the node with --{setting} {ours}")
-        check_newcomer(new, request.formed, known, node.config.node_id, node.host.incarnation_of(new.node_id))
+        own = new.node_id == config.node_id
+        check_newcomer(new, request.formed, request.inside, known,
+                       node.host.hello().incarnation if own else node.host.incarnation_of(new.node_id))
         if known is None or _said(known) != new:
             leaving = d.STAYS if known is None else known.leaving
             await self._put_member(
@@ -337,15 +339,15 @@ def _said(member: d.Member) -> ClusterMember:
                          zone=member.zone, host=member.host, incarnation=member.incarnation)
 
 
-def check_newcomer(new: ClusterMember, formed: bool, known: d.Member | None, own: str, connected: str | None) -> None:
-    """Whether a node may be one of this cluster. `known`: what is known under its id; `own`: this node's id; `connected`: the store
-    of the node of that id that there is a connection to. Raises RequestError with what to do."""
+def check_newcomer(new: ClusterMember, formed: bool, inside: bool, known: d.Member | None, running: str | None) -> None:
+    """Whether a node may be one of this cluster; see JoinRequest. `known`: what is known under its id; `running`: the store of the node
+    of that id that runs, as far as is known. Raises RequestError with what to do."""
     if known is None:
-        if formed:
+        if formed or inside:
             raise RequestError("node_id", f"node {new.node_id!r} has the data of a cluster, and is no node of this one: it is another "
                                "cluster's, or was removed. Start it with an empty data_dir")
         return
-    if (connected is not None and connected != new.incarnation) or (new.node_id == own and known.incarnation not in ("", new.incarnation)):
+    if running is not None and running != new.incarnation:
         raise RequestError("node_id", f"a node {new.node_id!r} is running already; choose another node_id")
     if known.leaving == d.GONE:
         raise RequestError("node_id", f"node {new.node_id!r} is being removed; wait until it is gone, and start with an empty data_dir")

@@ -207,11 +207,12 @@ class RaftHost:
             self._event.set()
 
     def leader_of(self, group: int) -> tuple[str | None, int]:
-        """(node id, term) of a group's leader as far as known: from the replica here; where there is none, or it knows no leader, as it
-        may be no member, from what leaders announce."""
+        """(node id, term) of a group's leader as far as known: from the replica here; where there is none, or leaders announce a later
+        term, or it knows no leader, from what they announce: it may be no member, and hear of nothing."""
         replica = self.groups.get(group)
         claimed = self._claims.leader(group)
-        if replica is None or (replica.leader is None and claimed[0] is not None and claimed[1] >= replica.engine.term):
+        if replica is None or (claimed[0] is not None and (
+                claimed[1] > replica.engine.term or (replica.leader is None and claimed[1] == replica.engine.term))):
             return claimed
         return replica.leader, replica.engine.term
 
