@@ -218,6 +218,19 @@ def test_leaders_are_known_where_there_is_no_replica() -> None:
     assert last.leader_of(0)[0] != leader.name
 
 
+def test_a_later_term_is_believed() -> None:
+    """A replica that is no member any more and was not told follows a leader of before, for ever if that one is gone; who announces a
+    later term is the one to ask."""
+    world = _calm()
+    follower = next(n for n in world.nodes.values() if n.host.groups[0].role is Role.FOLLOWER)
+    leader, term = follower.host.leader_of(0)
+    other = next(name for name in world.names if name not in (leader, follower.name))
+    follower.host._claims.take(other, [(0, term)], False)
+    assert follower.host.leader_of(0) == (leader, term)
+    follower.host._claims.take(other, [(0, term + 1)], False)
+    assert follower.host.leader_of(0) == (other, term + 1)
+
+
 def test_status_names_every_replica() -> None:
     """For people and metrics."""
     world = _calm()
