@@ -37,22 +37,27 @@ class Calls:
         last = Unavailable("no node answered in time")
         turn = 0
         while (left := deadline - loop.time()) > 0:
-            address = self._address(turn)
-            turn += 1
-            stub = self._stub(self._channels.get(address, "control"))
+            seconds = min(left, attempt_seconds_max)
             try:
-                result = await call(stub, min(left, attempt_seconds_max))
-            except grpc.aio.AioRpcError as error:
-                found = translated(error)
-                if not isinstance(found, Unavailable):
-                    raise found from None
-                last = found
-                self._failed(address)
+                return await self._attempt(turn, lambda stub, seconds=seconds: call(stub, seconds))  # type: ignore[misc]
+            except Unavailable as error:
+                last = error
+                turn += 1
                 await asyncio.sleep(min(backoff.next(), max(deadline - loop.time(), 0)))
-            else:
-                self._router.health.worked(address)
-                return result
         raise last
+
+    async def _attempt(self, turn: int, call: Callable[[Any], Awaitable[T]]) -> T:
+        """One call at one node, of those that are up the next one with each turn."""
+        address = self._address(turn)
+        try:
+            result = await call(self._stub(self._channels.get(address, "control")))
+        except grpc.aio.AioRpcError as error:
+            found = translated(error)
+            if isinstance(found, Unavailable):
+                self._failed(address)
+            raise found from None
+        self._router.health.worked(address)
+        return result
 
     def _failed(self, address: str) -> None:
         self._router.health.failed(address)

@@ -372,3 +372,12 @@ class ClusterStatus:
     def moving(self) -> int:
         """How many shards are on their way to other nodes."""
         return sum(group.moving for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class BackupProgress:
+    """How far a backup, or its verification, is."""
+
+    groups_done: int
+    groups: int  # 0: not known yet
+    bytes: int  # of the files

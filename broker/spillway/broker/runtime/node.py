@@ -22,6 +22,7 @@ from spillway.broker.core.outbox import OUTBOX
 from spillway.broker.core.policy import Policy, park_ms
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick, Scheduler
+from spillway.broker.runtime.backup import Backups
 from spillway.broker.runtime.balance import META_GROUP, Balance
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink, stream_of
@@ -88,6 +89,7 @@ class Node:
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
         self.balance = Balance(self)
+        self.backups = Backups(self)
         self._policies: dict[bytes, Policy] = {}  # those that the scheduler uses
         self._holds: dict[bytes, Hold] = {}  # operators' gates that the scheduler knows
         self._remote_holds: dict[bytes, int] = {}  # scope -> until, of gates that other nodes keep closed
