@@ -58,10 +58,11 @@ def _fields() -> list[tuple[str, Any, Any, str]]:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of `spillway serve`."""
+def parser(prog: str = "spillway serve",
+           description: str = "Run a Spillway node. Without flags: a cluster of one on loopback.") -> argparse.ArgumentParser:
+    """The flags of `spillway serve`, or of another command that takes them."""
     out = argparse.ArgumentParser(
-        prog="spillway serve", description="Run a Spillway node. Without flags: a cluster of one on loopback.",
+        prog=prog, description=description,
         epilog="Every flag is also a variable SPILLWAY_<NAME> and a key of the TOML file; flags win, then variables.")
     out.add_argument("--config", metavar="FILE", help="a TOML file with any of these settings")
     for name, kind, default, doc in _fields():
@@ -96,9 +97,13 @@ def _convert(source: str, name: str, value: Any) -> Any:
 def load(argv: Sequence[str] = (), env: Mapping[str, str] | None = None) -> NodeConfig:
     """The settings from flags, variables and file. Raises ConfigError naming the setting and its source;
     argparse exits by itself on unknown flags and --help."""
+    return settings(vars(parser().parse_args(list(argv))), env)
+
+
+def settings(flags: dict[str, Any], env: Mapping[str, str] | None = None, defaults: Mapping[str, Any] | None = None) -> NodeConfig:
+    """As `load`, of what a `parser` found; `defaults` are others than those of `serve`."""
     env = os.environ if env is None else env
-    flags = vars(parser().parse_args(list(argv)))
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     sources: dict[str, str] = {}
 
     def take(source: str, name: str, value: Any) -> None:

@@ -1,26 +1,39 @@
-"""The data directory: whose it is, and which format. Checked before anything in it is opened."""
+"""The data directory: whose it is, and which format. Checked before anything in it is opened.
+
+`node.json` is what makes a directory one of ours. A restore writes it last, and has a file of its own in the directory until then: what
+a crash leaves of it is no data directory, `serve` says so, and the next restore begins anew.
+"""
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spillway.broker.config import NodeConfig
 from spillway.broker.errors import DataDirError
 
 FORMAT = 1  # raised when a directory of this version cannot be read by the previous one
 FILE = "node.json"
+RESTORING = "restoring"  # locked while a restore is at work
+_STORES = ("log", "log.synced", "state")
 
 
 def claim(config: NodeConfig) -> Path:
     """Creates the directory or checks that it is this node's. Raises DataDirError with the remedy."""
     path = Path(config.data_dir)
     file = path / FILE
-    mine = {"format": FORMAT, "node_id": config.node_id, "cluster": config.cluster, "shards": config.shards,
-            "replicas": config.replicas}
+    mine = _settings(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not file.exists():
+            if (path / RESTORING).exists():
+                raise DataDirError(f"data_dir {path} is half of a restore that did not finish; run `spillway restore` again, or empty the "
+                                   "directory to begin without the backup")
             if any(p != _temporary(file) for p in path.iterdir()):  # that one: a first start that was cut short
                 raise DataDirError(f"data_dir {path} is not empty and not a Spillway directory; name an empty one")
             _write(file, json.dumps(mine, indent=1))
@@ -44,6 +57,52 @@ def claim(config: NodeConfig) -> Path:
     return path
 
 
+@contextmanager
+def restoring(config: NodeConfig) -> Iterator[Path]:
+    """The directory, empty; it is the node's when the block ends without an error, durably. Raises DataDirError with the remedy if there
+    is something in it."""
+    path = Path(config.data_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _check_restorable(path)
+        marker = (path / RESTORING).open("wb")
+    except OSError as e:
+        raise DataDirError(f"data_dir {path} cannot be used: {e.strerror}") from None
+    with marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in _STORES:
+                if (path / name).is_dir():
+                    shutil.rmtree(path / name)
+                else:
+                    (path / name).unlink(missing_ok=True)
+        except BlockingIOError:
+            raise DataDirError(f"another restore is at work in data_dir {path}; wait for it, or name another directory") from None
+        except OSError as e:
+            raise DataDirError(f"what an earlier restore left in data_dir {path} cannot be removed: {e.strerror}") from None
+        yield path
+        try:
+            _write(path / FILE, json.dumps(_settings(config), indent=1))
+            (path / RESTORING).unlink()
+            _sync_folder(path.absolute().parent)
+        except OSError as e:
+            raise DataDirError(f"data_dir {path} cannot be written: {e.strerror}") from None
+
+
+def _check_restorable(path: Path) -> None:
+    present = {p.name for p in path.iterdir()}
+    if FILE in present:
+        raise DataDirError(f"data_dir {path} has the data of a node, and a restore never replaces any; name another directory, or move "
+                           "this one away if its cluster is gone")
+    if present and RESTORING not in present:
+        raise DataDirError(f"data_dir {path} is not empty; name an empty directory, or one that does not exist")
+
+
+def _settings(config: NodeConfig) -> dict[str, Any]:
+    """What a directory is of, for ever."""
+    return {"format": FORMAT, "node_id": config.node_id, "cluster": config.cluster, "shards": config.shards, "replicas": config.replicas}
+
+
 def _temporary(file: Path) -> Path:
     return file.with_suffix(".tmp")
 
@@ -56,7 +115,11 @@ def _write(file: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(file)
-    fd = os.open(file.parent, os.O_RDONLY)
+    _sync_folder(file.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -433,6 +433,11 @@ class Directory:
         return [*members, *self._put_homes(c.homes, index)]
 
 
+def names_nodes(key: bytes) -> bool:
+    """Whether a row says who a node is, or where a shard belongs: what a cluster made from a backup must not believe."""
+    return key.startswith((_MEMBER, _HOME))
+
+
 def _row_key(record: Member | Home) -> bytes:
     return _MEMBER + record.node_id.encode() if isinstance(record, Member) else _HOME + record.shard.to_bytes(4, "big")
 

@@ -16,6 +16,7 @@ PENDING_MAX = 1024  # changes waiting for the log
 COMMANDS_PER_ENTRY_MAX = 64
 ENTRY_BYTES_SOFT_MAX = 1 << 20  # a destination or a route has up to some 400 KiB
 DEFAULT_POLICY = Policy()
+DIRECTORY_ROWS = b"\0", b"\xff\xff\xff\xff"  # from, to
 
 
 class MetaRuntime:
@@ -189,7 +190,7 @@ class MetaRuntime:
 
     def reload(self) -> None:
         """See GroupMachine."""
-        self.directory.load(self.rows.scan(b"\0", b"\xff\xff\xff\xff"))
+        self.directory.load(self.rows.scan(*DIRECTORY_ROWS))
         self.revision += 1
         self._policies.clear()
         self.changed()
