@@ -7,7 +7,7 @@
     kind T    the last: how many rows there were
 
 A chunk's checksum continues the one before it (CRC-32 over both), so the last one vouches for every byte, for the order and
-for the end.
+for the end. Whoever raises FORMAT goes on reading the older ones: backups are made of them.
 """
 from __future__ import annotations
 
