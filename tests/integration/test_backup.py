@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from cluster_process import ClusterProcesses, NodeProcess
 from spillway.client import (
+    BackupProgress,
     Client,
     ClusterStatus,
     DeliveryPolicy,
@@ -22,6 +24,7 @@ from spillway.client import (
     Route,
     RouteTarget,
     SpillwayError,
+    verify_backup,
 )
 
 Make = Callable[..., ClusterProcesses]
@@ -56,21 +59,29 @@ def settled(found: ClusterStatus, *node_ids: str) -> bool:
 
 
 @asynccontextmanager
-async def noise(client: Client) -> AsyncIterator[None]:
-    """Traffic of a destination of its own while the block runs."""
+async def noise(client: Client) -> AsyncIterator[list[int]]:
+    """Traffic while the block runs: of a destination of its own, and of a route, numbered, to one that nobody consumes from. The list
+    has the numbers up to which all copies of the route's messages are acknowledged."""
+    copied: list[int] = []
+
     async def produce() -> None:
         async with client.producer() as producer:
             while True:
                 await asyncio.gather(*(producer.send("noise", b"x" * 500, key=key) for key in QUEUES))
+
+    async def copy() -> None:
+        for n in itertools.count():
+            await send(client, "stream", n)
+            copied.append(n)
 
     async def consume() -> None:
         async with client.consumer("noise") as consumer:
             async for run in consumer.runs():
                 await run.ack()
 
-    tasks = [asyncio.ensure_future(produce()), asyncio.ensure_future(consume())]
+    tasks = [asyncio.ensure_future(one()) for one in (produce, copy, consume)]
     try:
-        yield
+        yield copied
         assert not any(task.done() for task in tasks)
     finally:
         for task in tasks:
@@ -119,11 +130,12 @@ async def test_a_cluster_is_backed_up_under_load_and_restored(cluster: Make, tmp
     backup = tmp_path / "backup"
     policy = DeliveryPolicy(nack_policy=NackPolicy.SKIP, run_messages_max=5, weight=2.0)
     async with Client(processes.addresses) as client:
-        for name in ("orders", "copies", "broken", "noise"):
+        for name in ("orders", "copies", "broken", "noise", "streamed"):
             await client.admin.create_destination(Destination(name, policy))
-        await client.admin.create_route(Route("events", (RouteTarget("copies"),)))
+        for source, target in (("events", "copies"), ("stream", "streamed")):
+            await client.admin.create_route(Route(source, (RouteTarget(target),)))
         await client.admin.pause("copies", "acme", reason="maintenance")
-        async with noise(client):
+        async with noise(client) as copied:
             await send(client, "orders", *range(BEFORE))
             await send(client, "events", 7)
             await send(client, "broken", 1)
@@ -139,6 +151,7 @@ async def test_a_cluster_is_backed_up_under_load_and_restored(cluster: Make, tmp
                     if min(counts.values()) >= ACKED:
                         break
             known = await client.admin.get_destination("orders")
+            streamed = len(copied)
             code, out, err = await spillway("backup", str(backup), "-o", "json", "-a", processes.addresses[1])
             assert code == 0, err
         report = json.loads(out)
@@ -157,9 +170,10 @@ async def test_a_cluster_is_backed_up_under_load_and_restored(cluster: Make, tmp
     try:
         new.start()
         async with Client(new.addresses) as client:
-            assert {d.name async for d in client.admin.list_destinations()} == {"orders", "copies", "broken", "noise"}
+            assert {d.name async for d in client.admin.list_destinations()} == {"orders", "copies", "broken", "noise", "streamed"}
             assert (await client.admin.get_destination("orders")) == known
-            assert [(r.source, r.targets) async for r in client.admin.list_routes()] == [("events", (RouteTarget("copies"),))]
+            assert [(r.source, r.targets) async for r in client.admin.list_routes()] == [
+                ("events", (RouteTarget("copies"),)), ("stream", (RouteTarget("streamed"),))]
             assert [(g.tenant, g.reason) async for g in client.admin.list_gates("copies")] == [("acme", "maintenance")]
             assert (await client.admin.destination_stats("copies")).messages == len(QUEUES)
             assert sorted([d.key async for d in client.admin.list_dead_letters("broken")]) == sorted(QUEUES)
@@ -168,6 +182,11 @@ async def test_a_cluster_is_backed_up_under_load_and_restored(cluster: Make, tmp
             await client.admin.resume("copies", "acme")
             await send(client, "events", 8)
             assert numbers(await take(client, "copies", 2 * len(QUEUES))) == {key: [7, 8] for key in QUEUES}
+            # A route's copies are in other shards, which were saved at other moments: none is lost that was acknowledged, none is there
+            # twice, and those that are made from now on are not taken for earlier ones.
+            await send(client, "stream", *range(10**6, 10**6 + 20))
+            found = numbers(await take(client, "streamed", (await client.admin.destination_stats("streamed")).messages))
+            assert all(came == sorted(set(came)) and set(came) >= {*range(streamed), *range(10**6, 10**6 + 20)} for came in found.values())
 
             joined = new.join("r2")
 
@@ -184,6 +203,27 @@ async def test_a_cluster_is_backed_up_under_load_and_restored(cluster: Make, tmp
             assert (await client.admin.destination_stats("orders")).messages == 0
     finally:
         new.end()
+
+
+async def test_a_backup_outlives_the_leaders_of_its_groups(cluster: Make, tmp_path: Path) -> None:
+    """One node dies while its shards are still to be read: they are read from their next leaders, and have everything."""
+    processes = cluster(nodes=3, flags=FLAGS)
+    async with Client(processes.addresses) as client:
+        await send(client, "d", *range(5))
+        victim = processes.leader(SHARDS)
+
+        def kill(progress: BackupProgress) -> None:
+            if progress.groups_done == 1 and victim.running:
+                victim.kill()
+        made = await client.cluster.back_up(tmp_path / "b", on_progress=kill)
+        assert not victim.running and verify_backup(tmp_path / "b") == made
+    processes.end()
+    code, _, err = await spillway("restore", str(tmp_path / "b"), "--data-dir", str(tmp_path / "new"), "--node-id", victim.node_id)
+    assert code == 0, err
+    node = processes.nodes[victim.node_id] = restored(tmp_path, victim.node_id, victim, tmp_path / "new", *FLAGS)
+    node.start()
+    async with Client(node.address) as client:
+        assert numbers(await take(client, "d", 5 * len(QUEUES))) == {key: [*range(5)] for key in QUEUES}
 
 
 async def test_producers_and_consumers_live_through_a_restore(cluster: Make, tmp_path: Path) -> None:
