@@ -71,6 +71,7 @@ def restoring(config: NodeConfig) -> Iterator[Path]:
     with marker:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_restorable(path)  # another one may just have finished
             for name in _STORES:
                 if (path / name).is_dir():
                     shutil.rmtree(path / name)

@@ -37,20 +37,19 @@ class Calls:
         last = Unavailable("no node answered in time")
         turn = 0
         while (left := deadline - loop.time()) > 0:
-            seconds = min(left, attempt_seconds_max)
             try:
-                return await self._attempt(turn, lambda stub, seconds=seconds: call(stub, seconds))  # type: ignore[misc]
+                return await self._attempt(turn, call, min(left, attempt_seconds_max))
             except Unavailable as error:
                 last = error
                 turn += 1
                 await asyncio.sleep(min(backoff.next(), max(deadline - loop.time(), 0)))
         raise last
 
-    async def _attempt(self, turn: int, call: Callable[[Any], Awaitable[T]]) -> T:
-        """One call at one node, of those that are up the next one with each turn."""
+    async def _attempt(self, turn: int, call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """One call at one node, of those that are up the next one with each turn; the stub is its first argument."""
         address = self._address(turn)
         try:
-            result = await call(self._stub(self._channels.get(address, "control")))
+            result = await call(self._stub(self._channels.get(address, "control")), *arguments)
         except grpc.aio.AioRpcError as error:
             found = translated(error)
             if isinstance(found, Unavailable):

@@ -128,7 +128,8 @@ def test_a_directory_is_made_that_serve_takes(backup: Path, tmp_path: Path, caps
     journal.close()
 
 
-def test_nothing_is_restored_over_anything(backup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_restored_over_anything(backup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """A node's directory, somebody's files, a restore that is at work: each with what to do, and untouched."""
     path = tmp_path / "data"
     claim(NodeConfig(data_dir=str(path)))
@@ -146,6 +147,12 @@ def test_nothing_is_restored_over_anything(backup: Path, tmp_path: Path, capsys:
     with (other / RESTORING).open("wb") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
         assert "another restore is at work" in refused(capsys, str(backup), "--data-dir", str(other))
+    assert (other / "state").read_text() == "of that one"
+
+    def finish(*_: object) -> None:  # the other one, at the last moment
+        (other / FILE).write_text("{}")
+    monkeypatch.setattr(fcntl, "flock", finish)
+    assert "has the data of a node" in refused(capsys, str(backup), "--data-dir", str(other))
     assert (other / "state").read_text() == "of that one"
 
 
