@@ -196,7 +196,7 @@ class Balance:
             for group in status.groups:
                 if group.group in numbers and group.role == "leader" and group.configuration_index <= group.commit_index and (
                         own not in group.voters and own not in group.learners):
-                    node.host.drop_group(group.group, group.configuration_index)
+                    node.host.drop_group(group.group, group.configuration_index, group.commit_index)
 
     def introduction(self) -> ClusterMember:
         """This node, as it says itself."""

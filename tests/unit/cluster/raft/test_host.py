@@ -337,11 +337,32 @@ def test_a_replica_that_never_became_a_member_is_dropped() -> None:
     spare.join(0)
     assert world.run_until(world.now + 1, lambda: 0 in spare.host.groups)
     for node in founder, spare:
-        node.host.drop_group(0, 0)
+        node.host.drop_group(0, 0, 0)
         node.kick()
     assert world.run_until(world.now + 1, lambda: 0 not in spare.machines)
     world.run_until(world.now + 1)
     assert founder.machines[0].role is Role.LEADER
+
+
+def test_a_replica_that_became_a_member_in_vain_is_dropped() -> None:
+    """The leader that added it was deposed before that was committed: it goes by an entry that the group does not have."""
+    world = World(1, Options(nodes=3, spares=1))
+    for node in world.nodes.values():
+        node.start()
+    spare = world.nodes["n3"]
+    assert world.run_until(world.now + 20, lambda: any(m.role is Role.LEADER for n in world.nodes.values() for m in n.machines.values()))
+    leader = _leader(world)
+    added = _change(world, leader.name, ChangeKind.ADD_LEARNER, "n3")
+    spare.join(0)
+    assert world.run_until(world.now + 20, lambda: 0 in spare.host.groups and "n3" in spare.host.groups[0].configuration)
+    for by, upto in ((0, added - 1), (added, added)):  # it may have been added behind; it is what it goes by
+        spare.host.drop_group(0, by, upto)
+        spare.kick()
+        world.run_until(world.now + 1)
+        assert 0 in spare.host.groups
+    spare.host.drop_group(0, 0, added)
+    spare.kick()
+    assert world.run_until(world.now + 1, lambda: 0 not in spare.host.groups)
 
 
 def _return() -> None:
