@@ -151,6 +151,8 @@ class RaftHost:
 
     def has_replica(self, group: int, founders: list[str]) -> bool:
         """Whether this node has a replica of a group that was founded with these voters; before groups are added."""
+        if group in self.store.node.dropped:
+            return False
         return self.node_id in founders if self.store.founding else self.store.has_replica(group)
 
     def add_group(self, group: int, members: list[str], machine: GroupMachine) -> None:

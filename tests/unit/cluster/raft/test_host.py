@@ -365,6 +365,18 @@ def test_a_replica_that_became_a_member_in_vain_is_dropped() -> None:
     assert world.run_until(world.now + 1, lambda: 0 not in spare.host.groups)
 
 
+def test_a_replica_that_is_being_dropped_is_none(tmp_path: Path) -> None:
+    """Also on a node that lost its disk and is only recovering, to which the founders' list says that it has one: it would be dropped
+    twice, the second time beneath a new one."""
+    store = JournalStore(tmp_path, "c", "n0")
+    network = MemoryNetwork(lambda seconds, action: None, lambda: 0.0)
+    host = RaftHost("n0", ["n0", "n1"], store, MemoryTransport(network, "n0", lambda: host.hello()))
+    assert store.founding and host.has_replica(3, ["n0", "n1"])
+    store.drop(3)
+    assert not host.has_replica(3, ["n0", "n1"]) and host.ended() == [3]
+    store.close()
+
+
 def _return() -> None:
     """A node that was the only voter once is removed and comes back with an empty log. The log that it gets ends where it was the only
     voter, and it is alone for a while."""
