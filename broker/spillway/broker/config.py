@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
+from spillway.broker.core import features
 from spillway.broker.errors import ConfigError
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
 
@@ -31,6 +32,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     replace_after_seconds: Annotated[int, "a node that is gone for so long is replaced, where others suffice"] = 300
     shards: Annotated[int, "Raft groups that share the queues, 1 to 1024; fixed when the cluster is created"] = 16
     replicas: Annotated[int, "replicas of each shard, at most the number of nodes; fixed when the cluster is created"] = 3
+    feature_level_max: Annotated[int, "holds the cluster at this feature level, so that older versions can come back; 0: no"] = 0
     auto_create: Annotated[bool, "create a destination when something is produced to it for the first time"] = True
     payload_bytes_max: Annotated[int, f"largest payload, at most {FRAME_BYTES_MAX // 2}"] = PAYLOAD_BYTES_MAX
     ingress_bytes_max: Annotated[int, "messages accepted from producers and not yet committed, over all streams"] = 64 << 20
@@ -148,6 +150,8 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"shards is {config.shards}; it must be 1 to {SHARDS_MAX}")
     if not 1 <= config.replicas <= 7:
         raise ConfigError(f"replicas is {config.replicas}; it must be 1 to 7")
+    if config.feature_level_max and not features.LEVEL_MIN <= config.feature_level_max <= features.LEVEL_MAX:
+        raise ConfigError(f"feature_level_max is {config.feature_level_max}; it must be 0, or {features.LEVEL_MIN} to {features.LEVEL_MAX}")
     if not 1 <= config.payload_bytes_max <= FRAME_BYTES_MAX // 2:
         raise ConfigError(f"payload_bytes_max is {config.payload_bytes_max}; it must be 1 to {FRAME_BYTES_MAX // 2}")
     if config.ingress_bytes_max < 1 << 20:

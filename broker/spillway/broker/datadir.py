@@ -1,7 +1,8 @@
 """The data directory: whose it is, and which format. Checked before anything in it is opened.
 
 `node.json` is what makes a directory one of ours. A restore writes it last, and has a file of its own in the directory until then: what
-a crash leaves of it is no data directory, `serve` says so, and the next restore begins anew.
+a crash leaves of it is no data directory, `serve` says so, and the next restore begins anew. Its format is the feature level of what
+is in it: a version that does not know that says so, before it takes a row for damage.
 """
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from spillway.broker.config import NodeConfig
+from spillway.broker.core import features
 from spillway.broker.errors import DataDirError
 
-FORMAT = 1  # raised when a directory of this version cannot be read by the previous one
 FILE = "node.json"
 RESTORING = "restoring"  # locked while a restore is at work
 _STORES = ("log", "log.synced", "state")
@@ -45,9 +46,11 @@ def claim(config: NodeConfig) -> Path:
         raise DataDirError(f"{file} is damaged; restore it from a backup, or replace this node by an empty one") from None
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise DataDirError(f"{file} is damaged; restore it from a backup, or replace this node by an empty one")
-    if found["format"] > FORMAT:
+    if found["format"] > features.LEVEL_MAX:
         raise DataDirError(f"data_dir {path} has format {found['format']}, written by a newer Spillway; this one reads up "
-                           f"to {FORMAT}: start the newer version, or name another directory")
+                           f"to {features.LEVEL_MAX}: start the newer version, or name another directory")
+    if why := features.refusal(found["format"], features.known(config.feature_level_max)):
+        raise DataDirError(f"data_dir {path}: {why}")
     for setting, remedy in (("node_id", "start that node here, or name another directory"),
                             ("cluster", "a directory never changes clusters; name another one"),
                             ("shards", "it is fixed when a cluster is created; set it back"),
@@ -101,7 +104,15 @@ def _check_restorable(path: Path) -> None:
 
 def _settings(config: NodeConfig) -> dict[str, Any]:
     """What a directory is of, for ever."""
-    return {"format": FORMAT, "node_id": config.node_id, "cluster": config.cluster, "shards": config.shards, "replicas": config.replicas}
+    return {"format": features.LEVEL_MIN, "node_id": config.node_id, "cluster": config.cluster, "shards": config.shards, "replicas": config.replicas}
+
+
+def raise_format(path: Path, level: int) -> None:
+    """Notes the feature level of what is about to be written into a claimed directory. Raises OSError."""
+    file = path / FILE
+    found = json.loads(file.read_text())
+    if found["format"] < level:
+        _write(file, json.dumps({**found, "format": level}, indent=1))
 
 
 def _temporary(file: Path) -> Path:

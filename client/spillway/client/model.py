@@ -326,6 +326,7 @@ class NodeReport:
     version: str  # "" unless it answered
     replicas: int  # of shards
     leads: int  # shards
+    feature_max: int = 0  # highest feature level at which it can work; 0 unless it answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +368,7 @@ class ClusterStatus:
     nodes: tuple[NodeReport, ...]
     groups: tuple[GroupReport, ...]
     problems: tuple[Problem, ...]
+    feature_level: int = 1  # what may be written, as every node can read it
 
     @property
     def moving(self) -> int:

@@ -58,3 +58,34 @@ async def test_a_node_calls_again_when_a_peer_fell_silent_in_the_middle_of_a_fra
     finally:
         await node.close()
         await server.stop(None)
+
+
+async def test_who_is_refused_for_its_versions_learns_who_refuses() -> None:
+    """The node that calls is told by the one that refuses it what that one says of itself, and may draw its conclusions."""
+    said: list[Hello] = []
+    refused = asyncio.Event()
+
+    def too_low(of: Hello) -> str:
+        said.append(of)
+        refused.set()
+        return "this version is too low"
+
+    def never(*_: Any) -> None:
+        raise AssertionError("there must be no connection")
+
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    low = GrpcTransport(lambda: hello("a"), "c", "a", {"b": f"127.0.0.1:{port}"}, None, too_low)
+    high = GrpcTransport(lambda: Hello(protocol=PROTOCOL, cluster="c", node_id="b", feature_level=7), "c", "b", {"a": ""}, None,
+                         lambda of: f"node {of.node_id} is too low")
+    high.add_to_server(server)
+    await server.start()
+    low.start(Handlers(never, never, never))
+    high.start(Handlers(never, never, never))
+    try:
+        await asyncio.wait_for(refused.wait(), LONG)
+        assert (said[0].node_id, said[0].feature_level) == ("b", 7)
+    finally:
+        await low.close()
+        await high.close()
+        await server.stop(None)

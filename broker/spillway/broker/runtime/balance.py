@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import grpc
 import msgspec
 from spillway.broker.config import Peer, members_of
 from spillway.broker.core import directory as d
+from spillway.broker.core import features
 from spillway.broker.errors import BrokerError, NotFound, RequestError, Unavailable
 from spillway.cluster.errors import ChangeRefused
 from spillway.cluster.placement import Site, place
 from spillway.cluster.raft.configuration import ChangeKind
 from spillway.cluster.steps import HandOver, next_step
+from spillway.contract.version import VERSION
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
 from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse
 
@@ -203,14 +204,15 @@ class Balance:
         node = self._node
         own = node.own
         return ClusterMember(node_id=own.node_id, peer_address=own.peer_address, client_address=own.client_address,
-                             zone=node.config.zone, host=node.config.host, incarnation=node.host.hello().incarnation)
+                             zone=node.config.zone, host=node.config.host, incarnation=node.host.hello().incarnation,
+                             feature_min=node.features.low, feature_max=node.features.high)
 
     async def _introduce(self, forwarder: Forwarder) -> None:
         """Tells the meta group what is new about this node."""
         node = self._node
         known = node.meta.directory.members.get(node.config.node_id)
         mine = self.introduction()
-        if known is not None and _said(known) != mine:
+        if known is not None and said_of(known) != mine:
             request = JoinRequest(cluster=node.config.cluster, member=mine, inside=True, shard_count=node.config.shards,
                                   replica_count=node.config.replicas)
             leader = forwarder.meta_leader()
@@ -231,6 +233,7 @@ class Balance:
         node = self._node
         config, new = node.config, request.member
         directory = node.meta.directory
+        self.check_members_change()
         if not directory.members:
             raise Unavailable("the cluster is only forming; try again")
         known = directory.members.get(new.node_id)
@@ -239,13 +242,15 @@ class Balance:
         for setting, theirs, ours in (("shards", request.shard_count, config.shards), ("replicas", request.replica_count, config.replicas)):
             if theirs != ours:
                 raise RequestError(setting, f"is {theirs}, and {ours} in this cluster, for ever; start the node with --{setting} {ours}")
-        own = new.node_id == config.node_id
-        check_newcomer(new, request.formed, request.inside, known,
-                       node.host.hello().incarnation if own else node.host.incarnation_of(new.node_id))
-        if known is None or _said(known) != new:
+        if why := features.refusal(directory.level, features.said(new.feature_min, new.feature_max)):
+            raise RequestError("feature_max", why)
+        there = node.host.hello() if new.node_id == config.node_id else node.host.hello_of(new.node_id)
+        check_newcomer(new, request.formed, request.inside, known, None if there is None else there.incarnation)
+        if known is None or said_of(known) != new:
             leaving = d.STAYS if known is None else known.leaving
             await self._put_member(
-                d.Member(new.node_id, 0, new.peer_address, new.client_address, new.zone, new.host, new.incarnation, leaving), known)
+                d.Member(new.node_id, 0, new.peer_address, new.client_address, new.zone, new.host, new.incarnation, leaving,
+                         new.feature_min, new.feature_max), known)
 
     async def leave(self, node_id: str, leaving: int) -> None:
         """Says what is to become of a node: STAYS, DRAINS or GONE. On the meta group's leader. Raises NotFound, RequestError,
@@ -255,6 +260,7 @@ class Balance:
 
     async def _leave(self, node_id: str, leaving: int) -> None:
         node = self._node
+        self.check_members_change()
         members = node.meta.directory.members
         known = members.get(node_id)
         if known is None:
@@ -289,6 +295,9 @@ class Balance:
     async def _lead_meta(self, forwarder: Forwarder, now: float, asks: bool) -> None:
         node = self._node
         directory = node.meta.directory
+        await self._raise_level()
+        if not node.feature(features.MEMBERS):
+            return
         if not directory.members:
             founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
             await node.meta.settle(node.founded, first=founders)
@@ -299,6 +308,40 @@ class Balance:
             await node.meta.settle(changed)
         if asks:
             await self._let_go(forwarder)
+
+    def _levels(self) -> dict[str, features.Range | None]:
+        """The levels at which the nodes can work, as they say; None: there is no connection. Those that are to go do not count."""
+        node = self._node
+        members = node.meta.directory.members
+        found: dict[str, features.Range | None] = {}
+        for node_id in [m.node_id for m in members.values() if m.leaving != d.GONE] or node.members:
+            hello = node.host.hello_of(node_id)
+            found[node_id] = None if hello is None else features.said(hello.feature_min, hello.feature_max)
+        found[node.config.node_id] = node.features
+        return found
+
+    async def _raise_level(self) -> None:
+        """Takes the cluster to the highest feature level at which all nodes can work. What a node said before does not count: it may
+        run another version now, and would be lost with an entry that it cannot read."""
+        node = self._node
+        found = [levels for levels in self._levels().values() if levels is not None]
+        if len(found) < len(self._levels()):
+            return
+        level = features.next_level(node.meta.directory.level, found)
+        if level != node.meta.directory.level:
+            log.info("feature level %d: every node knows it", level)
+            await node.meta.raise_level(level)
+
+    def check_members_change(self) -> None:
+        """Whether nodes may come and go at the cluster's feature level. Raises Unavailable, which says who holds it back."""
+        node = self._node
+        if node.feature(features.MEMBERS):
+            return
+        behind = [f"{n} (does not answer)" if levels is None else f"{n} (knows up to level {levels.high})"
+                  for n, levels in sorted(self._levels().items()) if levels is None or levels.high < features.MEMBERS]
+        raise Unavailable(f"the cluster is at feature level {node.meta.directory.level}, and nodes join, drain and leave from "
+                          f"{features.MEMBERS} on: " + (f"first upgrade every node; it waits for {', '.join(behind)}" if behind else
+                                                        "it is about to be raised; try again"))
 
     async def _let_go(self, forwarder: Forwarder) -> None:
         """Finds nodes that are to be removed and have nothing any more; forgets those that the meta group has let go, too."""
@@ -333,10 +376,11 @@ class Balance:
         return found
 
 
-def _said(member: d.Member) -> ClusterMember:
+def said_of(member: d.Member) -> ClusterMember:
     """What a node said of itself."""
     return ClusterMember(node_id=member.node_id, peer_address=member.peer_address, client_address=member.client_address,
-                         zone=member.zone, host=member.host, incarnation=member.incarnation)
+                         zone=member.zone, host=member.host, incarnation=member.incarnation, feature_min=member.feature_min,
+                         feature_max=member.feature_max)
 
 
 def check_newcomer(new: ClusterMember, formed: bool, inside: bool, known: d.Member | None, running: str | None) -> None:
@@ -367,7 +411,8 @@ def check_departure(node_id: str, staying: list[str], replicas: int) -> None:
 
 def node_status(node: Node) -> GetNodeStatusResponse:
     """What a node says of itself in ClusterService.GetNodeStatus."""
-    out = GetNodeStatusResponse(node=node.config.node_id, version=version("spillway"))
+    out = GetNodeStatusResponse(node=node.config.node_id, version=VERSION, feature_min=node.features.low, feature_max=node.features.high,
+                                feature_level=node.meta.directory.level)
     for group, s in sorted(node.host.status().items()):
         out.groups.add(group=group, role=s.role.value, leader=s.leader or "", term=s.term, commit_index=s.commit_index,
                        applied_index=s.applied_index, durable_index=s.durable_index,

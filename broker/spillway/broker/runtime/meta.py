@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from spillway.broker.core import directory as d
+from spillway.broker.core import features
 from spillway.broker.core.directory import Change, Command, Destination, Directory, Home, Member, Route
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import AlreadyExists, EtagMismatch, NotFound, RequestError, Unavailable
@@ -35,6 +36,8 @@ class MetaRuntime:
         self._waiting: dict[int, asyncio.Future[Change]] = {}
         self._policies: dict[bytes, Policy] = {}
         self.changed: Callable[[], None] = lambda: None  # called after every change
+        self.level_changed: Callable[[int], None] = lambda level: None
+        """Told of a new feature level BEFORE it is stored. What it raises ends the node."""
         self.reload()
 
     def policy(self, destination: bytes) -> Policy:
@@ -100,6 +103,7 @@ class MetaRuntime:
                          homes: Mapping[int, Sequence[str]] | None = None) -> Member:
         """Creates or replaces a node of the cluster, and says at once where shards belong with it. Raises AlreadyExists, NotFound,
         EtagMismatch, RequestError, Unavailable."""
+        self._require(features.MEMBERS)
         rows = _homes(homes or {})
         change = await self._change(lambda number: d.PutMember(self.node_id, number, member, create, replace, etag, rows))
         if change.outcome == d.UNKNOWN_TARGET:
@@ -112,6 +116,7 @@ class MetaRuntime:
 
     async def drop_member(self, node_id: str, etag: int = 0) -> None:
         """Forgets a node of the cluster. Raises NotFound, EtagMismatch, RequestError if a shard belongs there, Unavailable."""
+        self._require(features.MEMBERS)
         change = await self._change(lambda number: d.DropMember(self.node_id, number, node_id, etag))
         _check(change.outcome, f"node {node_id!r}", "node_id", "node_id", etag)
         if change.outcome == d.TAKEN:
@@ -120,9 +125,23 @@ class MetaRuntime:
     async def settle(self, homes: Mapping[int, Sequence[str]], first: Sequence[Member] = ()) -> bool:
         """Says where shards belong, and with `first` who the nodes are; false if that was said before, or names a node that is none.
         Raises Unavailable."""
+        self._require(features.MEMBERS)
         rows = _homes(homes)
         change = await self._change(lambda number: d.Settle(self.node_id, number, rows, tuple(first), bool(first)))
         return change.outcome == d.OK
+
+    async def raise_level(self, level: int) -> None:
+        """Raises the cluster's feature level; the caller has seen that every node can follow. Raises Unavailable."""
+        await self._change(lambda number: d.Raise(self.node_id, number, level))
+
+    def feature(self, level: int) -> bool:
+        """Whether what came with a feature level may be written."""
+        return self.directory.level >= level
+
+    def _require(self, level: int) -> None:
+        """The last look before something of a level is written. Raises Unavailable."""
+        if not self.feature(level):
+            raise Unavailable(f"the cluster is at feature level {self.directory.level}, and this needs {level}: upgrade every node")
 
     async def _change(self, make: Callable[[int], Command], timeout: float = 5.0) -> Change:
         """Proposes a change on the meta group's leader, which this node must be."""
@@ -164,7 +183,10 @@ class MetaRuntime:
 
     def apply(self, index: int, term: int, command: bytes) -> None:
         """See GroupMachine."""
+        level = self.directory.level
         changes, puts, deletes = self.directory.apply(index, command)
+        if self.directory.level != level:
+            self.level_changed(self.directory.level)
         self.rows.commit(index, term, puts, deletes, [])
         self.revision += 1
         self._policies.clear()
@@ -190,7 +212,10 @@ class MetaRuntime:
 
     def reload(self) -> None:
         """See GroupMachine."""
+        level = self.directory.level
         self.directory.load(self.rows.scan(*DIRECTORY_ROWS))
+        if self.directory.level != level:
+            self.level_changed(self.directory.level)
         self.revision += 1
         self._policies.clear()
         self.changed()

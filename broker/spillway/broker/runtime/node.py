@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spillway.broker.config import NodeConfig, Peer, members_of
+from spillway.broker.core import features
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.directory import Hold
 from spillway.broker.core.outbox import OUTBOX
@@ -32,6 +33,7 @@ from spillway.broker.runtime.shares import Shares
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
 from spillway.cluster.clock import Clock, SystemClock
+from spillway.cluster.errors import StoreRefused
 from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
@@ -73,6 +75,7 @@ class Node:
         self.store = store
         self.host = host
         self.founded = founded
+        self.features = host.features = features.known(config.feature_level_max)
         self.scheduler = Scheduler(self.policy)
         self.timers = Timers()
         self.random: Callable[[], float] = random.random
@@ -88,6 +91,9 @@ class Node:
         self._trimmed = self.clock.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
+        self.meta.level_changed = self.check_level
+        self.keep_level: Callable[[int], None] = lambda level: None
+        """Notes the feature level where a version that does not know it looks first."""
         self.balance = Balance(self)
         self.backups = Backups(self)
         self._policies: dict[bytes, Policy] = {}  # those that the scheduler uses
@@ -146,6 +152,18 @@ class Node:
         """`members` is another one."""
         for follow in list(self.on_members):
             follow()
+
+    # -- feature levels ------------------------------------------------------------------------------------------
+
+    def feature(self, level: int) -> bool:
+        """Whether what came with a feature level may be written: every node of the cluster can read it. See core.features."""
+        return self.meta.feature(level)
+
+    def check_level(self, level: int) -> None:
+        """The cluster is at a feature level. Raises StoreRefused if this node does not know it."""
+        if why := features.refusal(level, self.features):
+            raise StoreRefused(why)
+        self.keep_level(level)
 
     # -- small things --------------------------------------------------------------------------------------------
 

@@ -106,6 +106,7 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
     async def _leave(self, method: str, request: Any, response: Answer, leaving: int, context: Any) -> Answer:
         try:
             check_name("node_id", request.node_id)
+            self.node.balance.check_members_change()
             leader = await self.forwarder.await_meta_leader()
             if leader == self.node.config.node_id:
                 await self.node.balance.leave(request.node_id, leaving)

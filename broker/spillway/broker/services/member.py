@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 from spillway.broker.config import split_address
 from spillway.broker.errors import BrokerError, ConfigError, RequestError
+from spillway.broker.runtime.balance import said_of
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.operations import CALL_SECONDS
@@ -29,6 +30,7 @@ class MemberService(member_service_pb2_grpc.MemberServiceServicer):
         """See member_service.proto."""
         try:
             _check(request)
+            self.node.balance.check_members_change()
             leader = await self.forwarder.await_meta_leader()
             passed_on = any(key == PASSED_ON for key, _ in context.invocation_metadata() or ())
             if leader != self.node.config.node_id and not passed_on:
@@ -38,10 +40,7 @@ class MemberService(member_service_pb2_grpc.MemberServiceServicer):
             await self.node.balance.join(request)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
-        members = self.node.meta.directory.members.values()
-        return pb.JoinResponse(members=[pb.ClusterMember(
-            node_id=m.node_id, peer_address=m.peer_address, client_address=m.client_address, zone=m.zone, host=m.host,
-            incarnation=m.incarnation) for m in members])
+        return pb.JoinResponse(members=[said_of(member) for member in self.node.meta.directory.members.values()])
 
 
 def _check(request: pb.JoinRequest) -> None:

@@ -128,6 +128,8 @@ class RaftHost:
         self._out: dict[str, list[RaftGroupMessage]] = {}
         self._out_epochs: dict[str, int] = {}
         self._claims = Claims()
+        self.features = (0, 0)
+        """Lowest and highest feature level of this node, for hellos; whoever knows them sets them before `run`."""
         self._hands_over = False
         self._leaving: set[str] = set()  # peers that are about to stop
         self._claims_due = False
@@ -233,9 +235,9 @@ class RaftHost:
         """Node ids of the peers that there is a connection to, and that are not about to stop."""
         return self._epochs.keys() - self._leaving
 
-    def incarnation_of(self, peer: str) -> str | None:
-        """Which store a peer that is connected has; None for others."""
-        return self._hellos[peer].incarnation if peer in self._epochs else None
+    def hello_of(self, peer: str) -> PeerHello | None:
+        """What a peer that is connected said of itself; None of others."""
+        return self._hellos[peer] if peer in self._epochs else None
 
     def transfer(self, group: int, to: str | None = None) -> bool:
         """Hands a group over to a follower; proposals pause meanwhile. False if it cannot now."""
@@ -249,7 +251,7 @@ class RaftHost:
     def hello(self) -> Hello:
         """What this node says of itself when a connection begins."""
         node = self.store.node
-        return Hello(node.node_id, node.incarnation, node.formed, node.founders)
+        return Hello(node.node_id, node.incarnation, node.formed, node.founders, *self.features)
 
     def __repr__(self) -> str:
         leads = sum(g.serving for g in self.groups.values())

@@ -24,7 +24,7 @@ from typing import Protocol
 
 
 class PeerHello(Protocol):
-    """What a peer says of its store when a connection begins."""
+    """What a peer says of itself and its store when a connection begins."""
 
     @property
     def incarnation(self) -> str:
@@ -37,6 +37,14 @@ class PeerHello(Protocol):
     @property
     def founders(self) -> Mapping[str, str]:
         """Members' incarnations as the peer knew them when it first took part: node id -> incarnation."""
+
+    @property
+    def feature_min(self) -> int:
+        """Lowest feature level of the cluster at which the peer can work; 0: it did not say."""
+
+    @property
+    def feature_max(self) -> int:
+        """Highest feature level of the cluster at which the peer can work; 0: it did not say."""
 
 
 @dataclass(frozen=True, slots=True)
