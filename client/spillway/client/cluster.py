@@ -61,9 +61,10 @@ class Cluster(Calls):
     async def _back_up_group(self, reader: ChunkReader) -> None:
         backoff = Backoff(0.1, 4.0)
         last = Unavailable("")
+        older: set[str] = set()
         for turn in range(BACKUP_ATTEMPTS):
             try:
-                await self._attempt(turn, reader.read)
+                await self._attempt(turn, older, reader.read)
             except Unavailable as error:
                 last = error
                 await asyncio.sleep(backoff.next())
