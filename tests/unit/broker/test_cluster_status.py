@@ -97,6 +97,23 @@ def test_a_node_below_the_feature_level() -> None:
                            "run version 0.2.0 or newer there, without a lower feature_level_max"]
 
 
+def test_members_come_from_nodes_that_tell_them() -> None:
+    """Nodes of 0.1.0 do not. What moves is not guessed."""
+    answers = {n: pb.GetNodeStatusResponse.FromString(HEALTHY[n].SerializeToString()) for n in "abc"}
+    for group in answers["a"].groups:
+        del group.voters[:]
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, answers)
+    assert (found.groups[1].leader, list(found.groups[1].voters), found.groups[1].moving) == ("a", ["a", "b", "c"], False)
+    assert [(r.node, r.lag) for r in found.groups[1].replicas] == [("a", 0), ("b", 2), ("c", 0)]
+    assert [n.replicas for n in found.nodes] == [1, 1, 1] and told(found) == []
+    for node_id in "bc":
+        for group in answers[node_id].groups:
+            del group.voters[:]
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, answers)
+    assert (found.groups[1].leader, list(found.groups[1].voters), found.groups[1].moving) == ("a", [], False)
+    assert [r.node for r in found.groups[1].replicas] == ["a", "b", "c"] and told(found) == []
+
+
 def test_before_nodes_can_leave_nobody_is_told_to_remove_one() -> None:
     """A dead node of a cluster that is being upgraded is replaced under its own id."""
     found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(1, a=2, b=2))

@@ -24,7 +24,7 @@ from spillway.cluster.raft.configuration import ChangeKind
 from spillway.cluster.steps import HandOver, next_step
 from spillway.contract.version import VERSION
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
-from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse
+from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse, GroupStatus
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.forward import Forwarder
@@ -195,8 +195,7 @@ class Balance:
         for leader, numbers in by_leader.items():
             status = await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)
             for group in status.groups:
-                if group.group in numbers and group.role == "leader" and group.configuration_index <= group.commit_index and (
-                        own not in group.voters and own not in group.learners):
+                if group.group in numbers and _tells_members(group) and own not in group.voters and own not in group.learners:
                     node.host.drop_group(group.group, group.configuration_index, group.commit_index)
 
     def introduction(self) -> ClusterMember:
@@ -368,12 +367,17 @@ class Balance:
             else:
                 groups = (await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)).groups
             for group in groups:
-                if group.group in unknown and group.role == "leader" and group.configuration_index <= group.commit_index:
+                if group.group in unknown and _tells_members(group):
                     unknown.discard(group.group)
                     found.update(group.voters, group.learners)
         if unknown:
             raise Unavailable(f"shard {min(unknown)} has no leader, or its members change")
         return found
+
+
+def _tells_members(group: GroupStatus) -> bool:
+    """Whether it is the group's leader that says who its members are, and they are for good. Nodes of 0.1.0 do not say."""
+    return group.role == "leader" and group.configuration_index <= group.commit_index and bool(group.voters)
 
 
 def said_of(member: d.Member) -> ClusterMember:

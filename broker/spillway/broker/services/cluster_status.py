@@ -34,18 +34,20 @@ def _group(number: int, wanted: list[str], replicas: Mapping[str, pb.GroupStatus
     out = pb.GroupReport(group=number, wanted=wanted)
     if leaders:
         out.term, out.leader = max(leaders)
-        members = replicas[out.leader]
-    elif replicas:
-        members = max(replicas.values(), key=lambda status: (status.term, status.commit_index))
-    else:
+    if not replicas:
         return out
+
+    def latest(*answers: pb.GroupStatus) -> pb.GroupStatus:
+        return max(answers, key=lambda status: (status.term, status.commit_index))
+    newest = replicas[out.leader] if leaders else latest(*replicas.values())
+    telling = [status for status in replicas.values() if status.voters]  # nodes of 0.1.0 do not say who the members are
+    members = newest if newest.voters or not telling else latest(*telling)
     out.voters.extend(members.voters)
     out.learners.extend(members.learners)
-    out.moving = bool(wanted) and (set(wanted) != set(members.voters) or bool(members.learners))
+    out.moving = bool(wanted and members.voters) and (set(wanted) != set(members.voters) or bool(members.learners))
     for node_id, status in sorted(replicas.items()):
-        if node_id in members.voters or node_id in members.learners:
-            out.replicas.add(node=node_id, applied_index=status.applied_index,
-                             lag=max(0, members.commit_index - status.applied_index))
+        if node_id in members.voters or node_id in members.learners or not telling:
+            out.replicas.add(node=node_id, applied_index=status.applied_index, lag=max(0, newest.commit_index - status.applied_index))
     return out
 
 
