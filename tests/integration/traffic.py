@@ -44,8 +44,9 @@ class Traffic:
 
 
 @asynccontextmanager
-async def traffic(client: Client, destination: str = "load", queues: int = QUEUES) -> AsyncIterator[Traffic]:
-    """Runs while the block does; then everything has come, in order and once. A send that fails fails the test."""
+async def traffic(client: Client, destination: str = "load", queues: int = QUEUES, pause: float = 0.0) -> AsyncIterator[Traffic]:
+    """Runs while the block does; then everything has come, in order and once. A send that fails fails the test. `pause`: seconds between
+    a message for each queue and the next ones; 0: as fast as the cluster takes them."""
     flow = Traffic(queues)
     ending = False
 
@@ -54,6 +55,8 @@ async def traffic(client: Client, destination: str = "load", queues: int = QUEUE
             while not ending:
                 await asyncio.gather(*(producer.send(destination, b"%d" % (flow.sent // queues), key=f"k{k}") for k in range(queues)))
                 flow.sent += queues
+                if pause:
+                    await asyncio.sleep(pause)
 
     async def consume() -> None:
         async with client.consumer(destination) as consumer:

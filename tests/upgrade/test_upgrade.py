@@ -21,6 +21,7 @@ from tests.upgrade.release import ROOT, Release
 Make = Callable[..., ClusterProcesses]
 IDS = ("n1", "n2", "n3")
 MESSAGES = 200  # that must come through in each state of a cluster
+PAUSE = 0.02  # what is tested is the changes of versions; the machine is to be free for those
 
 
 async def flows(flow: Traffic) -> None:
@@ -68,7 +69,7 @@ async def test_a_cluster_is_upgraded_node_by_node(previous: Release, cluster: Ma
     assert earlier.stdin is not None and earlier.stdout is not None
     try:
         assert await asyncio.to_thread(earlier.stdout.readline) == "ready\n"
-        async with Client(processes.addresses) as client, traffic(client) as flow:
+        async with Client(processes.addresses) as client, traffic(client, pause=PAUSE) as flow:
             await flows(flow)
             for node_id in IDS:
                 node = processes.nodes[node_id]
@@ -77,7 +78,7 @@ async def test_a_cluster_is_upgraded_node_by_node(previous: Release, cluster: Ma
                 await flows(flow)
                 if node_id == "n2":
                     found = await client.cluster.status()
-                    assert found.feature_level == 1
+                    assert found.feature_level == 1 and settled(found, *IDS) and [n.replicas for n in found.nodes] == [3, 3, 3]
                     assert versions(found) == {"n1": VERSION, "n2": VERSION, "n3": previous.version}
                     (problem,) = found.problems
                     assert problem.what == ("the cluster stays at feature level 1, as these know no more: "
@@ -142,7 +143,7 @@ async def test_an_upgrade_is_taken_back(previous: Release, cluster: Make) -> Non
     for node in processes.nodes.values():
         node.argv += ["--feature-level-max", "1"]
     await asyncio.to_thread(processes.start)
-    async with Client(processes.addresses) as client, traffic(client) as flow:
+    async with Client(processes.addresses) as client, traffic(client, pause=PAUSE) as flow:
         await flows(flow)
         found = await client.cluster.status()
         assert found.feature_level == 1 < MEMBERS and versions(found) == dict.fromkeys(IDS, VERSION)
