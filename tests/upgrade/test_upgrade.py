@@ -33,10 +33,13 @@ async def flows(flow: Traffic) -> None:
     await until(f"{MESSAGES} messages more", arrived)
 
 
-async def exchange(processes: ClusterProcesses, node: NodeProcess) -> None:
+async def exchange(processes: ClusterProcesses, node: NodeProcess, crash: bool = False) -> None:
     """Stops a node and starts it as what it is to be now; all lead and follow again as they should, in both directions between the
     versions, as each of three nodes is the preferred leader of some shards and follows in all others."""
-    assert await asyncio.to_thread(node.stop) == 0, node.text()
+    if crash:
+        await asyncio.to_thread(node.kill)
+    else:
+        assert await asyncio.to_thread(node.stop) == 0, node.text()
     node.start()
     await asyncio.to_thread(processes.wait_ready, True)
     topology = await asyncio.to_thread(processes.topology, node)
@@ -59,7 +62,8 @@ def versions(found: ClusterStatus) -> dict[str, str]:
 
 async def test_a_cluster_is_upgraded_node_by_node(previous: Release, cluster: Make) -> None:
     """Under load of the current and of the previous client: nobody is told of it, nothing is lost or reordered. What the previous
-    release cannot read is not written before its last node is gone, and then is; after that it does not get in any more."""
+    release cannot read is not written before its last node is gone, and then is; after that it does not get in any more. One of the nodes
+    crashes instead of being stopped."""
     processes = cluster()
     for node in processes.nodes.values():
         previous.run(node)
@@ -74,7 +78,7 @@ async def test_a_cluster_is_upgraded_node_by_node(previous: Release, cluster: Ma
             for node_id in IDS:
                 node = processes.nodes[node_id]
                 node.env = {}
-                await exchange(processes, node)
+                await exchange(processes, node, crash=node_id == "n2")
                 await flows(flow)
                 if node_id == "n2":
                     found = await client.cluster.status()
@@ -137,7 +141,7 @@ async def test_a_cluster_is_upgraded_node_by_node(previous: Release, cluster: Ma
 
 async def test_an_upgrade_is_taken_back(previous: Release, cluster: Make) -> None:
     """Held at the level of the previous release by a setting, nodes of this one write nothing that it cannot read: they are replaced
-    by it one by one, with their data, under load."""
+    by it one by one, with their data, under load; one of them by way of a crash."""
     processes = cluster()
     plain = {node_id: list(node.argv) for node_id, node in processes.nodes.items()}
     for node in processes.nodes.values():
@@ -151,5 +155,5 @@ async def test_an_upgrade_is_taken_back(previous: Release, cluster: Make) -> Non
             assert json.loads((processes.nodes[node_id].data_dir / "node.json").read_text())["format"] == 1
             processes.nodes[node_id].argv = plain[node_id]
             previous.run(processes.nodes[node_id])
-            await exchange(processes, processes.nodes[node_id])
+            await exchange(processes, processes.nodes[node_id], crash=node_id == "n2")
             await flows(flow)
