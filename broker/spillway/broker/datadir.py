@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,17 @@ def claim(config: NodeConfig) -> Path:
     return path
 
 
+@dataclass
+class Restoring:
+    """A directory that a restore fills."""
+
+    path: Path
+    level: int = features.LEVEL_MIN
+    """The feature level of what is in it; whoever fills it says."""
+
+
 @contextmanager
-def restoring(config: NodeConfig) -> Iterator[Path]:
+def restoring(config: NodeConfig) -> Iterator[Restoring]:
     """The directory, empty; it is the node's when the block ends without an error, durably. Raises DataDirError with the remedy if there
     is something in it."""
     path = Path(config.data_dir)
@@ -84,9 +94,10 @@ def restoring(config: NodeConfig) -> Iterator[Path]:
             raise DataDirError(f"another restore is at work in data_dir {path}; wait for it, or name another directory") from None
         except OSError as e:
             raise DataDirError(f"what an earlier restore left in data_dir {path} cannot be removed: {e.strerror}") from None
-        yield path
+        filled = Restoring(path)
+        yield filled
         try:
-            _write(path / FILE, json.dumps(_settings(config), indent=1))
+            _write(path / FILE, json.dumps({**_settings(config), "format": filled.level}, indent=1))
             (path / RESTORING).unlink()
             _sync_folder(path.absolute().parent)
         except OSError as e:
@@ -104,7 +115,8 @@ def _check_restorable(path: Path) -> None:
 
 def _settings(config: NodeConfig) -> dict[str, Any]:
     """What a directory is of, for ever."""
-    return {"format": features.LEVEL_MIN, "node_id": config.node_id, "cluster": config.cluster, "shards": config.shards, "replicas": config.replicas}
+    return {"format": features.LEVEL_MIN, "node_id": config.node_id, "cluster": config.cluster, "shards": config.shards,
+            "replicas": config.replicas}
 
 
 def raise_format(path: Path, level: int) -> None:

@@ -36,7 +36,8 @@ def check(config: NodeConfig, manifest: Manifest) -> None:
 def restore_into(config: NodeConfig, backup: Path, manifest: Manifest) -> Path:
     """Fills the data directory. Raises DataDirError if there is something in it, or no room; BackupInvalid, StoreRefused,
     StorageFailed: what was made then is of no use, and the next restore into this directory removes it."""
-    with datadir.restoring(config) as path:
+    with datadir.restoring(config) as filled:
+        path = filled.path
         free = shutil.disk_usage(path).free
         if free < manifest.bytes + config.disk_free_bytes_min:
             raise DataDirError(f"data_dir {path} is on a disk with {free >> 20} MiB free; the backup has {manifest.bytes >> 20} MiB, and "
@@ -47,6 +48,8 @@ def restore_into(config: NodeConfig, backup: Path, manifest: Manifest) -> Path:
             store = StateStore(path / "state")
             try:
                 groups = [(group.group, asyncio.run(_install(store, backup, group))) for group in manifest.groups]
+                filled.level = _forget_nodes(store.group(META_GROUP), next(
+                    backup / group.name for group in manifest.groups if group.group == META_GROUP))
                 above = restored.jump(int(elapsed.total_seconds() * 1000))
                 restored.found(journal, groups, max(group.term for group in manifest.groups) + above, above)
                 store.sync_now()
@@ -65,16 +68,18 @@ async def _install(store: StateStore, backup: Path, group: GroupFile) -> GroupRo
 
     try:
         await store.install(group.group, chunks(), 0)
-        rows = store.group(group.group)
-        if group.group == META_GROUP:
-            _forget_nodes(rows)
-    except (SnapshotInvalid, CorruptEntry) as error:
+    except SnapshotInvalid as error:
         raise BackupInvalid(f"{backup / group.name} cannot be restored: {error}") from None
-    return rows
+    return store.group(group.group)
 
 
-def _forget_nodes(rows: GroupRows) -> None:
-    """They were others."""
-    Directory().load(rows.scan(*DIRECTORY_ROWS))  # what does not decode is refused now rather than by `serve`
+def _forget_nodes(rows: GroupRows, file: Path) -> int:
+    """They were others. Returns the feature level of the cluster that they were."""
+    directory = Directory()
+    try:
+        directory.load(rows.scan(*DIRECTORY_ROWS))  # what does not decode is refused now rather than by `serve`
+    except CorruptEntry as error:
+        raise BackupInvalid(f"{file} cannot be restored: {error}") from None
     nodes = [key for key, _ in rows.scan(*DIRECTORY_ROWS) if names_nodes(key)]
     rows.commit(rows.applied_index, rows.applied_term, [], nodes, [])
+    return directory.level

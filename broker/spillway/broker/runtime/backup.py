@@ -76,7 +76,7 @@ class Backups:
     async def _export(self, group: int) -> Exporter:
         node = self._node
         if group == META_GROUP:
-            await node.meta.settle({})  # an entry without a change
+            await node.meta.barrier()
             return node.store.export(group)
         runtime = node.shards.get(group)
         if runtime is None:

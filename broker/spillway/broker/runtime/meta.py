@@ -17,6 +17,7 @@ PENDING_MAX = 1024  # changes waiting for the log
 COMMANDS_PER_ENTRY_MAX = 64
 ENTRY_BYTES_SOFT_MAX = 1 << 20  # a destination or a route has up to some 400 KiB
 DEFAULT_POLICY = Policy()
+NO_ETAG = 1 << 62  # no revision ever is: what asks for it changes nothing
 DIRECTORY_ROWS = b"\0", b"\xff\xff\xff\xff"  # from, to
 
 
@@ -133,6 +134,11 @@ class MetaRuntime:
     async def raise_level(self, level: int) -> None:
         """Raises the cluster's feature level; the caller has seen that every node can follow. Raises Unavailable."""
         await self._change(lambda number: d.Raise(self.node_id, number, level))
+
+    async def barrier(self) -> None:
+        """Waits until everything that was answered before is applied here, by an entry without a change that every version reads. Raises
+        Unavailable."""
+        await self._change(lambda number: d.DropRoute(self.node_id, number, "barrier", NO_ETAG))
 
     def feature(self, level: int) -> bool:
         """Whether what came with a feature level may be written."""
