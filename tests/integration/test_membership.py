@@ -63,7 +63,10 @@ async def test_a_cluster_grows_and_shrinks_under_load(cluster: Make) -> None:
         await client.cluster.remove("n3")
         await is_settled("n1", "n4", "n5")
         assert flow.received > before
-        assert client.topology.nodes.keys() == {"n1", "n4", "n5"}
+
+        async def told() -> bool:
+            return client.topology.nodes.keys() == {"n1", "n4", "n5"}
+        await until("the client knows, too", told)
         assert (await client.cluster.status()).problems == ()
 
 
