@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +25,8 @@ from spillway.client.model import Record
 from spillway.client.sequencing import Entry
 from spillway.client.settlements import ACK, RETRY, Settlement
 from spillway.client.topology import Router, Topology, TopologyWatch, merged
+from spillway.contract import backup, snapshot
+from spillway.contract.backup import Manifest
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1.cluster_service_pb2 import Node, Shard
 from spillway.v1.cluster_service_pb2 import Topology as TopologyProto
@@ -370,6 +374,47 @@ def _secret(data: bytes) -> None:
         expect(set(made) == signing.SIGNATURE_HEADERS and made[signing.SIGNATURE].startswith("v1,"), made)
 
 
+# -- backups ----------------------------------------------------------------------------------------------------------
+
+
+_BACKUP = Manifest("c", 2, 3, "1.0", datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 3, 2, tzinfo=UTC),
+                   tuple(backup.GroupFile(group, 9, 2, 5, 100, "ab" * 32) for group in range(3)))
+
+
+def _manifest(data: bytes) -> None:
+    found = backup.decode_manifest(data)
+    expect(backup.decode_manifest(backup.encode_manifest(found).encode()) == found, found)
+    expect({"/", "\0"}.isdisjoint("".join(group.name for group in found.groups)), found)
+
+
+def _group_file(*rows: tuple[bytes, bytes]) -> bytes:
+    bodies = [(b"H", snapshot.HEADER.pack(snapshot.FORMAT, 1, 9, 2)),
+              *((b"R", snapshot.ROW.pack(len(key), len(value)) + key + value) for key, value in rows),
+              (b"T", snapshot.TRAILER.pack(len(rows)))]
+    made, checksum = b"", 0
+    for number, (kind, body) in enumerate(bodies):
+        chunk, checksum = snapshot.seal(kind, number, checksum, body)
+        made += backup.LENGTH.pack(len(chunk)) + chunk
+    return made
+
+
+_GROUP_FILE = _group_file((b"key", b"value"), (b"other", b""))
+
+
+@contextmanager
+def _group() -> Iterator[Decode]:
+    """A group's file: whatever is let through is what was written."""
+    with TemporaryDirectory() as name, Rewritten(Path(name) / backup.file_name(1)) as file:
+        group = backup.GroupFile(1, 9, 2, 2, len(_GROUP_FILE), hashlib.sha256(_GROUP_FILE).hexdigest())
+
+        def decode(data: bytes) -> None:
+            file.write(data)
+            list(backup.read_chunks(Path(name), group))
+            expect(data == _GROUP_FILE, data)
+
+        yield decode
+
+
 def decoders() -> list[Decoder]:
     """All of them. What gRPC cannot parse it refuses by itself."""
     client, dispatcher = "spillway.client.", "spillway.client.dispatcher."
@@ -409,6 +454,10 @@ def decoders() -> list[Decoder]:
             b"\1\xad" + join((b"120", b"https://example.com/y#z")), b"\1\xf7" + join((b"Wed, 21 Oct 2026 07:28:00 GMT", b"//other/../x")),
             b"\1\x33" + join((b"Wednesday, 21-Oct-26 07:28:00 GMT", b"http://[::1]:80/")), b"\0\xc8"),
                 (dispatcher + "outcome", dispatcher + "sender")),
+        Decoder("backup-manifest", plain(_manifest), (backup.BackupInvalid,), (backup.encode_manifest(_BACKUP).encode(),),
+                ("spillway.contract.backup",)),
+        Decoder("backup-group", _group, (backup.BackupInvalid,), (_GROUP_FILE,),
+                ("spillway.contract.backup", "spillway.contract.snapshot")),
         Decoder("receiver-address", plain(_address), (), (
             b"93.184.216.34", b"2606:2800:220:1:248:1893:25c8:1946", b"fe80::1%eth0", b"::ffff:10.0.0.1"), (dispatcher + "addresses",)),
         Decoder("signing-secret", plain(_secret), (ValueError,), (b"whsec_" + b"AAAA" * 8, b"whsec_" + b"b" * 43 + b"="),

@@ -12,7 +12,7 @@ from unittest import mock
 
 import msgspec
 from google.protobuf.message import DecodeError
-from spillway.cluster import snapshots, state_store
+from spillway.cluster import state_store
 from spillway.cluster.errors import ChangeInvalid, PeerRefused, SnapshotInvalid, StoreRefused, WireInvalid
 from spillway.cluster.machine import Role
 from spillway.cluster.raft import wire
@@ -27,6 +27,7 @@ from spillway.cluster.snapshots import Exporter, Installer
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.base import Handlers
 from spillway.cluster.transport.grpc import GrpcTransport
+from spillway.contract import snapshot
 from spillway.peer.v1.peer_service_pb2 import Hello
 from spillway.peer.v1.raft_pb2 import RaftFrame
 
@@ -262,9 +263,7 @@ def _snapshot(data: bytes) -> None:
     for number, part in enumerate(split(data[1:])):
         chunk = part
         if data[0] & 1:
-            head = part[:1] + number.to_bytes(4, "little")
-            checksum = snapshots.zlib.crc32(part[1:], snapshots.zlib.crc32(head, checksum))
-            chunk = checksum.to_bytes(4, "little") + head + part[1:]
+            chunk, checksum = snapshot.seal(part[:1], number, checksum, part[1:])
         installer.feed(chunk)
     if not data or not data[0] & 2:
         expect(installer.rewind().number <= len(data), installer)
@@ -277,7 +276,7 @@ def _chunks(*rows: tuple[bytes, bytes], cut: int = 1 << 20) -> list[tuple[bytes,
     """(kind, body) of the chunks of a snapshot."""
     body = b"".join(len(k).to_bytes(4, "little") + len(v).to_bytes(4, "little") + k + v for k, v in rows)
     parts = [body[at:at + cut] for at in range(0, len(body), cut)]
-    return [(b"H", snapshots._HEADER.pack(snapshots.FORMAT, 1, 9, 3)), *((b"P", part) for part in parts[:-1]), (b"R", parts[-1]),
+    return [(b"H", snapshot.HEADER.pack(snapshot.FORMAT, 1, 9, 3)), *((b"P", part) for part in parts[:-1]), (b"R", parts[-1]),
             (b"T", len(rows).to_bytes(8, "little"))]
 
 
@@ -425,7 +424,8 @@ def decoders() -> list[Decoder]:
             Configuration(("n1", "n2"), ("n3",)).encode(), Configuration(("n1",)).encode(), Configuration().encode()),
                 (raft + "configuration",)),
         Decoder("sync-mark", _mark, (), (_MARK.pack(7, zlib.crc32((7).to_bytes(8, "little"))),), (raft + "journal",)),
-        Decoder("snapshot", plain(_snapshot), (SnapshotInvalid,), _snapshot_samples(), ("spillway.cluster.snapshots",)),
+        Decoder("snapshot", plain(_snapshot), (SnapshotInvalid,), _snapshot_samples(),
+                ("spillway.cluster.snapshots", "spillway.contract.snapshot")),
         Decoder("state-store", _store, (StoreRefused,), _store_samples(), ("spillway.cluster.state_store",)),
         # What gRPC cannot parse it refuses by itself.
         Decoder("hello", plain(_hello), (PeerRefused, DecodeError), (_HELLO.SerializeToString(),), ("spillway.cluster.transport.grpc",)),

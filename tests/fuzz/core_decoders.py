@@ -22,6 +22,7 @@ from spillway.broker.core.entry import (
     encode_entry,
 )
 from spillway.broker.core.errors import CorruptEntry
+from spillway.broker.core.features import LEVEL_MIN
 from spillway.broker.core.filters import Filter, FilterError
 from spillway.broker.core.outbox import OUTBOX, Promise, decode_promise, encode_promise
 from spillway.broker.core.policy import (
@@ -219,7 +220,11 @@ COMMANDS: list[d.Command] = [
     d.PutV1("n1", 2, d.DestinationV1("e", 0, 64, 30_000, 200, 60_000, 1, 0, 0, HTTP), True, True, 0),
     d.PutRoute("n1", 3, d.Route("r", 0, (d.Target("d", 'tenant == "t"', True), d.Target("e"))), True, True, 0),
     d.DropRoute("n2", 4, "r", 0),
-    d.SetHold("n1", 5, b"d\0t", "why", True), d.SetHold("n1", 6, b"d", park_until=DUE, park_why="x")]
+    d.SetHold("n1", 5, b"d\0t", "why", True), d.SetHold("n1", 6, b"d", park_until=DUE, park_why="x"),
+    d.Settle("n1", 7, (d.Home(1, 0, ("n1", "n2")),),
+             (d.Member("n1", 0, "p:1", "c:1"), d.Member("n2", 0, "p:2", "c:2", "z", "h", "i")), True),
+    d.PutMember("n2", 8, d.Member("n3", 0, "p:3", "c:3", "z", "h", "i", d.DRAINS, 1, 2), True, True, 0, (d.Home(2, 0, ("n3",)),)),
+    d.DropMember("n2", 9, "n9", 0), d.Raise("n1", 10, 2)]
 
 
 def _command(data: bytes) -> None:
@@ -232,9 +237,11 @@ def _command(data: bytes) -> None:
     for change in changes:
         if change.outcome == d.OK and isinstance(change.record, d.Destination | d.Route | d.Hold):
             _use(change.record)
-    for one in (again.destinations, again.routes, again.holds):
+    expect(again.level in (LEVEL_MIN, directory.level), again.level)
+    expect(again.homes.items() <= directory.homes.items(), again.homes)
+    for one in (again.destinations, again.routes, again.holds, again.members):
         for name, record in one.items():
-            current = directory.destinations | directory.routes | directory.holds  # type: ignore[operator]
+            current = directory.destinations | directory.routes | directory.holds | directory.members  # type: ignore[operator]
             expect(current.get(name) == record, record)
 
 

@@ -40,12 +40,13 @@ class NodeProcess:
         self.data_dir = directory / node_id
         self.argv = [sys.executable, "-m", "spillway.broker", "--node-id", node_id, "--listen", listen,
                      "--peer-listen", peer_listen, "--data-dir", str(self.data_dir), *flags]
+        self.env: dict[str, str] = {}  # beside that of the tests
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts it; does not wait."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.argv, stdout=log, stderr=log, env=dict(os.environ))
+            self.process = subprocess.Popen(self.argv, stdout=log, stderr=log, env={**os.environ, **self.env})
 
     def kill(self, sig: int = signal.SIGKILL) -> int:
         """Sends a signal and waits for the end; returns the exit code."""

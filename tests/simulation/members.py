@@ -101,5 +101,7 @@ class Operator:
             if node.name in configuration:
                 node.join(number)
             elif node.alive and number in node.host.groups:
-                node.host.drop_group(number, index)
+                upto = max(other.host.groups[number].engine.commit for other in self._nodes.values()
+                           if other.alive and number in other.host.groups)
+                node.host.drop_group(number, index, upto)
                 node.kick()

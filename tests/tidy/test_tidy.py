@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from spillway.broker.core.features import LEVELS
 from spillway.peer.v1 import queue_view_pb2
 from spillway.v1 import queue_service_pb2
 
@@ -206,3 +207,9 @@ def test_links_of_a_page_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_page_about_upgrades_has_every_feature_level() -> None:
+    """With the version that brings it."""
+    told = re.findall(r"^\| (\d+) \| (\S+) \| .+ \|$", (ROOT / "docs/upgrade.md").read_text(), re.MULTILINE)
+    assert told == [(str(number), level.since) for number, level in LEVELS.items()]

@@ -12,7 +12,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from spillway.broker.config import NodeConfig, is_loopback, members_of, split_address
-from spillway.broker.datadir import claim
+from spillway.broker.core import features
+from spillway.broker.datadir import claim, raise_format
 from spillway.broker.errors import ConfigError, DataDirError
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
@@ -110,7 +111,7 @@ class App:
             host, _ = split_address(setting, getattr(config, setting))
             if not is_loopback(host):
                 log.warning("%s is %s: reachable from other machines, without authentication", setting, host)
-        path = claim(config)
+        path = self._path = claim(config)
         self.journal = JournalStore(path / "log", config.cluster, config.node_id)
         try:
             self.store = StateStore(path / "state", snapshot_bytes_per_second=config.snapshot_bytes_per_second)
@@ -118,10 +119,16 @@ class App:
             self.journal.close()
             raise
         peers = {m.node_id: m.peer_address for m in members.values() if m.node_id != config.node_id}
-        self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export)
+        self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export, self._unfit)
         self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store, joins=bool(config.join))
         founded = {} if config.join else place(sorted(members), config.shards, min(config.replicas, len(members)))
         self.node = Node(config, self.store, self.host, founded)
+        self.node.keep_level = self._keep_level
+        try:
+            self.node.check_level(self.node.meta.directory.level)
+        except (StoreRefused, StorageFailed):
+            self.close()
+            raise
         self.node.balance.joined = self.transport.set_peers
         self.node.balance.follow()
         self.forwarder = Forwarder(self.node)
@@ -134,7 +141,22 @@ class App:
     def _hello(self) -> Hello:
         node = self.journal.node
         return Hello(protocol=PROTOCOL, cluster=node.cluster, node_id=node.node_id, incarnation=node.incarnation,
-                     formed=node.formed, founders=node.founders)
+                     formed=node.formed, founders=node.founders, feature_min=self.node.features.low,
+                     feature_max=self.node.features.high, feature_level=self.node.meta.directory.level)
+
+    def _unfit(self, peer: Hello) -> str:
+        """Why this node and a peer cannot be in one cluster; if this one is to blame, it ends."""
+        if why := features.refusal(peer.feature_level or features.LEVEL_MIN, self.node.features):
+            self.host.fatal(StoreRefused(why))
+            return why
+        why = features.refusal(self.node.meta.directory.level, features.said(peer.feature_min, peer.feature_max))
+        return why and f"node {peer.node_id!r}: {why}"
+
+    def _keep_level(self, level: int) -> None:
+        try:
+            raise_format(self._path, level)
+        except OSError as error:
+            raise StorageFailed(f"{self._path} cannot be written: {error.strerror}") from None
 
     def _export(self, group: int, peer: str, position: Position | None) -> object:
         return self.host.export(group, peer, position)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
+from spillway.broker.core import features
 from spillway.broker.errors import ConfigError
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
@@ -32,6 +33,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     replace_after_seconds: Annotated[int, "a node that is gone for so long is replaced, where others suffice"] = 300
     shards: Annotated[int, "Raft groups that share the queues, 1 to 1024; fixed when the cluster is created"] = 16
     replicas: Annotated[int, "replicas of each shard, at most the number of nodes; fixed when the cluster is created"] = 3
+    feature_level_max: Annotated[int, "holds the cluster at this feature level, so that older versions can come back; 0: no"] = 0
     auto_create: Annotated[bool, "create a destination when something is produced to it for the first time"] = True
     payload_bytes_max: Annotated[int, f"largest payload, at most {FRAME_BYTES_MAX // 2}"] = PAYLOAD_BYTES_MAX
     ingress_bytes_max: Annotated[int, "messages accepted from producers and not yet committed, over all streams"] = 64 << 20
@@ -61,10 +63,11 @@ def _fields() -> list[tuple[str, Any, Any, str]]:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of `spillway serve`."""
+def parser(prog: str = "spillway serve",
+           description: str = "Run a Spillway node. Without flags: a cluster of one on loopback.") -> argparse.ArgumentParser:
+    """The flags of `spillway serve`, or of another command that takes them."""
     out = argparse.ArgumentParser(
-        prog="spillway serve", description="Run a Spillway node. Without flags: a cluster of one on loopback.",
+        prog=prog, description=description,
         epilog="Every flag is also a variable SPILLWAY_<NAME> and a key of the TOML file; flags win, then variables.")
     out.add_argument("--config", metavar="FILE", help="a TOML file with any of these settings")
     for name, kind, default, doc in _fields():
@@ -99,9 +102,13 @@ def _convert(source: str, name: str, value: Any) -> Any:
 def load(argv: Sequence[str] = (), env: Mapping[str, str] | None = None) -> NodeConfig:
     """The settings from flags, variables and file. Raises ConfigError naming the setting and its source;
     argparse exits by itself on unknown flags and --help."""
+    return settings(vars(parser().parse_args(list(argv))), env)
+
+
+def settings(flags: dict[str, Any], env: Mapping[str, str] | None = None, defaults: Mapping[str, Any] | None = None) -> NodeConfig:
+    """As `load`, of what a `parser` found; `defaults` are others than those of `serve`."""
     env = os.environ if env is None else env
-    flags = vars(parser().parse_args(list(argv)))
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     sources: dict[str, str] = {}
 
     def take(source: str, name: str, value: Any) -> None:
@@ -146,6 +153,8 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"shards is {config.shards}; it must be 1 to {SHARDS_MAX}")
     if not 1 <= config.replicas <= 7:
         raise ConfigError(f"replicas is {config.replicas}; it must be 1 to 7")
+    if config.feature_level_max and not features.LEVEL_MIN <= config.feature_level_max <= features.LEVEL_MAX:
+        raise ConfigError(f"feature_level_max is {config.feature_level_max}; it must be 0, or {features.LEVEL_MIN} to {features.LEVEL_MAX}")
     if not 1 <= config.payload_bytes_max <= FRAME_BYTES_MAX // 2:
         raise ConfigError(f"payload_bytes_max is {config.payload_bytes_max}; it must be 1 to {FRAME_BYTES_MAX // 2}")
     if config.ingress_bytes_max < 1 << 20:

@@ -1,4 +1,4 @@
-"""`spillway serve` and `spillway config`: entry points of the broker."""
+"""`spillway serve`, `config` and `restore`: entry points of the broker."""
 from __future__ import annotations
 
 import asyncio
@@ -7,11 +7,15 @@ import logging
 import resource
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 from spillway.broker.app import serve_until_stopped
-from spillway.broker.config import load
+from spillway.broker.config import load, parser, settings
 from spillway.broker.errors import BrokerError
+from spillway.broker.restore import check, restore_into
+from spillway.cluster.errors import ClusterError
+from spillway.contract.backup import BackupInvalid, read_manifest
 
 EXIT_CONFIG = 2  # a wrong setting: do not restart without changing it
 EXIT_DATA = 3  # the data directory or the disk: look before restarting
@@ -55,6 +59,33 @@ def show_config(argv: list[str]) -> int:
         print(f"spillway config: {error}", file=sys.stderr)
         return EXIT_CONFIG
     print(msgspec.json.format(msgspec.json.encode(config), indent=2).decode())
+    return 0
+
+
+def restore(argv: list[str]) -> int:
+    """Makes the data directory of a new cluster's first node from a backup. Returns the exit code."""
+    flags = parser("spillway restore", "Make the data directory of a new cluster's first node from a backup. Takes the settings of serve; "
+                   "cluster, shards and replicas are the backup's unless you say otherwise, and shards must be.")
+    flags.add_argument("backup", metavar="BACKUP", help="a directory that `spillway backup` made")
+    found = vars(flags.parse_args(argv))
+    backup = Path(found.pop("backup"))
+    try:
+        manifest = read_manifest(backup)
+        config = settings(found, defaults={"cluster": manifest.cluster, "shards": manifest.shards, "replicas": manifest.replicas})
+        check(config, manifest)
+        path = restore_into(config, backup, manifest)
+    except (BrokerError, BackupInvalid) as error:
+        print(f"spillway restore: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except ClusterError as error:
+        print(f"spillway restore: {error}", file=sys.stderr)
+        return EXIT_DATA
+    same = f"--cluster {config.cluster} --shards {config.shards} --replicas {config.replicas}"
+    print(f"""restored: node {config.node_id} of cluster {config.cluster!r} in {path}
+  from:   cluster {manifest.cluster!r} as of {manifest.begun.isoformat(" ", "seconds")} or later, {manifest.rows:,} rows
+  start:  spillway serve --data-dir {path} --node-id {config.node_id} {same}
+  others: spillway serve --join {config.peer_listen} {same}     (each with an id and an empty directory of its own)
+  The cluster that was backed up must not run under this name any more.""")
     return 0
 
 

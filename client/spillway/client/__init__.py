@@ -9,11 +9,13 @@
                     print(message.payload)
 """
 from spillway.client.admin import Admin
+from spillway.client.backup import verify_backup
 from spillway.client.client import Client
 from spillway.client.cluster import Cluster
 from spillway.client.consumer import Consumer, ConsumerState
 from spillway.client.errors import (
     AlreadyExists,
+    BackupError,
     BufferFull,
     Closed,
     Conflict,
@@ -36,6 +38,7 @@ from spillway.client.errors import (
 from spillway.client.leases import LeasedMessage, LeasedRun
 from spillway.client.model import (
     AdaptiveLimit,
+    BackupProgress,
     ClusterStatus,
     DeadLetter,
     DeliveryPolicy,
@@ -71,11 +74,14 @@ from spillway.client.outcomes import Down, Outcome, Reject, Release, Retry, Thro
 from spillway.client.producer import Producer
 from spillway.client.settlements import Settlement
 from spillway.client.topology import Topology
+from spillway.contract.backup import GroupFile, Manifest
 
 __all__ = [
     "AdaptiveLimit",
     "Admin",
     "AlreadyExists",
+    "BackupError",
+    "BackupProgress",
     "BufferFull",
     "Client",
     "Closed",
@@ -94,6 +100,7 @@ __all__ = [
     "Gap",
     "Gate",
     "GateCause",
+    "GroupFile",
     "GroupReport",
     "HttpTarget",
     "InternalError",
@@ -101,6 +108,7 @@ __all__ = [
     "LeasedMessage",
     "LeasedRun",
     "Limit",
+    "Manifest",
     "NackPolicy",
     "NodeNotFound",
     "NodeReport",
@@ -139,4 +147,5 @@ __all__ = [
     "TopTenants",
     "Topology",
     "Unavailable",
+    "verify_backup",
 ]

@@ -1,9 +1,9 @@
-"""Calls that any node serves: made at one node after the other while they are UNAVAILABLE."""
+"""Calls that any node serves: made at one node after the other while they are UNAVAILABLE, or older than the call."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Any, TypeVar
 
 import grpc
@@ -30,36 +30,47 @@ class Calls:
 
     async def _call(self, call: Callable[[Any, float], Awaitable[T]], timeout: float,
                     attempt_seconds_max: float = ATTEMPT_SECONDS_MAX) -> T:
-        """One call, at one node after the other while they are UNAVAILABLE."""
+        """One call, at one node after the other while they are UNAVAILABLE. While a cluster is upgraded, some of its nodes know a call,
+        and some do not."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         backoff = Backoff(0.05, 1.0)
         last = Unavailable("no node answered in time")
         turn = 0
+        older: set[str] = set()
         while (left := deadline - loop.time()) > 0:
-            address = self._address(turn)
-            turn += 1
-            stub = self._stub(self._channels.get(address, "control"))
             try:
-                result = await call(stub, min(left, attempt_seconds_max))
-            except grpc.aio.AioRpcError as error:
-                found = translated(error)
-                if not isinstance(found, Unavailable):
-                    raise found from None
-                last = found
-                self._failed(address)
+                return await self._attempt(turn, older, call, min(left, attempt_seconds_max))
+            except Unavailable as error:
+                last = error
+                turn += 1
                 await asyncio.sleep(min(backoff.next(), max(deadline - loop.time(), 0)))
-            else:
-                self._router.health.worked(address)
-                return result
         raise last
+
+    async def _attempt(self, turn: int, older: set[str], call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """One call at one node, of those that are up the next one with each turn; the stub is its first argument. `older`: addresses of
+        nodes that do not know it, which are left out while there are others; added to."""
+        address = self._address(turn, older)
+        try:
+            result = await call(self._stub(self._channels.get(address, "control")), *arguments)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                older.add(address)
+                if not older.issuperset(self._router.watch.addresses):
+                    raise Unavailable(f"the node at {address} is of an older version, which does not know this call") from None
+            found = translated(error)
+            if isinstance(found, Unavailable):
+                self._failed(address)
+            raise found from None
+        self._router.health.worked(address)
+        return result
 
     def _failed(self, address: str) -> None:
         self._router.health.failed(address)
         self._router.watch.suspect(address)
 
-    def _address(self, turn: int) -> str:
-        addresses = self._router.watch.addresses
+    def _address(self, turn: int, older: Container[str] = ()) -> str:
+        addresses = [a for a in self._router.watch.addresses if a not in older] or self._router.watch.addresses
         order = [addresses[(turn + i) % len(addresses)] for i in range(len(addresses))]
         return next((a for a in order if self._router.health.is_up(a)), order[0])
 

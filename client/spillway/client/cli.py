@@ -14,7 +14,7 @@ import sys
 
 GROUP = "spillway.commands"
 # Where commands come from when they are missing.
-EXTRAS = {"serve": "broker", "config": "broker", "dispatch": "dispatch"}
+EXTRAS = {"serve": "broker", "config": "broker", "restore": "broker", "dispatch": "dispatch"}
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE = 1, 2, 3, 4
 
 

@@ -1,19 +1,25 @@
-"""The cluster itself: how its nodes are, and who of them is to leave. Any node serves any call."""
+"""The cluster itself: how its nodes are, who of them is to leave, and backups. Any node serves any call."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+from spillway.client.backup import BackupWriter, ChunkReader
 from spillway.client.calls import TIMEOUT_SECONDS, Calls
 from spillway.client.connection import Channels
-from spillway.client.errors import DestinationNotFound, NodeNotFound
-from spillway.client.model import ClusterStatus, GroupReport, NodeReport, NodeState, Problem, ReplicaReport
+from spillway.client.errors import DestinationNotFound, NodeNotFound, Unavailable
+from spillway.client.model import BackupProgress, ClusterStatus, GroupReport, NodeReport, NodeState, Problem, ReplicaReport
+from spillway.client.retry import Backoff
 from spillway.client.topology import Router
+from spillway.contract.backup import Manifest
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import cluster_service_pb2_grpc as rpc
 
 T = TypeVar("T")
+BACKUP_ATTEMPTS = 8  # for each group, with pauses that grow: long enough for an election, or a node that starts again
 _STATES = {int(state) for state in NodeState}
 
 
@@ -42,6 +48,30 @@ class Cluster(Calls):
         """As `drain`; then the node is none of the cluster any more. Also for one that is dead for good. Cannot be undone."""
         await self._of_node(lambda stub, seconds: stub.RemoveNode(pb.RemoveNodeRequest(node_id=node_id), timeout=seconds), timeout)
 
+    async def back_up(self, directory: str | Path, *, on_progress: Callable[[BackupProgress], None] = lambda progress: None) -> Manifest:
+        """Writes a backup into a directory that does not exist or is empty, while the cluster serves: everything that was acknowledged
+        before the call is in it. A group whose leader goes away is begun again, a number of times. Raises InvalidArgument if the
+        directory is not empty, BackupError if it cannot be written, Unavailable if a group's leader cannot be reached: then what
+        was written is no backup, and may be removed."""
+        with BackupWriter(Path(directory), on_progress) as writer:
+            while (group := writer.next_group()) is not None:
+                await self._back_up_group(writer.reader(group))
+            return writer.finish()
+
+    async def _back_up_group(self, reader: ChunkReader) -> None:
+        backoff = Backoff(0.1, 4.0)
+        last = Unavailable("")
+        older: set[str] = set()
+        for turn in range(BACKUP_ATTEMPTS):
+            try:
+                await self._attempt(turn, older, reader.read)
+            except Unavailable as error:
+                last = error
+                await asyncio.sleep(backoff.next())
+            else:
+                return
+        raise last
+
     async def _of_node(self, call: Callable[[Any, float], Awaitable[T]], timeout: float) -> T:
         try:
             return await self._call(call, timeout)
@@ -55,7 +85,7 @@ def status_from_pb(response: pb.GetClusterStatusResponse) -> ClusterStatus:
         response.cluster,
         tuple(NodeReport(n.node.id, n.node.address, n.node.zone, n.node.host,
                          NodeState(n.node.state) if n.node.state in _STATES else NodeState.UNSPECIFIED,
-                         n.reachable, n.version, n.replicas, n.leads) for n in response.nodes),
+                         n.reachable, n.version, n.replicas, n.leads, n.feature_max) for n in response.nodes),
         tuple(GroupReport(g.group, g.leader, g.term, tuple(g.wanted), tuple(g.voters), tuple(g.learners),
                           tuple(ReplicaReport(r.node, r.applied_index, r.lag) for r in g.replicas), g.moving) for g in response.groups),
-        tuple(Problem(p.what, p.remedy) for p in response.problems))
+        tuple(Problem(p.what, p.remedy) for p in response.problems), response.feature_level or 1)

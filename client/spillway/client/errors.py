@@ -9,6 +9,7 @@
     ├── AlreadyExists            the caller's: the name is taken
     ├── Conflict                 the caller's: someone else changed the destination or route first (etag)
     ├── PermissionDenied         the caller's: no right to do this
+    ├── BackupError              the caller's disk: a backup cannot be written, or what is there is none, or damaged
     ├── BufferFull               the caller is faster than the cluster: wait (`send`) or shed load
     ├── Closed                   the caller's: the producer, consumer or client is closed
     ├── Unavailable              the cluster's: nobody can serve this now; retry
@@ -74,6 +75,10 @@ class Conflict(SpillwayError):
 
 class PermissionDenied(SpillwayError):
     """The caller may not do this."""
+
+
+class BackupError(SpillwayError):
+    """A backup cannot be written, or what is there is none, not complete, or damaged."""
 
 
 class BufferFull(SpillwayError):

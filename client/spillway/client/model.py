@@ -326,6 +326,7 @@ class NodeReport:
     version: str  # "" unless it answered
     replicas: int  # of shards
     leads: int  # shards
+    feature_max: int = 0  # highest feature level at which it can work; 0 unless it answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,8 +368,18 @@ class ClusterStatus:
     nodes: tuple[NodeReport, ...]
     groups: tuple[GroupReport, ...]
     problems: tuple[Problem, ...]
+    feature_level: int = 1  # what may be written, as every node can read it
 
     @property
     def moving(self) -> int:
         """How many shards are on their way to other nodes."""
         return sum(group.moving for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class BackupProgress:
+    """How far a backup, or its verification, is."""
+
+    groups_done: int
+    groups: int  # 0: not known yet
+    bytes: int  # of the files

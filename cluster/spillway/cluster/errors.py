@@ -18,7 +18,7 @@ ClusterError
 from __future__ import annotations
 
 REPLACE_HINT = ("If the disk is sound, replace this node by an empty one: the others will bring it up to date (a cluster of one has no "
-                "others: restore a backup of the whole directory)")
+                "others: make a new one from a backup by `spillway restore`)")
 
 
 class ClusterError(Exception):

@@ -49,7 +49,7 @@ class Exports:
     def __init__(self, begin: Callable[[int], Exporter], bytes_per_second: int) -> None:
         """`begin(group)` gives a group's state as of now."""
         self._begin = begin
-        self._pace = Pace(bytes_per_second)
+        self.pace = Pace(bytes_per_second).take
         self._slots = asyncio.Semaphore(RUNNING_MAX)
         self._running: dict[Key, _Call] = {}
         self._kept: dict[Key, tuple[Exporter, asyncio.TimerHandle]] = {}
@@ -72,7 +72,7 @@ class Exports:
         try:
             exporter = call.exporter = self._exporter(key, call.exporter, position)
             for chunk in exporter:
-                await self._pace.take(len(chunk))
+                await self.pace(len(chunk))
                 if self._running.get(key) is not call:
                     return
                 timer = loop.call_later(TAKEN_SECONDS, self._end, key, call)

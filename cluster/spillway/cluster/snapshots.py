@@ -1,39 +1,39 @@
 """A group's state on its way from one node to another: a stream of checked chunks, out of one store and into another.
 
-    chunk     checksum (4 bytes), kind (1), number (4), body; little-endian
-    kind H    the first: format, group, applied index, applied term
-    kind P    a part of what the next R completes: a row may be larger than a chunk
-    kind R    rows: key length (4), value length (4), key, value; in key order
-    kind T    the last: how many rows there were
-
-A chunk's checksum continues the one before it (CRC-32 over both), so the last one vouches for every byte, for the order
-and for the end. The state is that of one moment, whatever is committed meanwhile; memory stays flat on both sides.
+`contract.snapshot` has what they look like. The state is that of one moment, whatever is committed meanwhile; memory stays
+flat on both sides.
 """
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rocksdict import ReadOptions, WriteBatch
 from spillway.cluster.errors import SnapshotInvalid
+from spillway.contract.snapshot import (
+    BODY_BYTES_MAX,
+    CHUNK_BYTES_MAX,
+    FORMAT,
+    FRAME,
+    HEADER,
+    ROW,
+    TRAILER,
+    ChunkInvalid,
+    seal,
+    unpack_header,
+    unpack_trailer,
+    unseal,
+)
 
 if TYPE_CHECKING:
     from spillway.cluster.state_store import StateStore
 
-FORMAT = 2
-CHUNK_BYTES_MAX = 256 << 10
 CHUNK_ROWS_MAX = 500  # many small rows would hold up the loop: 500 take about 1 ms
 ROW_BYTES_MAX = 64 << 20  # what a receiver holds in memory at most
 RESUME_SECONDS = 30.0  # after a broken transfer both sides keep what they have for so long
 CHUNKS_MAX, ROWS_MAX = 1 << 31, 1 << 62  # beyond any; numbers of a position come from another node
-_FRAME = struct.Struct("<IcI")
-_BODY_BYTES_MAX = CHUNK_BYTES_MAX - _FRAME.size
-_HEADER = struct.Struct("<BIQQ")
-_ROW = struct.Struct("<II")
-_TRAILER = struct.Struct("<Q")
 _PREFIX = struct.Struct(">cII")
 
 
@@ -125,7 +125,7 @@ class Exporter(Iterator[bytes]):
         rows = self._rows
         if not self._begun:
             self._begun = True
-            self._add(b"H", _HEADER.pack(FORMAT, self.group_id, self.index, self.term))
+            self._add(b"H", HEADER.pack(FORMAT, self.group_id, self.index, self.term))
             self._seek(None)
             return
         cut = len(self._prefix)
@@ -133,37 +133,36 @@ class Exporter(Iterator[bytes]):
         size = count = 0
         while rows.valid():
             key, value = rows.key()[cut:], rows.value()
-            row_bytes = _ROW.size + len(key) + len(value)
-            if count and size + row_bytes > _BODY_BYTES_MAX:
+            row_bytes = ROW.size + len(key) + len(value)
+            if count and size + row_bytes > BODY_BYTES_MAX:
                 break
-            parts += (_ROW.pack(len(key), len(value)), key, value)
+            parts += (ROW.pack(len(key), len(value)), key, value)
             size += row_bytes
             count += 1
             rows.next()
-            if count == CHUNK_ROWS_MAX or size >= _BODY_BYTES_MAX:
+            if count == CHUNK_ROWS_MAX or size >= BODY_BYTES_MAX:
                 break
         if count:
             body = b"".join(parts)
-            for start in range(0, size, _BODY_BYTES_MAX):
-                end = start + _BODY_BYTES_MAX
+            for start in range(0, size, BODY_BYTES_MAX):
+                end = start + BODY_BYTES_MAX
                 self._add(b"R" if end >= size else b"P", body[start:end])
             self._count += count
             return
         self._check(rows)
-        self._add(b"T", _TRAILER.pack(self._count))
+        self._add(b"T", TRAILER.pack(self._count))
         self._rows = self._read_options = None
 
     def _add(self, kind: bytes, body: bytes) -> None:
-        head = kind + self._number.to_bytes(4, "little")
-        self._checksum = zlib.crc32(body, zlib.crc32(head, self._checksum))
-        self._ready.append(b"".join((self._checksum.to_bytes(4, "little"), head, body)))
+        chunk, self._checksum = seal(kind, self._number, self._checksum, body)
+        self._ready.append(chunk)
         self._number += 1
 
 
 def moment_of(chunk: bytes) -> int | None:
     """Of the first chunk of a snapshot, the index that it is as of; None for others."""
-    begins = chunk[4:5] == b"H" and len(chunk) == _FRAME.size + _HEADER.size
-    return _HEADER.unpack_from(chunk, _FRAME.size)[2] if begins else None
+    begins = chunk[4:5] == b"H" and len(chunk) == FRAME.size + HEADER.size
+    return HEADER.unpack_from(chunk, FRAME.size)[2] if begins else None
 
 
 class Installer:
@@ -198,30 +197,21 @@ class Installer:
         self._check_present()
         if self.complete:
             raise self._invalid("a chunk after the last one")
-        if len(chunk) < _FRAME.size or len(chunk) > CHUNK_BYTES_MAX:
-            raise self._invalid(f"a chunk of {len(chunk)} bytes")
-        checksum, kind, number = _FRAME.unpack_from(chunk)
-        if number != self._number:
-            raise self._invalid(f"chunk {number} instead of {self._number}")
-        found = zlib.crc32(memoryview(chunk)[4:], self._checksum)
-        if found != checksum:
-            raise self._invalid(f"the checksum of chunk {number} is wrong")
-        body = chunk[_FRAME.size:]
-        if (kind == b"H") != (number == 0):
-            raise self._invalid(f"chunk {number} is of kind {kind!r}")
-        if kind == b"H":
-            self._take_header(body)
-        elif kind == b"P":
-            self._take_part(body)
-        elif kind == b"R":
-            self._take_rows(b"".join((*self._parts, body)) if self._parts else body)
-        elif kind == b"T":
-            self._take_trailer(body)
-        else:
-            raise self._invalid(f"chunk {number} is of kind {kind!r}")
-        self._number, self._checksum = number + 1, found
+        try:
+            kind, body, checksum = unseal(chunk, self._number, self._checksum)
+            if kind == b"H":
+                self._take_header(body)
+            elif kind == b"P":
+                self._take_part(body)
+            elif kind == b"R":
+                self._take_rows(b"".join((*self._parts, body)) if self._parts else body)
+            else:
+                self._take_trailer(body)
+        except ChunkInvalid as error:
+            raise self._invalid(str(error)) from None
+        self._number, self._checksum = self._number + 1, checksum
         if kind != b"P":
-            self.position = Position(self.position.index, self._number, found, self.position.rows, self.position.last_key)
+            self.position = Position(self.position.index, self._number, checksum, self.position.rows, self.position.last_key)
 
     def rewind(self) -> Position:
         """Forgets parts of a row that is not complete; returns where to go on."""
@@ -260,14 +250,12 @@ class Installer:
             raise self._invalid(f"as of entry {index}, but {applied} is applied here")
 
     def _take_header(self, body: bytes) -> None:
-        if len(body) != _HEADER.size or body[0] != FORMAT:
-            raise self._invalid(f"of format {body[0] if body else 0}; this node takes {FORMAT}: run the same version on both")
-        _, of, index, term = _HEADER.unpack(body)
-        if of != self.group_id:
-            raise self._invalid(f"of group {of}")
-        self._check_newer(index)
-        self._term = term
-        self.position = Position(index, 0, 0, 0, b"")
+        header = unpack_header(body)
+        if header.group != self.group_id:
+            raise self._invalid(f"of group {header.group}")
+        self._check_newer(header.index)
+        self._term = header.term
+        self.position = Position(header.index, 0, 0, 0, b"")
 
     def _take_part(self, body: bytes) -> None:
         if self._parts_bytes + len(body) > ROW_BYTES_MAX:
@@ -281,10 +269,10 @@ class Installer:
         first = not self.position.rows
         at = count = 0
         while at < len(body):
-            if at + _ROW.size > len(body):
+            if at + ROW.size > len(body):
                 raise self._invalid("a row is cut")
-            key_bytes, value_bytes = _ROW.unpack_from(body, at)
-            at += _ROW.size
+            key_bytes, value_bytes = ROW.unpack_from(body, at)
+            at += ROW.size
             middle = at + key_bytes
             end = middle + value_bytes
             if end > len(body):
@@ -300,7 +288,7 @@ class Installer:
         self.position = Position(self.position.index, self._number, self._checksum, self.position.rows + count, last)
 
     def _take_trailer(self, body: bytes) -> None:
-        if self._parts or len(body) != _TRAILER.size or _TRAILER.unpack(body)[0] != self.position.rows:
+        if unpack_trailer(body) != self.position.rows or self._parts:
             raise self._invalid(f"{self.position.rows} rows came, but not all there are")
         self.complete = True
 

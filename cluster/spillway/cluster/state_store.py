@@ -163,6 +163,10 @@ class StateStore:
         self._exporters.add(exporter)
         return exporter
 
+    async def pace(self, size: int) -> None:
+        """Waits until so many bytes of an exporter may be sent, at the rate that everything shares that sends states."""
+        await self._exports.pace(size)
+
     def export(self, group_id: int, peer: str, position: Position | None) -> AsyncGenerator[bytes, None]:
         """A group's state for another node; see Exports.send."""
         return self._exports.send(group_id, peer, position)

@@ -272,10 +272,19 @@ class GetNodeStatusResponse(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    FEATURE_MIN_FIELD_NUMBER: _builtins.int
+    FEATURE_MAX_FIELD_NUMBER: _builtins.int
+    FEATURE_LEVEL_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """The node's id."""
     version: _builtins.str
     """The software's version."""
+    feature_min: _builtins.int
+    """Lowest feature level of a cluster at which the node can work; 0: 1."""
+    feature_max: _builtins.int
+    """Highest feature level of a cluster at which the node can work; 0: 1."""
+    feature_level: _builtins.int
+    """The cluster's feature level, as far as the node knows; 0: 1."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupStatus]:
         """Its replicas, by group; group 0 is the meta group."""
@@ -286,10 +295,13 @@ class GetNodeStatusResponse(_message.Message):
         node: _builtins.str = ...,
         version: _builtins.str = ...,
         groups: _abc.Iterable[Global___GroupStatus] | None = ...,
+        feature_min: _builtins.int = ...,
+        feature_max: _builtins.int = ...,
+        feature_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "node", b"node", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_level", b"feature_level", "feature_max", b"feature_max", "feature_min", b"feature_min", "groups", b"groups", "node", b"node", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -394,8 +406,14 @@ class GetClusterStatusResponse(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    FEATURE_LEVEL_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """The cluster's name."""
+    feature_level: _builtins.int
+    """The cluster's feature level: what may be written, as every node can read it. It
+    is raised by itself when every node can work at a higher one, and never goes
+    down.
+    """
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeReport]:
         """All nodes."""
@@ -415,10 +433,11 @@ class GetClusterStatusResponse(_message.Message):
         nodes: _abc.Iterable[Global___NodeReport] | None = ...,
         groups: _abc.Iterable[Global___GroupReport] | None = ...,
         problems: _abc.Iterable[Global___Problem] | None = ...,
+        feature_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "groups", b"groups", "nodes", b"nodes", "problems", b"problems"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "feature_level", b"feature_level", "groups", b"groups", "nodes", b"nodes", "problems", b"problems"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -435,6 +454,7 @@ class NodeReport(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     LEADS_FIELD_NUMBER: _builtins.int
+    FEATURE_MAX_FIELD_NUMBER: _builtins.int
     reachable: _builtins.bool
     """It answered."""
     version: _builtins.str
@@ -443,6 +463,8 @@ class NodeReport(_message.Message):
     """Replicas of shards that are on it, as far as is known."""
     leads: _builtins.int
     """Shards that it leads."""
+    feature_max: _builtins.int
+    """Highest feature level at which it can work; 0 unless it answered."""
     @_builtins.property
     def node(self) -> Global___Node:
         """Who it is."""
@@ -455,10 +477,11 @@ class NodeReport(_message.Message):
         version: _builtins.str = ...,
         replicas: _builtins.int = ...,
         leads: _builtins.int = ...,
+        feature_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leads", b"leads", "node", b"node", "reachable", b"reachable", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_max", b"feature_max", "leads", b"leads", "node", b"node", "reachable", b"reachable", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,3 +717,91 @@ class RemoveNodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoveNodeResponse: _TypeAlias = RemoveNodeResponse  # noqa: Y015
+
+@_typing.final
+class BackupRequest(_message.Message):
+    """Request of Backup."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """0: meta; else the shard."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupRequest: _TypeAlias = BackupRequest  # noqa: Y015
+
+@_typing.final
+class BackupResponse(_message.Message):
+    """A part of a group's state: first the cluster, once, then chunks to the end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next chunk. A chunk says what it is and which one, and its checksum
+    continues the one before it; the last one is of kind T.
+    """
+    @_builtins.property
+    def cluster(self) -> Global___BackupCluster:
+        """Whose state it is."""
+
+    def __init__(
+        self,
+        *,
+        cluster: Global___BackupCluster | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cluster", b"cluster", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cluster", b"cluster", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["cluster", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___BackupResponse: _TypeAlias = BackupResponse  # noqa: Y015
+
+@_typing.final
+class BackupCluster(_message.Message):
+    """The cluster whose group is backed up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    SHARD_COUNT_FIELD_NUMBER: _builtins.int
+    REPLICA_COUNT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    cluster: _builtins.str
+    """The cluster's name."""
+    shard_count: _builtins.int
+    """Number of shards."""
+    replica_count: _builtins.int
+    """Replicas of each shard, as far as there are nodes."""
+    version: _builtins.str
+    """Version of the software of the node that leads the group."""
+    def __init__(
+        self,
+        *,
+        cluster: _builtins.str = ...,
+        shard_count: _builtins.int = ...,
+        replica_count: _builtins.int = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "replica_count", b"replica_count", "shard_count", b"shard_count", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupCluster: _TypeAlias = BackupCluster  # noqa: Y015

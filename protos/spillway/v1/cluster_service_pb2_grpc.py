@@ -71,6 +71,11 @@ class ClusterServiceStub:
                 request_serializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeRequest.SerializeToString,
                 response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeResponse.FromString,
                 _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/spillway.v1.ClusterService/Backup',
+                request_serializer=spillway_dot_v1_dot_cluster__service__pb2.BackupRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_cluster__service__pb2.BackupResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -133,6 +138,17 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backup(self, request, context):
+        """The state of one group as of one moment, which comes after everything that was
+        acknowledged before the call; what happens meanwhile does not show in it. A whole
+        backup is that of all groups; see docs/backup.md. UNAVAILABLE if the stream breaks
+        or the group has no leader: begin that group again. INVALID_ARGUMENT for a group
+        that there is not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +186,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.RemoveNode,
                     request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeRequest.FromString,
                     response_serializer=spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=spillway_dot_v1_dot_cluster__service__pb2.BackupRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_cluster__service__pb2.BackupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -363,6 +384,33 @@ class ClusterService:
             '/spillway.v1.ClusterService/RemoveNode',
             spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeRequest.SerializeToString,
             spillway_dot_v1_dot_cluster__service__pb2.RemoveNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spillway.v1.ClusterService/Backup',
+            spillway_dot_v1_dot_cluster__service__pb2.BackupRequest.SerializeToString,
+            spillway_dot_v1_dot_cluster__service__pb2.BackupResponse.FromString,
             options,
             channel_credentials,
             insecure,

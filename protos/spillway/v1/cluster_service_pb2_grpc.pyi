@@ -59,6 +59,13 @@ class ClusterServiceStub:
     """As DrainNode, and then the node is none of the cluster any more: stop it, its
     directory is of no more use. Also for a node that is dead for good.
     """
+    Backup: _grpc.UnaryStreamMultiCallable[_cluster_service_pb2.BackupRequest, _cluster_service_pb2.BackupResponse]
+    """The state of one group as of one moment, which comes after everything that was
+    acknowledged before the call; what happens meanwhile does not show in it. A whole
+    backup is that of all groups; see docs/backup.md. UNAVAILABLE if the stream breaks
+    or the group has no leader: begin that group again. INVALID_ARGUMENT for a group
+    that there is not.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -90,6 +97,13 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     RemoveNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.RemoveNodeRequest, _cluster_service_pb2.RemoveNodeResponse]  # type: ignore[assignment]
     """As DrainNode, and then the node is none of the cluster any more: stop it, its
     directory is of no more use. Also for a node that is dead for good.
+    """
+    Backup: _aio.UnaryStreamMultiCallable[_cluster_service_pb2.BackupRequest, _cluster_service_pb2.BackupResponse]  # type: ignore[assignment]
+    """The state of one group as of one moment, which comes after everything that was
+    acknowledged before the call; what happens meanwhile does not show in it. A whole
+    backup is that of all groups; see docs/backup.md. UNAVAILABLE if the stream breaks
+    or the group has no leader: begin that group again. INVALID_ARGUMENT for a group
+    that there is not.
     """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -161,6 +175,19 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cluster_service_pb2.RemoveNodeResponse, _abc.Awaitable[_cluster_service_pb2.RemoveNodeResponse]]:
         """As DrainNode, and then the node is none of the cluster any more: stop it, its
         directory is of no more use. Also for a node that is dead for good.
+        """
+
+    @_abc_1.abstractmethod
+    def Backup(
+        self,
+        request: _cluster_service_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_service_pb2.BackupResponse], _abc.AsyncIterator[_cluster_service_pb2.BackupResponse]]:
+        """The state of one group as of one moment, which comes after everything that was
+        acknowledged before the call; what happens meanwhile does not show in it. A whole
+        backup is that of all groups; see docs/backup.md. UNAVAILABLE if the stream breaks
+        or the group has no leader: begin that group again. INVALID_ARGUMENT for a group
+        that there is not.
         """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

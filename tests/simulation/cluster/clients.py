@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import admin_service_pb2 as admin
+from spillway.v1 import cluster_service_pb2 as cluster
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
+from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from spillway.v1.message_pb2 import ERROR_CODE_OUT_OF_SEQUENCE, Message
 from spillway.v1.queue_service_pb2 import (
     OUTCOME_ACK,
@@ -67,9 +69,9 @@ class Sent:
 class Client:
     """What all have: a name, a process of their own, channels."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, rnd: random.Random | None = None) -> None:
         self.world = world
-        self.rnd = random.Random(world.rnd.getrandbits(64))
+        self.rnd = rnd or random.Random(world.rnd.getrandbits(64))
         self.process = Process(name)
         self.channels = {node: Channel(world.rpc, self.process, f"{node}:1") for node in world.names}
 
@@ -391,3 +393,35 @@ class Operator(Client):
 
     idle = True
     finished = False
+
+
+class Drainer(Client):
+    """Drains nodes and takes them back, with random numbers of its own. One or none is left drained in the end."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name, random.Random(f"drains {world.seed}"))
+        self.finished = not world.options.drains
+
+    async def run(self) -> None:
+        """Now and then, until the world is calm; then until it is as it is to be left."""
+        rnd, world = self.rnd, self.world
+        while not world.calm:
+            await asyncio.sleep(rnd.expovariate(world.options.drains))
+            await self._call(rnd.choice(("DrainNode", "DrainNode", "UndrainNode")), rnd.choice(world.names))
+        drained = rnd.choice((None, *world.names))
+        for name in world.names:
+            while name != drained and not await self._call("UndrainNode", name):
+                await asyncio.sleep(0.2)
+        self.finished = True
+
+    async def _call(self, method: str, name: str) -> bool:
+        """Whether it was answered; too few nodes are left for some drains."""
+        request = cluster.DrainNodeRequest if method == "DrainNode" else cluster.UndrainNodeRequest
+        try:
+            await getattr(ClusterServiceStub(self.channel()), method)(request(node_id=name), timeout=10.0)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+                raise Violation("bug", f"{method}: {error.code().name}: {error.details()}") from None
+            return error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        self.world.counts[f"members: {'drain' if method == 'DrainNode' else 'undrain'}"] += 1
+        return True

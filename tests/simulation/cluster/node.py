@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 START_MS = 1_700_000_000_000
 FREE_BYTES = 1 << 40
+REPLACE_SECONDS = 4  # of a node that is away, where others suffice
 
 
 class SimPath:
@@ -177,9 +178,7 @@ class SimNode:
     def join(self, group: int) -> None:
         """A replica of a shard that the node is to be a member of, if it runs and has none."""
         if self.started and group not in self.node.shards and group not in self.host.store.node.dropped:
-            def add() -> None:
-                self._watch_shard(group, self.node.add_replica(group, []))
-            self.process.context.copy().run(add)
+            self.process.context.copy().run(self.node.add_replica, group, [])
 
     def kick(self) -> None:
         """Its loop wakes by itself."""
@@ -209,7 +208,8 @@ class SimNode:
         """As `app.App` does."""
         world, options = self.world, self.world.options
         config = NodeConfig(node_id=self.name, cluster="sim", data_dir=f"/{self.name}", shards=options.shards,
-                            replicas=options.replicas, peers=[f"{n}=p-{n}:1/{n}:1" for n in world.names] if len(world.names) > 1 else [])
+                            replicas=options.replicas, replace_after_seconds=REPLACE_SECONDS,
+                            peers=[f"{n}=p-{n}:1/{n}:1" for n in world.names] if len(world.names) > 1 else [])
         self.transport = SpyTransport(world.network, self.name, lambda: self.host.hello(),
                                       lambda group, peer, position: self.host.export(group, peer, position))
         self.transport.node = self
@@ -238,6 +238,13 @@ class SimNode:
         world = self.world
         for number, runtime in self.node.shards.items():
             self._watch_shard(number, runtime)
+        add_replica = self.node.add_replica
+
+        def add(number: int, founders: list[str]) -> ShardRuntime:
+            runtime = add_replica(number, founders)
+            self._watch_shard(number, runtime)
+            return runtime
+        self.node.add_replica = add  # type: ignore[method-assign]
         meta = self.node.meta
         meta_apply = meta.apply
 
@@ -254,7 +261,7 @@ class SimNode:
             finish()
             world.committed.look(self)  # type: ignore[arg-type]
             world.elected.look(self)  # type: ignore[arg-type]
-            if world.options.changes:
+            if world.changing:
                 world.configurations.look(self)  # type: ignore[arg-type]
         self.host.finish = finished  # type: ignore[method-assign]
         removed = self.host.removed

@@ -16,6 +16,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 from spillway.broker.core.outbox import OUTBOX
 from spillway.cluster.placement import place
+from spillway.cluster.raft.configuration import Configuration
 from spillway.cluster.raft.progress import Limits
 from spillway.contract.hashing import PART, queue_key
 from spillway.v1 import admin_service_pb2 as admin
@@ -23,7 +24,7 @@ from spillway.v1.message_pb2 import ERROR_CODE_STALE_TOKEN, ItemError, Message
 from spillway.v1.queue_service_pb2 import OUTCOME_ACK, LeasedRun, Settlement
 
 from tests.properties.order_history import violations
-from tests.simulation.cluster.clients import Consumer, Operator, Producer, Sent
+from tests.simulation.cluster.clients import Consumer, Drainer, Operator, Producer, Sent
 from tests.simulation.cluster.faults import Faults
 from tests.simulation.cluster.loop import SimLoop
 from tests.simulation.cluster.node import SimNode, underneath
@@ -84,12 +85,18 @@ class Options:
     ghosts: float = 0.0
     changes: float = 0.0
     """Changes of the members of shards' groups in a second."""
+    drains: float = 0.0
+    """How many nodes a second an operator drains or takes back; then the nodes themselves change the members, and replace who is away."""
     limits: Limits = field(default_factory=Limits)
 
     def with_members(self, seed: int) -> Options:
-        """With changes of members, and nodes enough for them, in a quarter of the seeds."""
+        """With changes of members, and nodes enough for them, in a quarter of the seeds; in some others nodes are drained."""
         rnd = random.Random(f"options {seed}")
-        return replace(self, nodes=5, changes=rnd.choice((0.5, 2.0, 8.0))) if self.nodes > 1 and rnd.random() < 0.3 else self
+        if self.nodes > 1 and rnd.random() < 0.3:
+            return replace(self, nodes=5, changes=rnd.choice((0.5, 2.0, 8.0)))
+        if self.nodes > 1 and rnd.random() < 0.2:
+            return replace(self, nodes=5, drains=rnd.choice((0.2, 0.5, 2.0)))
+        return self
 
     @classmethod
     def draw(cls, rnd: random.Random) -> Options:
@@ -183,6 +190,7 @@ class World:
         tenants, keys = rnd.choice((1, 3)), rnd.choice((1, 2, 5))
         queues = [(d, f"t{t}", f"k{k}") for d in sources for t in range(tenants) for k in range(keys)]
         self.operator = Operator(self, "operator")
+        self.drainer = Drainer(self, "drainer")
         self.producers = []
         for i in range(options.producers):
             own = rnd.sample(queues, rnd.randint(1, len(queues)))
@@ -211,6 +219,11 @@ class World:
     def digest(self) -> str:
         """Of the trace so far."""
         return self._hash.hexdigest()
+
+    @property
+    def changing(self) -> bool:
+        """Whether the members of groups change in this run."""
+        return bool(self.options.changes or self.options.drains)
 
     def failed(self, error: BaseException) -> None:
         """Something that must not happen did; the run ends."""
@@ -338,6 +351,8 @@ class World:
             client.start(client.run())
         if self.options.operator:
             self.operator.start(self.operator.run())
+        if self.options.drains:
+            self.drainer.start(self.drainer.run())
         self.faults.begin()
         if self.options.changes:
             self.members.start()
@@ -346,7 +361,7 @@ class World:
         self._final()
 
     def _at_rest(self) -> bool:
-        return self.operator.finished and all(p.done for p in self.producers) and not any(
+        return self.operator.finished and self.drainer.finished and all(p.done for p in self.producers) and not any(
             queue.left for o in self.observers.values() for queue in o.naive.queues.values())
 
     def _heal(self) -> None:
@@ -375,7 +390,23 @@ class World:
         if self.options.changes:
             for shard in self.observers:
                 self.members.reconcile(shard)
-        return all(n.whole and all(r.applied >= self.observers[s].last for s, r in n.node.shards.items()) for n in self.nodes.values())
+        return self._settled() and all(
+            n.whole and all(r.applied >= self.observers[s].last for s, r in n.node.shards.items()) for n in self.nodes.values())
+
+    def _settled(self) -> bool:
+        """Where nodes were drained: whether every shard is where it belongs by now, and nowhere else."""
+        if not self.options.drains:
+            return True
+        if not all(n.whole for n in self.nodes.values()):
+            return False
+        homes = max((n.node.meta for n in self.nodes.values()), key=lambda meta: meta.rows.applied_index).directory.homes
+        for shard, home in homes.items():
+            configuration = self.configurations.last(shard)[1] or Configuration.of(self.founders_of(shard))
+            if {*configuration.voters} != {*home.nodes} or configuration.learners:
+                return False
+            if any((shard in n.node.shards) != (n.name in home.nodes) for n in self.nodes.values()):
+                return False
+        return True
 
     def _final(self) -> None:
         for number, observer in self.observers.items():

@@ -41,6 +41,7 @@ class Host:
         self.largest = 0  # entry
         self.term: dict[int, int] = {}  # of groups whose leader has changed
         self.leader: str | None = None  # of the groups that this node does not lead
+        self.watchers: list[Callable[[int, str | None, int], None]] = []
 
     def fatal(self, error: BaseException) -> None:
         """As RaftHost."""
@@ -61,6 +62,10 @@ class Host:
 
     def wake(self, number: int) -> None:
         """As RaftHost."""
+
+    def on_leadership(self, callback: Callable[[int, str | None, int], None]) -> None:
+        """As RaftHost."""
+        self.watchers.append(callback)
 
     def leader_of(self, number: int) -> tuple[str | None, int]:
         """As RaftHost."""

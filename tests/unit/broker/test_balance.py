@@ -1,6 +1,7 @@
 """Who may join and leave, and what is said to those who may not."""
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from node_world import Refused, World
 from several_nodes import PeersContext
 from spillway.broker.core import directory as d
+from spillway.broker.core import features
 from spillway.broker.errors import NotFound, RequestError, Unavailable
 from spillway.broker.runtime.balance import check_departure, check_newcomer
 from spillway.broker.services.member import MemberService
@@ -20,32 +22,30 @@ def known(incarnation: str = "i", leaving: int = d.STAYS) -> d.Member:
     return d.Member("n4", 1, "p:1", "c:1", incarnation=incarnation, leaving=leaving)
 
 
-@pytest.mark.parametrize(("formed", "member", "connected", "refused"), [
-    (False, None, None, None),  # a new one
-    (True, None, None, "the data of a cluster, and is no node of this one"),
-    (True, known(), "i", None),  # it says what is new
-    (False, known(), None, None),
-    (False, known("old"), None, None),  # it lost its disk
-    (True, known(""), None, None),  # a founder that had not said
-    (True, known("old"), None, "has other data"),
-    (False, known("old"), "old", "running already"),  # two with one id
-    (False, known(leaving=d.GONE), None, "being removed"),
-    (True, known(leaving=d.DRAINS), None, None)])
-def test_who_may_join(formed: bool, member: d.Member | None, connected: str | None, refused: str | None) -> None:
-    """A new node with an empty directory, and those that are known with their own."""
+@pytest.mark.parametrize(("formed", "inside", "member", "running", "refused"), [
+    (False, False, None, None, None),  # a new one
+    (True, False, None, None, "the data of a cluster, and is no node of this one"),
+    (False, True, None, None, "the data of a cluster, and is no node of this one"),  # it was removed meanwhile
+    (True, False, known(), "i", None),  # it says what is new
+    (False, False, known(), None, None),
+    (False, False, known("old"), None, None),  # it lost its disk
+    (False, True, known("old"), "i", None),  # it lost its disk, and has recovered
+    (True, False, known(""), None, None),  # a founder that had not said
+    (True, False, known("old"), None, "has other data"),
+    (False, False, known("old"), "old", "running already"),  # two with one id
+    (False, True, known("old"), "old", "running already"),
+    (False, False, known(leaving=d.GONE), None, "being removed"),
+    (True, False, known(leaving=d.DRAINS), None, None)])
+def test_who_may_join(formed: bool, inside: bool, member: d.Member | None, running: str | None, refused: str | None) -> None:
+    """A new node with an empty directory, and those that are known with their own; a node of the cluster whatever became of its disk,
+    as the others have let it in."""
     new = ClusterMember(node_id="n4", incarnation="i")
     if refused is None:
-        check_newcomer(new, formed, member, "n1", connected)
+        check_newcomer(new, formed, inside, member, running)
         return
     with pytest.raises(RequestError, match=refused) as caught:
-        check_newcomer(new, formed, member, "n1", connected)
+        check_newcomer(new, formed, inside, member, running)
     assert caught.value.field == "node_id"
-
-
-def test_nobody_joins_under_the_id_of_the_node_that_is_asked() -> None:
-    """The meta group's leader has no connection to itself."""
-    with pytest.raises(RequestError, match="running already"):
-        check_newcomer(ClusterMember(node_id="n4", incarnation="other"), False, known(), "n4", None)
 
 
 @pytest.mark.parametrize(("staying", "replicas", "refused"), [
@@ -65,6 +65,7 @@ def test_who_may_leave(staying: list[str], replicas: int, refused: str | None) -
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path)
+    world.node.meta.directory.level = features.MEMBERS
     yield world
     world.store.close()
 
@@ -98,3 +99,13 @@ async def test_nobody_leaves_a_cluster_that_is_only_forming(world: World) -> Non
     world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"))
     with pytest.raises(NotFound, match="there is no node 'n2'; there are n1"):
         await world.node.balance.leave("n2", d.DRAINS)
+
+
+async def test_who_watches_hears_of_leaders_of_shards_that_are_elsewhere(world: World) -> None:
+    """A node without a replica of a shard, as one that was drained, tells its watchers when the shard's leader changes: clients would
+    never ask the new one."""
+    watching = asyncio.create_task(world.node.wait_topology(world.node.revision))
+    await asyncio.sleep(0)
+    for watcher in world.host.watchers:
+        watcher(2, "n3", 5)
+    await asyncio.wait_for(watching, 10)

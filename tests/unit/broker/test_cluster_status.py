@@ -40,7 +40,7 @@ def test_a_sound_cluster_has_no_problems() -> None:
 
 def test_a_node_that_is_silent_and_the_groups_that_may_stop() -> None:
     """One is gone: what that means is said, and what to do."""
-    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, {n: HEALTHY[n] for n in "ab"})
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(2, a=2, b=2))
     said = told(found)
     assert "node c does not answer: start it again; if it is gone for good: spillway cluster remove c" in said
     assert "shard 1 stops if one more of a, b fails: start the nodes that do not answer" in said
@@ -67,6 +67,57 @@ def test_of_two_leaders_the_later_term_counts() -> None:
     new.groups[0].term = 4
     found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, {"a": old, "b": new})
     assert (found.groups[1].leader, found.groups[1].term) == ("b", 4)
+
+
+def levels(level: int, **highest: int) -> dict[str, pb.GetNodeStatusResponse]:
+    """The healthy cluster with what its nodes know; 0: from before levels."""
+    found = {}
+    for node_id, known in highest.items():
+        said = found[node_id] = pb.GetNodeStatusResponse(feature_max=known, feature_level=level if known else 0)
+        said.MergeFrom(HEALTHY[node_id])
+    return found
+
+
+def test_who_holds_the_feature_level_back() -> None:
+    """In the middle of an upgrade the nodes that are left are named, with what to run there."""
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(1, a=2, b=0, c=1))
+    assert found.feature_level == 1 and [n.feature_max for n in found.nodes] == [2, 1, 1]
+    assert told(found) == ["the cluster stays at feature level 1, as these know no more: b (version 1), c (version 1): "
+                           "run version 0.2.0 or newer there, without a lower feature_level_max"]
+    assert told(cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(1, a=2, b=2, c=2))) == []
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(7, a=9, b=7, c=8))
+    assert told(found) == ["the cluster stays at feature level 7, as these know no more: b (version 1): "
+                           "run the version of the other nodes there, without a lower feature_level_max"]
+
+
+def test_a_node_below_the_feature_level() -> None:
+    """It is refused by all others; that it answers is no comfort."""
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(2, a=2, b=2, c=0))
+    assert told(found) == ["node c (version 1) knows feature levels up to 1, and the cluster is at 2: the others refuse it: "
+                           "run version 0.2.0 or newer there, without a lower feature_level_max"]
+
+
+def test_members_come_from_nodes_that_tell_them() -> None:
+    """Nodes of 0.1.0 do not. What moves is not guessed."""
+    answers = {n: pb.GetNodeStatusResponse.FromString(HEALTHY[n].SerializeToString()) for n in "abc"}
+    for group in answers["a"].groups:
+        del group.voters[:]
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, answers)
+    assert (found.groups[1].leader, list(found.groups[1].voters), found.groups[1].moving) == ("a", ["a", "b", "c"], False)
+    assert [(r.node, r.lag) for r in found.groups[1].replicas] == [("a", 0), ("b", 2), ("c", 0)]
+    assert [n.replicas for n in found.nodes] == [1, 1, 1] and told(found) == []
+    for node_id in "bc":
+        for group in answers[node_id].groups:
+            del group.voters[:]
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, answers)
+    assert (found.groups[1].leader, list(found.groups[1].voters), found.groups[1].moving) == ("a", [], False)
+    assert [r.node for r in found.groups[1].replicas] == ["a", "b", "c"] and told(found) == []
+
+
+def test_before_nodes_can_leave_nobody_is_told_to_remove_one() -> None:
+    """A dead node of a cluster that is being upgraded is replaced under its own id."""
+    found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(1, a=2, b=2))
+    assert "node c does not answer: start it again; if it is gone for good: with an empty data_dir" in told(found)
 
 
 def test_zones_for_all_or_for_none() -> None:

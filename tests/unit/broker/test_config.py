@@ -16,7 +16,8 @@ OTHER = {
     "node_id": "n2", "cluster": "c2", "listen": "0.0.0.0:1", "peer_listen": "0.0.0.0:2", "data_dir": "/d", "peers": PEERS,
     "shards": "4", "replicas": "5", "auto_create": "false", "payload_bytes_max": "1000", "ingress_bytes_max": "1048576",
     "disk_free_bytes_min": "0", "streams_max": "1", "log_level": "debug", "join": "a:1,b:2", "advertise": "a:1/b:2", "zone": "z",
-    "host": "h", "replace_after_seconds": "1", "snapshot_bytes_per_second": "1048576"}
+    "host": "h", "replace_after_seconds": "1", "snapshot_bytes_per_second": "1048576",
+    "feature_level_max": "1"}
 TEXTS = ("node_id", "cluster", "listen", "peer_listen", "data_dir", "log_level", "advertise", "zone", "host")
 LISTS = ("peers", "join")
 VALUES = {name: text if name in TEXTS else text.split(",") if name in LISTS else text == "true" if name == "auto_create" else int(text)
@@ -97,6 +98,7 @@ BAD = [
     ("join", "a", "write host:port"), ("advertise", "a:1", "write peerhost:port/clienthost:port"), ("advertise", "a:1/b", "host:port"),
     ("zone", "a/b", "use up to 63"), ("host", "h" * 64, "use up to 63"), ("replace_after_seconds", "0", "1 to"),
     ("snapshot_bytes_per_second", "1048575", "at least 1 MiB"),
+    ("feature_level_max", "99", "must be 0, or 1 to"),
     ("disk_free_bytes_min", "-1", "at least 0"), ("log_level", "loud", "say debug, info, warning or error")]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from spillway.broker.config import NodeConfig
-from spillway.broker.datadir import FILE, FORMAT, claim
+from spillway.broker.core.features import LEVEL_MAX, LEVEL_MIN
+from spillway.broker.datadir import FILE, claim, raise_format
 from spillway.broker.errors import DataDirError
 
 
@@ -31,7 +32,7 @@ def test_a_new_directory_is_made_with_its_parents_and_claimed_again(tmp_path: Pa
     (path / "log").mkdir()
     assert claim(config(path)) == path
     assert (path / FILE).read_bytes() == written
-    assert json.loads(written)["format"] == FORMAT
+    assert json.loads(written)["format"] == LEVEL_MIN
 
 
 def test_an_empty_directory_is_claimed(tmp_path: Path) -> None:
@@ -70,8 +71,21 @@ def test_what_is_fixed_for_ever_cannot_be_changed(other: dict[str, Any], says: s
 
 def test_a_newer_format_is_not_guessed_at(tmp_path: Path) -> None:
     """A directory of a later version is refused before anything in it is read."""
-    (tmp_path / FILE).write_text(json.dumps({"format": FORMAT + 1}))
-    assert f"has format {FORMAT + 1}, written by a newer Spillway" in refused(config(tmp_path))
+    (tmp_path / FILE).write_text(json.dumps({"format": LEVEL_MAX + 1}))
+    assert f"has format {LEVEL_MAX + 1}, written by a newer Spillway" in refused(config(tmp_path))
+
+
+def test_the_format_is_the_feature_level(tmp_path: Path) -> None:
+    """What is written at a level is for versions that know it: all others say so before they look at anything. It never goes down."""
+    claim(config(tmp_path))
+    before = json.loads((tmp_path / FILE).read_text())
+    raise_format(tmp_path, 2)
+    raise_format(tmp_path, 1)
+    assert json.loads((tmp_path / FILE).read_text()) == {**before, "format": 2}
+    assert claim(config(tmp_path)) == tmp_path
+    assert refused(config(tmp_path, feature_level_max=1)) == (
+        f"data_dir {tmp_path}: the cluster is at feature level 2; this version knows up to 1, or its setting feature_level_max is lower: "
+        "run version 0.2.0 or newer, without a lower feature_level_max")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": "1"}', b'{"format": null}', b"\xff\xfe"])

@@ -42,6 +42,9 @@ class Host:
     def wake(self, number: int) -> None:
         """As RaftHost."""
 
+    def on_leadership(self, callback: Any) -> None:
+        """As RaftHost."""
+
     def leader_of(self, number: int) -> tuple[str | None, int]:
         """As RaftHost."""
         return None, 1

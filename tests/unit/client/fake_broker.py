@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from spillway.contract import snapshot
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import admin_service_pb2_grpc as admin_rpc
 from spillway.v1 import cluster_service_pb2 as cluster
@@ -56,6 +57,7 @@ class FakeCluster:
     """The state that a real cluster would replicate."""
 
     def __init__(self, shards: int = 4) -> None:
+        self.name = "fake"
         self.shard_count = shards
         self.nodes: dict[str, FakeNode] = {}
         self.leaders: dict[int, str] = {}
@@ -97,7 +99,7 @@ class FakeCluster:
 
     def topology(self) -> cluster.Topology:
         """As everybody sees it."""
-        out = cluster.Topology(cluster="fake", shard_count=self.shard_count)
+        out = cluster.Topology(cluster=self.name, shard_count=self.shard_count)
         for node in self.nodes.values():
             out.nodes.add(id=node.name, address=node.address)
         for shard, leader in self.leaders.items():
@@ -251,6 +253,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.subscriptions: list[q.Subscribe] = []
         self.ack_requests = 0
         self.refuse_lease: tuple[grpc.StatusCode, str] | None = None
+        self.break_backups = 0  # this many streams of a backup break after their second chunk
+        self.spoil_backups = 0  # this many lose their third
 
     @property
     def address(self) -> str:
@@ -378,9 +382,33 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
             async with self.cluster.changed:
                 await self.cluster.changed.wait_for(lambda seen=revision: self.cluster.revision != seen)  # type: ignore[misc]
 
+    async def Backup(self, request: cluster.BackupRequest, context: Any) -> AsyncIterator[cluster.BackupResponse]:
+        yield cluster.BackupResponse(cluster=cluster.BackupCluster(
+            cluster=self.cluster.name, shard_count=self.cluster.shard_count, replica_count=1, version="7"))
+        for number, chunk in enumerate(chunks(request.group, (b"key", b"value"), (b"other", b"x" * 1000))):
+            if number == 2 and self.spoil_backups:
+                self.spoil_backups -= 1
+                continue
+            if number == 2 and self.break_backups:
+                self.break_backups -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the leader changed")
+            yield cluster.BackupResponse(chunk=chunk)
+
     def waiting(self, destination: str) -> int:
         """Messages of a destination."""
         return sum(len(v) for k, v in self.cluster.queues.items() if k.startswith(destination.encode() + b"\0"))
+
+
+def chunks(group: int, *rows: tuple[bytes, bytes]) -> list[bytes]:
+    """A group's state as of entry 9 of term 2, a row in each chunk."""
+    bodies = [(b"H", snapshot.HEADER.pack(snapshot.FORMAT, group, 9, 2)),
+              *((b"R", snapshot.ROW.pack(len(key), len(value)) + key + value) for key, value in rows),
+              (b"T", snapshot.TRAILER.pack(len(rows)))]
+    found, checksum = [], 0
+    for number, (kind, body) in enumerate(bodies):
+        chunk, checksum = snapshot.seal(kind, number, checksum, body)
+        found.append(chunk)
+    return found
 
 
 def _matches(pattern: str, name: str) -> bool:

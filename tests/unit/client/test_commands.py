@@ -303,10 +303,29 @@ def test_every_command_prints_json_and_takes_an_address() -> None:
                 yield f"{path} {name}", command
 
     found = dict(leaves(typer.main.get_command(app), "spillway"))
-    assert len(found) == 28
+    assert len(found) == 29
     for name, command in found.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--output", "-o", "--address", "-a"} <= options and command.help, name
+
+
+def test_a_backup_is_written_and_verified(run: Run, cluster: FakeCluster, tmp_path: Path) -> None:
+    """What it says, in both forms; what is refused, and what is damaged."""
+    directory = str(tmp_path / "b")
+    code, out, _ = run("backup", directory)
+    assert code == 0 and f"written: {directory}, cluster 'fake' as of 2" in out and "4 shards, " in out
+    code, out, _ = run("backup", "--verify", directory, "-o", "json")
+    found = json.loads(out)
+    assert code == 0 and (found["cluster"], found["shards"], found["rows"], len(found["groups"])) == ("fake", 4, 10, 5)
+    assert found["directory"] == directory and found["bytes"] == sum(g["bytes"] for g in found["groups"])
+    code, _, err = run("backup", directory)
+    assert code == 2 and "directory: " in err and "is not empty, and a backup never overwrites anything; name a new one" in err
+    (tmp_path / "b" / "shard-0003.group").write_bytes(b"")
+    code, _, err = run("backup", "--verify", directory)
+    assert code == 1 and "shard-0003.group has 0 bytes, not" in err
+    (tmp_path / "file").write_text("x")
+    code, _, err = run("backup", str(tmp_path / "file"))
+    assert code == 1 and "cannot be written: File exists" in err
 
 
 def test_status_counts_as_people_do(run: Run, cluster: FakeCluster) -> None:

@@ -165,3 +165,34 @@ async def test_a_peer_that_is_none_any_more_sends_nothing(tmp_path: Path) -> Non
     node = GrpcTransport(lambda: hello("a"), "c", "a", {}, None)
     with pytest.raises(SnapshotBroken, match="node b is none of the cluster any more"):
         await anext(aiter(node.fetch_snapshot("b", 1, None)))
+
+
+async def test_who_is_refused_for_its_versions_learns_who_refuses() -> None:
+    """The node that calls is told by the one that refuses it what that one says of itself, and may draw its conclusions."""
+    said: list[Hello] = []
+    refused = asyncio.Event()
+
+    def too_low(of: Hello) -> str:
+        said.append(of)
+        refused.set()
+        return "this version is too low"
+
+    def never(*_: Any) -> None:
+        raise AssertionError("there must be no connection")
+
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    low = GrpcTransport(lambda: hello("a"), "c", "a", {"b": f"127.0.0.1:{port}"}, None, too_low)
+    high = GrpcTransport(lambda: Hello(protocol=PROTOCOL, cluster="c", node_id="b", feature_level=7), "c", "b", {"a": ""}, None,
+                         lambda of: f"node {of.node_id} is too low")
+    high.add_to_server(server)
+    await server.start()
+    low.start(Handlers(never, never, never))
+    high.start(Handlers(never, never, never))
+    try:
+        await asyncio.wait_for(refused.wait(), LONG)
+        assert (said[0].node_id, said[0].feature_level) == ("b", 7)
+    finally:
+        await low.close()
+        await high.close()
+        await server.stop(None)

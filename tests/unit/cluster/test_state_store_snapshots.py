@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spillway.cluster import state_store
 from spillway.cluster.errors import SnapshotBroken, SnapshotInvalid, StorageDamaged, StorageFailed
-from spillway.cluster.snapshots import CHUNK_BYTES_MAX, CHUNK_ROWS_MAX, Installer, Position
+from spillway.cluster.snapshots import CHUNK_ROWS_MAX, Installer, Position
 from spillway.cluster.state_store import StateStore
+from spillway.contract.snapshot import CHUNK_BYTES_MAX
 
 GROUP = 3
 Rows = dict[bytes, bytes]
@@ -129,7 +130,7 @@ BREAKS: dict[str, tuple[Any, str]] = {
     "a short chunk": (lambda c: [b"12345678"], "a chunk of 8 bytes"),
     "a long chunk": (lambda c: [bytes(CHUNK_BYTES_MAX + 1)], f"a chunk of {CHUNK_BYTES_MAX + 1} bytes"),
     "rows first": (lambda c: [_sealed(b"R", 0, b"")], "chunk 0 is of kind b'R'"),
-    "another format": (lambda c: [_sealed(b"H", 0, b"\x09" + c[0][10:])], "of format 9; this node takes 2"),
+    "another format": (lambda c: [_sealed(b"H", 0, b"\x09" + c[0][10:])], "of format 9; this version takes 2"),
     "an empty header": (lambda c: [_sealed(b"H", 0, b"")], "of format 0"),
     "an unknown kind": (lambda c: [c[0], _sealed(b"X", 1, b"", zlib.crc32(c[0][4:]))], "chunk 1 is of kind b'X'"),
     "a second header": (lambda c: [c[0], _sealed(b"H", 1, c[0][9:], zlib.crc32(c[0][4:]))], "chunk 1 is of kind b'H'"),

@@ -188,3 +188,14 @@ def test_garbage_is_no_id(garbage: bytes) -> None:
     else:
         with pytest.raises(CorruptEntry):
             rows.decode_dedup(garbage)
+
+
+def test_what_a_newer_version_wrote_says_what_to_run() -> None:
+    """It is no damage: nobody should replace a node for it."""
+    newer = "a newer version wrote it; run that one"
+    with pytest.raises(CorruptEntry, match=rf"a log entry has version {VERSION + 1}; this node reads \(1, {VERSION}\): {newer}"):
+        decode_entry(msgspec.msgpack.encode([VERSION + 1, 5, "more"]))
+    with pytest.raises(CorruptEntry, match=f"a GateRow has version 2; this node reads 1: {newer}"):
+        rows.decode_row(rows.GateRow, msgspec.msgpack.encode([2, 5, 6, 7]))
+    with pytest.raises(CorruptEntry, match="does not decode"):
+        rows.decode_row(rows.GateRow, msgspec.msgpack.encode([1, 5, 6, 7]))

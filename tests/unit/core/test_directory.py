@@ -207,6 +207,40 @@ def test_who_may_change_a_node() -> None:
     assert apply(directory, 6, d.DropMember("node", 7, "x", 0)) == [d.MISSING]
 
 
+def test_the_feature_level_only_rises_and_is_a_row() -> None:
+    """What was written at a level stays readable for those who know it; a lower one would be a lie."""
+    directory = d.Directory()
+    assert directory.level == 1
+    (change,), puts, deletes = directory.apply(1, d.encode_command([d.Raise("node", 7, 2)]))
+    assert (change.outcome, change.record, directory.level, deletes) == (d.OK, d.Level(2, 1), 2, [])
+    assert apply(directory, 2, d.Raise("node", 7, 1), d.Raise("node", 7, 2)) == [d.EXISTS, d.EXISTS]
+    again = d.Directory()
+    again.load(iter(puts))
+    assert (again.level, again.destinations) == (2, {})
+    again.load(iter([]))
+    assert again.level == 1
+
+
+def test_a_node_from_before_levels_has_none() -> None:
+    """Its row ends where it ended then."""
+    directory = d.Directory()
+    directory.load(iter([(b"\x01nn1", msgspec.msgpack.encode([1, "n1", 4, "p:1", "c:1", "", "", "i", 0]))]))
+    assert directory.members == {"n1": d.Member("n1", 4, "p:1", "c:1", incarnation="i")}
+    assert (directory.members["n1"].feature_min, directory.members["n1"].feature_max) == (0, 0)
+
+
+def test_what_a_newer_version_wrote_is_refused_with_what_to_do() -> None:
+    """An unknown kind of command or row, and a later shape of a known one: it is never taken for something else."""
+    unknown = msgspec.msgpack.encode([[99, "node", 7, 1]])
+    with pytest.raises(CorruptEntry, match="a command of kind 99, and this version knows up to 9: a newer version wrote it; run that one"):
+        d.Directory().apply(1, unknown)
+    for key, value, says in ((b"\x01zx", [1, "x"], "of a kind that this version does not know: a newer version wrote it"),
+                             (b"\x01nn1", [2, "n1"], "has version 2, and this node reads up to 1: a newer version wrote it"),
+                             (b"orders", [3, "orders"], "has version 3, and this node reads up to 2: a newer version wrote it")):
+        with pytest.raises(CorruptEntry, match=says):
+            d.Directory().load(iter([(key, msgspec.msgpack.encode(value))]))
+
+
 def test_there_are_as_many_nodes_as_the_meta_group_has_members() -> None:
     """Seven voters and seven learners."""
     directory = founded(*(f"n{i}" for i in range(d.NODES_MAX - 1)))

@@ -1,16 +1,20 @@
 """The replicated state of the meta group: destinations with their policy, routes, what operators have stopped, the cluster's nodes,
-and where each shard belongs. Pure; small enough to be kept whole.
+where each shard belongs, and the feature level. Pure; small enough to be kept whole.
 
 A command is a list of changes, each with the identity of whoever asked; `apply` answers each with a Change that tells what
 became of it, so that the node that asked can tell its caller.
+
+Commands and rows are tagged by kind, and a kind never changes its shape once a version with it was released: another shape is another
+kind, of a feature level of its own (`core.features`).
 """
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 
 import msgspec
-from spillway.broker.core.bounds import Count, Name, Number, Time, check_scope
-from spillway.broker.core.errors import CorruptEntry
+from spillway.broker.core.bounds import Count, Name, Number, Time, check_scope, version_of
+from spillway.broker.core.errors import RUN_NEWER, CorruptEntry
+from spillway.broker.core.features import LEVEL_MIN
 from spillway.broker.core.policy import Nack, Policy
 
 DESTINATIONS_MAX = 100_000  # each costs about 1 KiB on every node
@@ -21,7 +25,8 @@ STAYS, DRAINS, GONE = range(3)  # Member.leaving
 OK, EXISTS, MISSING, ETAG, FULL, TAKEN, UNKNOWN_TARGET, CYCLE = range(8)  # outcomes of a change
 FOR_EVER = 0  # Hold.until of a pause
 # First bytes of rows; names have no control characters, so a destination's row is its name.
-_ROUTE, _HOLD, _MEMBER, _HOME = b"\x01r", b"\x01h", b"\x01n", b"\x01s"
+_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL = b"\x01r", b"\x01h", b"\x01n", b"\x01s", b"\x01l"
+_KIND = b"\x01"
 
 
 class HttpTarget(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -111,6 +116,8 @@ class Member(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
     host: str = ""
     incarnation: str = ""  # of its store; "": it has not said
     leaving: Count = STAYS
+    feature_min: Count = 0  # levels at which it can work; 0: it has not said
+    feature_max: Count = 0
 
 
 class Home(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
@@ -119,6 +126,13 @@ class Home(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     shard: Count
     revision: Number
     nodes: tuple[Name, ...]  # the preferred leader first
+
+
+class Level(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """The cluster's feature level; without one it is LEVEL_MIN."""
+
+    level: Count
+    revision: Number
 
 
 class PutV1(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=1):
@@ -206,7 +220,21 @@ class Settle(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=8)
     first: bool = False
 
 
-Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold | PutMember | DropMember | Settle
+class Raise(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=9):
+    """Raises the feature level. Whoever proposes it has seen that every node can follow."""
+
+    origin: str
+    number: int
+    level: Count
+
+
+Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold | PutMember | DropMember | Settle | Raise
+_COMMANDS = range(1, 10)  # kinds that are read
+
+
+class _Kind(msgspec.Struct, array_like=True):
+    kind: int
+
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_commands = msgspec.msgpack.Decoder(list[Command]).decode
@@ -215,6 +243,8 @@ _decode_route = msgspec.msgpack.Decoder(Route).decode
 _decode_hold = msgspec.msgpack.Decoder(Hold).decode
 _decode_member = msgspec.msgpack.Decoder(Member).decode
 _decode_home = msgspec.msgpack.Decoder(Home).decode
+_decode_level = msgspec.msgpack.Decoder(Level).decode
+_decode_kinds = msgspec.msgpack.Decoder(list[_Kind]).decode
 
 
 def encode_command(commands: list[Command]) -> bytes:
@@ -228,7 +258,7 @@ class Change(msgspec.Struct):
     origin: str
     number: int
     outcome: int
-    record: Destination | Route | Hold | Member | None = None  # as it is now
+    record: Destination | Route | Hold | Member | Level | None = None  # as it is now
     why: str = ""  # what an outcome needs to be understood: the target that is unknown, the cycle
 
 
@@ -241,10 +271,12 @@ class Directory:
         self.holds: dict[bytes, Hold] = {}
         self.members: dict[str, Member] = {}
         self.homes: dict[int, Home] = {}
+        self.level = LEVEL_MIN
 
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
         """Replaces everything by stored rows. Raises CorruptEntry."""
         self.destinations, self.routes, self.holds, self.members, self.homes = {}, {}, {}, {}, {}
+        self.level = LEVEL_MIN
         for key, value in rows:
             try:
                 if key.startswith(_ROUTE):
@@ -260,11 +292,15 @@ class Directory:
                 elif key.startswith(_HOME):
                     home = _decode_home(value)
                     self.homes[home.shard] = home
+                elif key == _LEVEL:
+                    self.level = _decode_level(value).level
+                elif key.startswith(_KIND):
+                    raise ValueError("it is of a kind that this version does not know")
                 else:
                     row = _decode_destination(value).current()
                     self.destinations[row.name] = row
             except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as e:
-                raise CorruptEntry(f"the row {key!r} of the directory does not decode: {e}") from e
+                raise CorruptEntry(f"the row {key!r} of the directory does not decode: {e}{_newer(key, value)}") from e
 
     def apply(self, index: int, command: bytes) -> tuple[list[Change], list[tuple[bytes, bytes]], list[bytes]]:
         """Applies a committed command: the changes, rows to put, rows to delete. Raises CorruptEntry for bytes of another
@@ -273,7 +309,7 @@ class Directory:
             commands = [PutDestination(c.origin, c.number, c.destination.current(), c.create, c.replace, c.etag)
                         if isinstance(c, PutV1) else c for c in _decode_commands(command)]
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as e:
-            raise CorruptEntry(f"a meta entry of {len(command)} bytes does not decode: {e}") from e
+            raise CorruptEntry(f"a meta entry of {len(command)} bytes does not decode: {e}{_newer_command(command)}") from e
         for c in commands:
             if isinstance(c, SetHold):
                 check_scope(c.scope)
@@ -300,6 +336,9 @@ class Directory:
             elif isinstance(c, DropMember):
                 key = _MEMBER + c.node_id.encode()
                 self._drop_member(c, change)
+            elif isinstance(c, Raise):
+                key = _LEVEL
+                self._raise(c, index, change)
             else:
                 key = _HOLD + c.scope
                 self._set_hold(c, change)
@@ -421,6 +460,13 @@ class Directory:
         else:
             change.record = old
 
+    def _raise(self, c: Raise, index: int, change: Change) -> None:
+        if c.level > self.level:
+            self.level = c.level
+            change.record = Level(c.level, index)
+        else:
+            change.outcome = EXISTS
+
     def _settle(self, c: Settle, index: int, change: Change) -> list[Member | Home]:
         if c.first and self.members:
             change.outcome = EXISTS
@@ -431,6 +477,29 @@ class Directory:
         members = [msgspec.structs.replace(member, revision=index) for member in c.members] if c.first else []
         self.members.update({member.node_id: member for member in members})
         return [*members, *self._put_homes(c.homes, index)]
+
+
+def names_nodes(key: bytes) -> bool:
+    """Whether a row says who a node is, or where a shard belongs: what a cluster made from a backup must not believe."""
+    return key.startswith((_MEMBER, _HOME))
+
+
+def _newer_command(command: bytes) -> str:
+    """What to do about an entry that is refused, if it has a command of a kind that is not known."""
+    try:
+        kinds = {c.kind for c in _decode_kinds(command)} - {*_COMMANDS}
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+    return f". It has a command of kind {max(kinds)}, and this version knows up to {_COMMANDS[-1]}{RUN_NEWER}" if kinds else ""
+
+
+def _newer(key: bytes, value: bytes) -> str:
+    """The same of a row."""
+    version = version_of(value)
+    newest = 1 if key.startswith(_KIND) else 2
+    if key.startswith(_KIND) and not key.startswith((_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL)):
+        return RUN_NEWER
+    return f". It has version {version}, and this node reads up to {newest}{RUN_NEWER}" if version is not None and version > newest else ""
 
 
 def _row_key(record: Member | Home) -> bytes:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 from spillway.broker.core.bounds import Count, Time, Unsigned, version_of
-from spillway.broker.core.errors import CorruptEntry
+from spillway.broker.core.errors import CorruptEntry, newer
 
 VERSION = 2
 VERSIONS_READ = (1, 2)  # 1 had no trims, purges, redrives, options, copies
@@ -94,7 +94,7 @@ def decode_entry(command: bytes) -> Entry:
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         version = version_of(command)
         if version is not None and version not in VERSIONS_READ:
-            raise CorruptEntry(f"a log entry has version {version}; this node reads {VERSIONS_READ}") from None
+            raise CorruptEntry(f"a log entry has version {version}; this node reads {VERSIONS_READ}{newer(version, VERSION)}") from None
         raise CorruptEntry(f"a log entry of {len(command)} bytes does not decode: {e}") from e
     for batch in entry.enqueues:
         if len(batch.queues) != len(batch.bodies):

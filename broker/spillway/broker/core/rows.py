@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 from spillway.broker.core.bounds import NUMBER_MAX, TIME_MS_MAX, Count, Number, Time, Unsigned, check_queue, version_of
-from spillway.broker.core.errors import CorruptEntry
+from spillway.broker.core.errors import CorruptEntry, newer
 
 if TYPE_CHECKING:
     from spillway.broker.core.queue import Message
@@ -173,7 +173,7 @@ def decode_queue(value: bytes) -> QueueRow:
 def _refused(kind: type, value: bytes, error: Exception) -> CorruptEntry:
     version = version_of(value)
     if version not in (None, VERSION):
-        return CorruptEntry(f"a {kind.__name__} has version {version}; this node reads {VERSION}")
+        return CorruptEntry(f"a {kind.__name__} has version {version}; this node reads {VERSION}{newer(version, VERSION)}")
     return CorruptEntry(f"a {kind.__name__} of {len(value)} bytes does not decode: {error}")
 
 

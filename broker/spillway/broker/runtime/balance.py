@@ -10,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import grpc
 import msgspec
 from spillway.broker.config import Peer, members_of
 from spillway.broker.core import directory as d
+from spillway.broker.core import features
 from spillway.broker.errors import BrokerError, NotFound, RequestError, Unavailable
 from spillway.cluster.errors import ChangeRefused
 from spillway.cluster.placement import Site, place
 from spillway.cluster.raft.configuration import ChangeKind
 from spillway.cluster.steps import HandOver, next_step
+from spillway.contract.version import VERSION
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
-from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse
+from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse, GroupStatus
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.forward import Forwarder
@@ -195,24 +196,24 @@ class Balance:
         for leader, numbers in by_leader.items():
             status = await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)
             for group in status.groups:
-                if group.group in numbers and group.role == "leader" and group.configuration_index <= group.commit_index and (
-                        own not in group.voters and own not in group.learners):
-                    node.host.drop_group(group.group, group.configuration_index)
+                if group.group in numbers and _tells_members(group) and own not in group.voters and own not in group.learners:
+                    node.host.drop_group(group.group, group.configuration_index, group.commit_index)
 
     def introduction(self) -> ClusterMember:
         """This node, as it says itself."""
         node = self._node
         own = node.own
         return ClusterMember(node_id=own.node_id, peer_address=own.peer_address, client_address=own.client_address,
-                             zone=node.config.zone, host=node.config.host, incarnation=node.host.hello().incarnation)
+                             zone=node.config.zone, host=node.config.host, incarnation=node.host.hello().incarnation,
+                             feature_min=node.features.low, feature_max=node.features.high)
 
     async def _introduce(self, forwarder: Forwarder) -> None:
         """Tells the meta group what is new about this node."""
         node = self._node
         known = node.meta.directory.members.get(node.config.node_id)
         mine = self.introduction()
-        if known is not None and said(known) != mine:
-            request = JoinRequest(cluster=node.config.cluster, member=mine, formed=True, shard_count=node.config.shards,
+        if known is not None and said_of(known) != mine:
+            request = JoinRequest(cluster=node.config.cluster, member=mine, inside=True, shard_count=node.config.shards,
                                   replica_count=node.config.replicas)
             leader = forwarder.meta_leader()
             if leader == node.config.node_id:
@@ -225,7 +226,7 @@ class Balance:
         leader without it."""
         config = self._node.config
         known = self._node.meta.directory.members.get(request.member.node_id)
-        return (known is not None and known.leaving != d.GONE and said(known) == request.member
+        return (known is not None and known.leaving != d.GONE and said_of(known) == request.member
                 and (request.cluster, request.shard_count, request.replica_count) == (config.cluster, config.shards, config.replicas))
 
     # -- the meta group's leader ---------------------------------------------------------------------------------
@@ -240,6 +241,7 @@ class Balance:
         node = self._node
         config, new = node.config, request.member
         directory = node.meta.directory
+        self.check_members_change()
         if not directory.members:
             raise Unavailable(FORMING)
         known = directory.members.get(new.node_id)
@@ -248,11 +250,15 @@ class Balance:
         for setting, theirs, ours in (("shards", request.shard_count, config.shards), ("replicas", request.replica_count, config.replicas)):
             if theirs != ours:
                 raise RequestError(setting, f"is {theirs}, and {ours} in this cluster, for ever; start the node with --{setting} {ours}")
-        check_newcomer(new, request.formed, known, node.config.node_id, node.host.incarnation_of(new.node_id))
-        if known is None or said(known) != new:
+        if why := features.refusal(directory.level, features.said(new.feature_min, new.feature_max)):
+            raise RequestError("feature_max", why)
+        there = node.host.hello() if new.node_id == config.node_id else node.host.hello_of(new.node_id)
+        check_newcomer(new, request.formed, request.inside, known, None if there is None else there.incarnation)
+        if known is None or said_of(known) != new:
             leaving = d.STAYS if known is None else known.leaving
             await self._put_member(
-                d.Member(new.node_id, 0, new.peer_address, new.client_address, new.zone, new.host, new.incarnation, leaving), known)
+                d.Member(new.node_id, 0, new.peer_address, new.client_address, new.zone, new.host, new.incarnation, leaving,
+                         new.feature_min, new.feature_max), known)
 
     async def leave(self, node_id: str, leaving: int) -> None:
         """Says what is to become of a node: STAYS, DRAINS or GONE. On the meta group's leader. Raises NotFound, RequestError,
@@ -262,6 +268,7 @@ class Balance:
 
     async def _leave(self, node_id: str, leaving: int) -> None:
         node = self._node
+        self.check_members_change()
         members = node.meta.directory.members
         if not members:
             raise Unavailable(FORMING)
@@ -298,6 +305,9 @@ class Balance:
     async def _lead_meta(self, forwarder: Forwarder, now: float, asks: bool) -> None:
         node = self._node
         directory = node.meta.directory
+        await self._raise_level()
+        if not node.feature(features.MEMBERS):
+            return
         if not directory.members:
             founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
             await node.meta.settle(node.founded, first=founders)
@@ -309,6 +319,40 @@ class Balance:
         if asks:
             await self._let_go(forwarder)
 
+    def _levels(self) -> dict[str, features.Range | None]:
+        """The levels at which the nodes can work, as they say; None: there is no connection. Those that are to go do not count."""
+        node = self._node
+        members = node.meta.directory.members
+        found: dict[str, features.Range | None] = {}
+        for node_id in [m.node_id for m in members.values() if m.leaving != d.GONE] or node.members:
+            hello = node.host.hello_of(node_id)
+            found[node_id] = None if hello is None else features.said(hello.feature_min, hello.feature_max)
+        found[node.config.node_id] = node.features
+        return found
+
+    async def _raise_level(self) -> None:
+        """Takes the cluster to the highest feature level at which all nodes can work. What a node said before does not count: it may
+        run another version now, and would be lost with an entry that it cannot read."""
+        node = self._node
+        found = [levels for levels in self._levels().values() if levels is not None]
+        if len(found) < len(self._levels()):
+            return
+        level = features.next_level(node.meta.directory.level, found)
+        if level != node.meta.directory.level:
+            log.info("feature level %d: every node knows it", level)
+            await node.meta.raise_level(level)
+
+    def check_members_change(self) -> None:
+        """Whether nodes may come and go at the cluster's feature level. Raises Unavailable, which says who holds it back."""
+        node = self._node
+        if node.feature(features.MEMBERS):
+            return
+        behind = [f"{n} (does not answer)" if levels is None else f"{n} (knows up to level {levels.high})"
+                  for n, levels in sorted(self._levels().items()) if levels is None or levels.high < features.MEMBERS]
+        raise Unavailable(f"the cluster is at feature level {node.meta.directory.level}, and nodes join, drain and leave from "
+                          f"{features.MEMBERS} on: " + (f"first upgrade every node; it waits for {', '.join(behind)}" if behind else
+                                                        "it is about to be raised; try again"))
+
     async def _let_go(self, forwarder: Forwarder) -> None:
         """Finds nodes that are to be removed and have nothing any more; forgets those that the meta group has let go, too."""
         node = self._node
@@ -316,7 +360,7 @@ class Balance:
         going = {m.node_id for m in members.values() if m.leaving == d.GONE}
         self._freed &= going
         meta = node.host.status()[META_GROUP]
-        for node_id in self._freed - {*meta.configuration.voters, *meta.configuration.learners}:
+        for node_id in sorted(self._freed - {*meta.configuration.voters, *meta.configuration.learners}):
             if meta.configuration_index <= meta.commit_index:
                 await node.meta.drop_member(node_id)
         if going - self._freed and not any(n in home for home in self.homes().values() for n in going - self._freed):
@@ -328,13 +372,13 @@ class Balance:
         found: set[str] = set()
         unknown = set(range(1, node.config.shards + 1))
         leaders = {leader for shard in unknown if (leader := node.leader_of(shard)) is not None}
-        for leader in leaders:
+        for leader in sorted(leaders):
             if leader == node.config.node_id:
                 groups = node_status(node).groups
             else:
                 groups = (await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)).groups
             for group in groups:
-                if group.group in unknown and group.role == "leader" and group.configuration_index <= group.commit_index:
+                if group.group in unknown and _tells_members(group):
                     unknown.discard(group.group)
                     found.update(group.voters, group.learners)
         if unknown:
@@ -342,21 +386,27 @@ class Balance:
         return found
 
 
-def said(member: d.Member) -> ClusterMember:
+def _tells_members(group: GroupStatus) -> bool:
+    """Whether it is the group's leader that says who its members are, and they are for good. Nodes of 0.1.0 do not say."""
+    return group.role == "leader" and group.configuration_index <= group.commit_index and bool(group.voters)
+
+
+def said_of(member: d.Member) -> ClusterMember:
     """What a node said of itself."""
     return ClusterMember(node_id=member.node_id, peer_address=member.peer_address, client_address=member.client_address,
-                         zone=member.zone, host=member.host, incarnation=member.incarnation)
+                         zone=member.zone, host=member.host, incarnation=member.incarnation, feature_min=member.feature_min,
+                         feature_max=member.feature_max)
 
 
-def check_newcomer(new: ClusterMember, formed: bool, known: d.Member | None, own: str, connected: str | None) -> None:
-    """Whether a node may be one of this cluster. `known`: what is known under its id; `own`: this node's id; `connected`: the store
-    of the node of that id that there is a connection to. Raises RequestError with what to do."""
+def check_newcomer(new: ClusterMember, formed: bool, inside: bool, known: d.Member | None, running: str | None) -> None:
+    """Whether a node may be one of this cluster; see JoinRequest. `known`: what is known under its id; `running`: the store of the node
+    of that id that runs, as far as is known. Raises RequestError with what to do."""
     if known is None:
-        if formed:
+        if formed or inside:
             raise RequestError("node_id", f"node {new.node_id!r} has the data of a cluster, and is no node of this one: it is another "
                                "cluster's, or was removed. Start it with an empty data_dir")
         return
-    if (connected is not None and connected != new.incarnation) or (new.node_id == own and known.incarnation not in ("", new.incarnation)):
+    if running is not None and running != new.incarnation:
         raise RequestError("node_id", f"a node {new.node_id!r} is running already; choose another node_id")
     if known.leaving == d.GONE:
         raise RequestError("node_id", f"node {new.node_id!r} is being removed; wait until it is gone, and start with an empty data_dir")
@@ -376,7 +426,8 @@ def check_departure(node_id: str, staying: list[str], replicas: int) -> None:
 
 def node_status(node: Node) -> GetNodeStatusResponse:
     """What a node says of itself in ClusterService.GetNodeStatus."""
-    out = GetNodeStatusResponse(node=node.config.node_id, version=version("spillway"))
+    out = GetNodeStatusResponse(node=node.config.node_id, version=VERSION, feature_min=node.features.low, feature_max=node.features.high,
+                                feature_level=node.meta.directory.level)
     for group, s in sorted(node.host.status().items()):
         out.groups.add(group=group, role=s.role.value, leader=s.leader or "", term=s.term, commit_index=s.commit_index,
                        applied_index=s.applied_index, durable_index=s.durable_index,

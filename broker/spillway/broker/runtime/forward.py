@@ -535,9 +535,9 @@ class LeaseProxy:
     def _follow_members(self) -> None:
         """Subscribes at nodes that came, and no longer at those that are gone."""
         peers = self._forwarder.node.members.keys() - {self._local}
-        for peer in self._leases.keys() - peers:
+        for peer in sorted(self._leases.keys() - peers):
             self._leases.pop(peer).cancel()
-        for peer in peers - self._leases.keys():
+        for peer in sorted(peers - self._leases.keys()):
             self._leases[peer] = self._loop.create_task(self._lease(peer))
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from spillway.broker.core import directory as d
+from spillway.broker.core import features
 from spillway.broker.core.directory import Change, Command, Destination, Directory, Home, Member, Route
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import AlreadyExists, EtagMismatch, NotFound, RequestError, Unavailable
@@ -16,6 +17,8 @@ PENDING_MAX = 1024  # changes waiting for the log
 COMMANDS_PER_ENTRY_MAX = 64
 ENTRY_BYTES_SOFT_MAX = 1 << 20  # a destination or a route has up to some 400 KiB
 DEFAULT_POLICY = Policy()
+NO_ETAG = 1 << 62  # no revision ever is: what asks for it changes nothing
+DIRECTORY_ROWS = b"\0", b"\xff\xff\xff\xff"  # from, to
 
 
 class MetaRuntime:
@@ -34,6 +37,8 @@ class MetaRuntime:
         self._waiting: dict[int, asyncio.Future[Change]] = {}
         self._policies: dict[bytes, Policy] = {}
         self.changed: Callable[[], None] = lambda: None  # called after every change
+        self.level_changed: Callable[[int], None] = lambda level: None
+        """Told of a new feature level BEFORE it is stored. What it raises ends the node."""
         self.reload()
 
     def policy(self, destination: bytes) -> Policy:
@@ -99,6 +104,7 @@ class MetaRuntime:
                          homes: Mapping[int, Sequence[str]] | None = None) -> Member:
         """Creates or replaces a node of the cluster, and says at once where shards belong with it. Raises AlreadyExists, NotFound,
         EtagMismatch, RequestError, Unavailable."""
+        self._require(features.MEMBERS)
         rows = _homes(homes or {})
         change = await self._change(lambda number: d.PutMember(self.node_id, number, member, create, replace, etag, rows))
         if change.outcome == d.UNKNOWN_TARGET:
@@ -111,6 +117,7 @@ class MetaRuntime:
 
     async def drop_member(self, node_id: str, etag: int = 0) -> None:
         """Forgets a node of the cluster. Raises NotFound, EtagMismatch, RequestError if a shard belongs there, Unavailable."""
+        self._require(features.MEMBERS)
         change = await self._change(lambda number: d.DropMember(self.node_id, number, node_id, etag))
         _check(change.outcome, f"node {node_id!r}", "node_id", "node_id", etag)
         if change.outcome == d.TAKEN:
@@ -119,9 +126,28 @@ class MetaRuntime:
     async def settle(self, homes: Mapping[int, Sequence[str]], first: Sequence[Member] = ()) -> bool:
         """Says where shards belong, and with `first` who the nodes are; false if that was said before, or names a node that is none.
         Raises Unavailable."""
+        self._require(features.MEMBERS)
         rows = _homes(homes)
         change = await self._change(lambda number: d.Settle(self.node_id, number, rows, tuple(first), bool(first)))
         return change.outcome == d.OK
+
+    async def raise_level(self, level: int) -> None:
+        """Raises the cluster's feature level; the caller has seen that every node can follow. Raises Unavailable."""
+        await self._change(lambda number: d.Raise(self.node_id, number, level))
+
+    async def barrier(self) -> None:
+        """Waits until everything that was answered before is applied here, by an entry without a change that every version reads. Raises
+        Unavailable."""
+        await self._change(lambda number: d.DropRoute(self.node_id, number, "barrier", NO_ETAG))
+
+    def feature(self, level: int) -> bool:
+        """Whether what came with a feature level may be written."""
+        return self.directory.level >= level
+
+    def _require(self, level: int) -> None:
+        """The last look before something of a level is written. Raises Unavailable."""
+        if not self.feature(level):
+            raise Unavailable(f"the cluster is at feature level {self.directory.level}, and this needs {level}: upgrade every node")
 
     async def _change(self, make: Callable[[int], Command], timeout: float = 5.0) -> Change:
         """Proposes a change on the meta group's leader, which this node must be."""
@@ -163,7 +189,10 @@ class MetaRuntime:
 
     def apply(self, index: int, term: int, command: bytes) -> None:
         """See GroupMachine."""
+        level = self.directory.level
         changes, puts, deletes = self.directory.apply(index, command)
+        if self.directory.level != level:
+            self.level_changed(self.directory.level)
         self.rows.commit(index, term, puts, deletes, [])
         self.revision += 1
         self._policies.clear()
@@ -189,7 +218,10 @@ class MetaRuntime:
 
     def reload(self) -> None:
         """See GroupMachine."""
-        self.directory.load(self.rows.scan(b"\0", b"\xff\xff\xff\xff"))
+        level = self.directory.level
+        self.directory.load(self.rows.scan(*DIRECTORY_ROWS))
+        if self.directory.level != level:
+            self.level_changed(self.directory.level)
         self.revision += 1
         self._policies.clear()
         self.changed()

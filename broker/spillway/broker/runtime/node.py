@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spillway.broker.config import NodeConfig, Peer, members_of
+from spillway.broker.core import features
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.directory import Hold
 from spillway.broker.core.outbox import OUTBOX
 from spillway.broker.core.policy import Policy, park_ms
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick, Scheduler
+from spillway.broker.runtime.backup import Backups
 from spillway.broker.runtime.balance import META_GROUP, Balance
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink, stream_of
@@ -31,6 +33,7 @@ from spillway.broker.runtime.shares import Shares
 from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
 from spillway.cluster.clock import Clock, SystemClock
+from spillway.cluster.errors import StoreRefused
 from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
@@ -72,6 +75,7 @@ class Node:
         self.store = store
         self.host = host
         self.founded = founded
+        self.features = host.features = features.known(config.feature_level_max)
         self.scheduler = Scheduler(self.policy)
         self.timers = Timers()
         self.random: Callable[[], float] = random.random
@@ -87,7 +91,11 @@ class Node:
         self._trimmed = self.clock.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self.meta = MetaRuntime(config.node_id, store.group(META_GROUP), lambda: host.wake(META_GROUP))
+        self.meta.level_changed = self.check_level
+        self.keep_level: Callable[[int], None] = lambda level: None
+        """Notes the feature level where a version that does not know it looks first."""
         self.balance = Balance(self)
+        self.backups = Backups(self)
         self._policies: dict[bytes, Policy] = {}  # those that the scheduler uses
         self._holds: dict[bytes, Hold] = {}  # operators' gates that the scheduler knows
         self._remote_holds: dict[bytes, int] = {}  # scope -> until, of gates that other nodes keep closed
@@ -105,6 +113,7 @@ class Node:
         self.on_removed: Callable[[], None] = lambda: None
         """Called when this node is none of the cluster any more."""
         host.removed = self._removed
+        host.on_leadership(lambda group, leader, term: self.topology_changed())  # also of groups without a replica here
         host.before_collect = self.before_collect
         store.unreadable = host.fatal
         self.meta.changed = self._meta_changed
@@ -143,6 +152,18 @@ class Node:
         """`members` is another one."""
         for follow in list(self.on_members):
             follow()
+
+    # -- feature levels ------------------------------------------------------------------------------------------
+
+    def feature(self, level: int) -> bool:
+        """Whether what came with a feature level may be written: every node of the cluster can read it. See core.features."""
+        return self.meta.feature(level)
+
+    def check_level(self, level: int) -> None:
+        """The cluster is at a feature level. Raises StoreRefused if this node does not know it."""
+        if why := features.refusal(level, self.features):
+            raise StoreRefused(why)
+        self.keep_level(level)
 
     # -- small things --------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ While one entry is in flight the next fills (group commit): latency when idle, b
 """
 from __future__ import annotations
 
+import asyncio
 import logging
 from bisect import bisect_left
 from collections import OrderedDict, deque
@@ -18,6 +19,7 @@ from spillway.broker.core.policy import backoff_ms, dead_reason
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick
 from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of
+from spillway.broker.errors import Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.chores import Chores, Flight
 from spillway.broker.runtime.copier import Copier
@@ -77,6 +79,8 @@ class ShardRuntime:
         self._samples: deque[tuple[int, dict[bytes, int]]] = deque(maxlen=SAMPLES)
         self.chores = Chores(self)
         self.copier = Copier(node, self)
+        self._barriers: list[asyncio.Future[None]] = []
+        self._barriers_in_flight: list[asyncio.Future[None]] = []
         self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick], Flight]] = deque()
         self._clear_pending()
 
@@ -194,6 +198,16 @@ class ShardRuntime:
         """Forgets a closed gate."""
         self._gates.append((scope, 0, 0))
 
+    async def barrier(self) -> None:
+        """Returns when an entry that is proposed after the call is applied here: everything that any leader acknowledged before the
+        call is in the state then. Raises Unavailable if this node does not lead, or not for long enough."""
+        if not self.leading:
+            raise Unavailable(f"this node does not lead shard {self.number}")
+        passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append(passed)
+        self.node.host.wake(self.number)
+        await passed
+
     def expire_due(self, now: int) -> bool:
         """Proposes the end of leases whose time is over; true if there are any."""
         second = now // 1000
@@ -223,7 +237,8 @@ class ShardRuntime:
     @property
     def waiting(self) -> bool:
         """Whether something waits for an entry."""
-        return bool(self._batches or self._settles or self._grants or self._expires or self._gates or self.chores.waiting)
+        return bool(self._batches or self._settles or self._grants or self._expires or self._gates or self._barriers
+                    or self.chores.waiting)
 
     # -- GroupMachine --------------------------------------------------------------------------------------------
 
@@ -268,6 +283,7 @@ class ShardRuntime:
                      settles, self._expires[:EXPIRES_PER_ENTRY_MAX], self._gates, grants, list(consumers))
         del self._grants[:GRANTS_PER_ENTRY_MAX], self._expires[:EXPIRES_PER_ENTRY_MAX]
         self._gates = []
+        self._barriers, self._barriers_in_flight = [], self._barriers
         self._in_flight.append((made, batches, calls, picks, self.chores.fill(made)))
         return encode_entry(made)
 
@@ -284,6 +300,9 @@ class ShardRuntime:
             if made.trims or flight.purges or flight.redrives or flight.dead_purges:
                 self.chores.applied(made, flight, effects)
             self._schedule(effects, picks)
+            for passed in self._barriers_in_flight:
+                if not passed.done():
+                    passed.set_result(None)
         else:
             self.state.apply(index, decode_entry(command))
         if (self.state.unsaved_bytes > UNSAVED_BYTES_MAX or self.log_bytes > LOG_BYTES_MAX
@@ -359,6 +378,10 @@ class ShardRuntime:
             for pick in picks:
                 node.return_credit(pick)
         self._in_flight.clear()
+        for passed in (*self._barriers_in_flight, *self._barriers):
+            if not passed.done():
+                passed.set_exception(Unavailable(f"shard {self.number}: the leader changed"))
+        self._barriers, self._barriers_in_flight = [], []
         for waiting in self._batches.values():
             for batch in waiting:
                 node.pass_on(self.number, batch)

@@ -1,4 +1,4 @@
-"""ClusterService: who leads what, and who the nodes are."""
+"""ClusterService: who leads what, who the nodes are, and their state for backups."""
 from __future__ import annotations
 
 import asyncio
@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import grpc
 from spillway.broker.core import directory as d
-from spillway.broker.errors import BrokerError, Unavailable
-from spillway.broker.runtime.balance import node_status
+from spillway.broker.errors import BrokerError, RequestError, Unavailable
+from spillway.broker.runtime.balance import META_GROUP, node_status
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.cluster_status import cluster_status
@@ -106,6 +106,7 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
     async def _leave(self, method: str, request: Any, response: Answer, leaving: int, context: Any) -> Answer:
         try:
             check_name("node_id", request.node_id)
+            self.node.balance.check_members_change()
             leader = await self.forwarder.await_meta_leader()
             if leader == self.node.config.node_id:
                 await self.node.balance.leave(request.node_id, leaving)
@@ -116,3 +117,29 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return response
+
+    async def Backup(self, request: pb.BackupRequest, context: Any) -> AsyncIterator[pb.BackupResponse]:
+        """See cluster_service.proto."""
+        try:
+            async for part in self._backup(request):
+                yield part
+        except (BrokerError, grpc.aio.AioRpcError) as error:
+            await pass_on(context, error)
+
+    async def _backup(self, request: pb.BackupRequest) -> AsyncIterator[pb.BackupResponse]:
+        node, group = self.node, request.group
+        if group > node.config.shards:
+            raise RequestError("group", f"there is no shard {group}; there are {node.config.shards}")
+        leader = await (self.forwarder.await_meta_leader() if group == META_GROUP else self.forwarder.await_leader(group))
+        if leader == node.config.node_id:
+            async for part in node.backups.read(group):
+                yield part
+        elif self.peer:
+            raise Unavailable(f"this node does not lead group {group}", leader)
+        else:
+            call: Any = self.forwarder.link(leader).cluster.Backup(request)
+            try:
+                async for part in call:
+                    yield part
+            finally:
+                call.cancel()

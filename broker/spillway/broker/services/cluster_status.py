@@ -1,8 +1,9 @@
 """What the nodes' answers say of the cluster: what moves, what is wrong, and what to do about it. Pure."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from spillway.broker.core import features
 from spillway.v1 import cluster_service_pb2 as pb
 
 LAG_MANY = 10_000  # entries; beyond them a replica is said to be behind
@@ -11,7 +12,7 @@ LAG_MANY = 10_000  # entries; beyond them a replica is said to be behind
 def cluster_status(cluster: str, nodes: Sequence[pb.Node], homes: Mapping[int, Sequence[str]],
                    answers: Mapping[str, pb.GetNodeStatusResponse]) -> pb.GetClusterStatusResponse:
     """`nodes`: all of them; `homes`: where shards belong; `answers`: of those that answered."""
-    out = pb.GetClusterStatusResponse(cluster=cluster)
+    out = pb.GetClusterStatusResponse(cluster=cluster, feature_level=max((a.feature_level or 1 for a in answers.values()), default=1))
     groups: dict[int, dict[str, pb.GroupStatus]] = {0: {}, **{shard: {} for shard in homes}}
     for node_id, answer in answers.items():
         for status in answer.groups:
@@ -22,6 +23,7 @@ def cluster_status(cluster: str, nodes: Sequence[pb.Node], homes: Mapping[int, S
         own = [g for g in out.groups if g.group and (node.id in g.voters or node.id in g.learners)]
         out.nodes.add(node=node, reachable=node.id in answers, replicas=len(own),
                       version=answers[node.id].version if node.id in answers else "",
+                      feature_max=answers[node.id].feature_max or 1 if node.id in answers else 0,
                       leads=sum(1 for g in out.groups if g.group and g.leader == node.id))
     _problems(out)
     return out
@@ -32,18 +34,20 @@ def _group(number: int, wanted: list[str], replicas: Mapping[str, pb.GroupStatus
     out = pb.GroupReport(group=number, wanted=wanted)
     if leaders:
         out.term, out.leader = max(leaders)
-        members = replicas[out.leader]
-    elif replicas:
-        members = max(replicas.values(), key=lambda status: (status.term, status.commit_index))
-    else:
+    if not replicas:
         return out
+
+    def latest(*answers: pb.GroupStatus) -> pb.GroupStatus:
+        return max(answers, key=lambda status: (status.term, status.commit_index))
+    newest = replicas[out.leader] if leaders else latest(*replicas.values())
+    telling = [status for status in replicas.values() if status.voters]  # nodes of 0.1.0 do not say who the members are
+    members = newest if newest.voters or not telling else latest(*telling)
     out.voters.extend(members.voters)
     out.learners.extend(members.learners)
-    out.moving = bool(wanted) and (set(wanted) != set(members.voters) or bool(members.learners))
+    out.moving = bool(wanted and members.voters) and (set(wanted) != set(members.voters) or bool(members.learners))
     for node_id, status in sorted(replicas.items()):
-        if node_id in members.voters or node_id in members.learners:
-            out.replicas.add(node=node_id, applied_index=status.applied_index,
-                             lag=max(0, members.commit_index - status.applied_index))
+        if node_id in members.voters or node_id in members.learners or not telling:
+            out.replicas.add(node=node_id, applied_index=status.applied_index, lag=max(0, newest.commit_index - status.applied_index))
     return out
 
 
@@ -54,8 +58,9 @@ def _problems(out: pb.GetClusterStatusResponse) -> None:
     reachable = {n.node.id for n in out.nodes if n.reachable}
     for n in out.nodes:
         if not n.reachable:
-            say(f"node {n.node.id} does not answer",
-                "start it again; if it is gone for good: spillway cluster remove " + n.node.id)
+            say(f"node {n.node.id} does not answer", "start it again; if it is gone for good: " + (
+                f"spillway cluster remove {n.node.id}" if out.feature_level >= features.MEMBERS else "with an empty data_dir"))
+    _feature_problems(out, say)
     for g in out.groups:
         name = f"shard {g.group}" if g.group else "the meta group"
         if not g.leader:
@@ -75,3 +80,23 @@ def _problems(out: pb.GetClusterStatusResponse) -> None:
     stay = [n for n in out.nodes if n.node.state == pb.NODE_STATE_ACTIVE]
     if len(stay) == 2:
         say("there are two nodes: if one fails, everything stops", "let a third one join")
+
+
+def _feature_problems(out: pb.GetClusterStatusResponse, say: Callable[[str, str], None]) -> None:
+    """Nodes that do not know what others know."""
+    counting = [n for n in out.nodes if n.reachable and n.node.state != pb.NODE_STATE_REMOVING]
+    for n in counting:
+        if n.feature_max < out.feature_level:
+            say(f"node {n.node.id} (version {n.version}) knows feature levels up to {n.feature_max}, and the cluster is at "
+                f"{out.feature_level}: the others refuse it", _upgrade(out.feature_level))
+    newest = max((n.feature_max for n in counting), default=0)
+    behind = [n for n in counting if out.feature_level <= n.feature_max < newest]
+    level = min((n.feature_max for n in behind), default=newest)
+    if level == out.feature_level < newest:
+        nodes = ", ".join(f"{n.node.id} (version {n.version})" for n in behind if n.feature_max == level)
+        say(f"the cluster stays at feature level {level}, as these know no more: {nodes}", _upgrade(level + 1))
+
+
+def _upgrade(level: int) -> str:
+    newer = f"version {features.LEVELS[level].since} or newer" if level in features.LEVELS else "the version of the other nodes"
+    return f"run {newer} there, without a lower feature_level_max"

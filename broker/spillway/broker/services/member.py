@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 from spillway.broker.config import split_address
 from spillway.broker.errors import BrokerError, ConfigError, RequestError
-from spillway.broker.runtime.balance import said
+from spillway.broker.runtime.balance import said_of
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.operations import CALL_SECONDS
@@ -32,6 +32,7 @@ class MemberService(member_service_pb2_grpc.MemberServiceServicer):
             _check(request)
             if self.node.balance.knows(request):
                 return self._members()
+            self.node.balance.check_members_change()
             leader = await self.forwarder.await_meta_leader()
             passed_on = any(key == PASSED_ON for key, _ in context.invocation_metadata() or ())
             if leader != self.node.config.node_id and not passed_on:
@@ -44,7 +45,7 @@ class MemberService(member_service_pb2_grpc.MemberServiceServicer):
         return self._members()
 
     def _members(self) -> pb.JoinResponse:
-        return pb.JoinResponse(members=map(said, self.node.meta.directory.members.values()))
+        return pb.JoinResponse(members=map(said_of, self.node.meta.directory.members.values()))
 
 
 def _check(request: pb.JoinRequest) -> None:

@@ -52,7 +52,7 @@ def status(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
 def _print(found: ClusterStatus) -> None:
     shards = [group for group in found.groups if group.group]
     print(f"cluster {found.cluster!r}: {plural(len(found.nodes), 'node')}, {plural(len(shards), 'shard')}, "
-          + (f"{found.moving} moving" if found.moving else "none moving"))
+          + (f"{found.moving} moving" if found.moving else "none moving") + f", feature level {found.feature_level}")
     print_table(("node", "state", "address", "zone", "host", "version", "replicas", "leads"), [
         (n.id, n.state.name.lower() if n.reachable else f"{n.state.name.lower()}, silent", n.address, n.zone, n.host, n.version,
          str(n.replicas), str(n.leads)) for n in found.nodes])

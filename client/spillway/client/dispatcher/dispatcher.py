@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
 from spillway.client.dispatcher.lane import CLOSED, Counts, Lane
 from spillway.client.dispatcher.sender import AddressCheck, Resolver, Sender
 from spillway.client.dispatcher.source import Broker, Target
 from spillway.client.errors import SpillwayError
+from spillway.contract.version import VERSION
 
 log = logging.getLogger("spillway.dispatcher")
 
@@ -109,10 +109,7 @@ class Dispatcher:
         self._reachable = True
         self._unusable: dict[Target, str] = {}
         self._crowded = False
-        try:
-            self._user_agent = "spillway/" + version("spillway")
-        except PackageNotFoundError:
-            self._user_agent = "spillway"
+        self._user_agent = f"spillway/{VERSION}"
 
     def __repr__(self) -> str:
         return f"<Dispatcher: {len(self._members)} destinations, {self.counts()}>"

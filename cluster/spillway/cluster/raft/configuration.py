@@ -91,12 +91,20 @@ class Configuration:
         return msgspec.msgpack.encode(_Row(list(self.voters), list(self.learners)))
 
 
+def _parts(data: bytes) -> int:
+    try:
+        return len(msgspec.msgpack.decode(data, type=list))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0
+
+
 def decode_configuration(data: bytes) -> Configuration:
     """The inverse of `encode`. Raises ValueError."""
     try:
         row = msgspec.msgpack.decode(data, type=_Row)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ValueError(f"a configuration of {len(data)} bytes does not parse: {error}") from None
+        newer = f" ({parts} parts; this version reads 2: a newer one wrote it; run that one)" if (parts := _parts(data)) > 2 else ""
+        raise ValueError(f"a configuration of {len(data)} bytes does not parse: {error}{newer}") from None
     voters, learners = row.voters, row.learners
     everybody = {*voters, *learners}
     if voters != sorted(voters) or learners != sorted(learners) or len(everybody) != len(voters) + len(learners):

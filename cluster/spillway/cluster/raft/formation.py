@@ -28,12 +28,14 @@ class Standing(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a node says of its store when a connection begins; a PeerHello."""
+    """What a node says of itself when a connection begins; a PeerHello."""
 
     node_id: str
     incarnation: str
     formed: bool
     founders: Mapping[str, str] = field(default_factory=dict)
+    feature_min: int = 0
+    feature_max: int = 0
 
 
 def decide(node_id: str, incarnation: str, members: Iterable[str], hellos: Mapping[str, PeerHello]) -> Standing:

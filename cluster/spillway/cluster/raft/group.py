@@ -596,7 +596,7 @@ class RaftGroup:
     def recover(self, incarnation: str) -> None:
         """This replica's disk was lost, or it joins: it is silent until it is admitted. Raises StoreRefused if it was the only one."""
         if self.alone and not self.journal.configuration_index:
-            raise StoreRefused(f"group {self.number} has one replica, here, and its log is lost; restore a backup")
+            raise StoreRefused(f"group {self.number} has one replica, here, and its log is lost; restore a backup by `spillway restore`")
         self.recovery = Recovery(incarnation)
 
     def _pursue_recovery(self, recovery: Recovery) -> None:

@@ -133,6 +133,8 @@ class RaftHost:
         self._out: dict[str, list[RaftGroupMessage]] = {}
         self._out_epochs: dict[str, int] = {}
         self._claims = Claims()
+        self.features = (0, 0)
+        """Lowest and highest feature level of this node, for hellos; whoever knows them sets them before `run`."""
         self._hands_over = False
         self._leaving: set[str] = set()  # peers that are about to stop
         self._claims_due = False
@@ -156,6 +158,8 @@ class RaftHost:
 
     def has_replica(self, group: int, founders: list[str]) -> bool:
         """Whether this node has a replica of a group that was founded with these voters; before groups are added."""
+        if group in self.store.node.dropped:
+            return False
         return self.node_id in founders if self.store.founding else self.store.has_replica(group)
 
     def add_group(self, group: int, members: list[str], machine: GroupMachine) -> None:
@@ -169,13 +173,14 @@ class RaftHost:
         if self._started:
             self._enqueue("", 0, lambda: self._start_group(group, members, machine))
 
-    def drop_group(self, group: int, by: int) -> None:
+    def drop_group(self, group: int, by: int, upto: int) -> None:
         """Ends a replica that is no member any more and may not have heard of it, or never became one, in the next turn; then
-        `removed` is called. `by` is the index of a committed configuration without it: a replica that knows a later one stays, if
-        it is a member again."""
+        `removed` is called. `by` is the index of a committed configuration without it, the last one up to entry `upto`, which is
+        committed, too. A replica that goes by another one from up to there has heard of none since, or of one that its leader could not
+        commit; one that goes by a configuration from behind it stays, if it is a member again."""
         def drop() -> None:
             replica = self.groups.get(group)
-            if replica is not None and (replica.membership.index < by or self.node_id not in replica.configuration):
+            if replica is not None and (by != replica.membership.index <= upto or self.node_id not in replica.configuration):
                 self._drop_group(group)
         self._enqueue("", 0, drop)
 
@@ -212,11 +217,12 @@ class RaftHost:
             self._event.set()
 
     def leader_of(self, group: int) -> tuple[str | None, int]:
-        """(node id, term) of a group's leader as far as known: from the replica here; where there is none, or it knows no leader, as it
-        may be no member, from what leaders announce."""
+        """(node id, term) of a group's leader as far as known: from the replica here; where there is none, or leaders announce a later
+        term, or it knows no leader, from what they announce: it may be no member, and hear of nothing."""
         replica = self.groups.get(group)
         claimed = self._claims.leader(group)
-        if replica is None or (replica.leader is None and claimed[0] is not None and claimed[1] >= replica.engine.term):
+        if replica is None or (claimed[0] is not None and (
+                claimed[1] > replica.engine.term or (replica.leader is None and claimed[1] == replica.engine.term))):
             return claimed
         return replica.leader, replica.engine.term
 
@@ -234,9 +240,9 @@ class RaftHost:
         """Node ids of the peers that there is a connection to, and that are not about to stop."""
         return self._epochs.keys() - self._leaving
 
-    def incarnation_of(self, peer: str) -> str | None:
-        """Which store a peer that is connected has; None for others."""
-        return self._hellos[peer].incarnation if peer in self._epochs else None
+    def hello_of(self, peer: str) -> PeerHello | None:
+        """What a peer that is connected said of itself; None of others."""
+        return self._hellos[peer] if peer in self._epochs else None
 
     def transfer(self, group: int, to: str | None = None) -> bool:
         """Hands a group over to a follower; proposals pause meanwhile. False if it cannot now."""
@@ -250,7 +256,7 @@ class RaftHost:
     def hello(self) -> Hello:
         """What this node says of itself when a connection begins."""
         node = self.store.node
-        return Hello(node.node_id, node.incarnation, node.formed, node.founders)
+        return Hello(node.node_id, node.incarnation, node.formed, node.founders, *self.features)
 
     def __repr__(self) -> str:
         leads = sum(g.serving for g in self.groups.values())

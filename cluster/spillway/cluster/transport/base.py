@@ -26,7 +26,7 @@ from spillway.cluster.snapshots import Position
 
 
 class PeerHello(Protocol):
-    """What a peer says of its store when a connection begins."""
+    """What a peer says of itself and its store when a connection begins."""
 
     @property
     def incarnation(self) -> str:
@@ -39,6 +39,14 @@ class PeerHello(Protocol):
     @property
     def founders(self) -> Mapping[str, str]:
         """Members' incarnations as the peer knew them when it first took part: node id -> incarnation."""
+
+    @property
+    def feature_min(self) -> int:
+        """Lowest feature level of the cluster at which the peer can work; 0: it did not say."""
+
+    @property
+    def feature_max(self) -> int:
+        """Highest feature level of the cluster at which the peer can work; 0: it did not say."""
 
 
 @dataclass(frozen=True, slots=True)

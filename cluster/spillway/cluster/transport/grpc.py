@@ -4,11 +4,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from spillway.cluster.errors import ClusterError, PeerRefused, SnapshotBroken
 from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers
@@ -30,6 +31,7 @@ MESSAGE_BYTES_SOFT = 4 << 20  # frames in one gRPC message
 RECONNECT_SECONDS_MAX = 0.5
 REFUSED_LOG_SECONDS, REFUSED_LOG_MAX = 60.0, 100
 SNAPSHOT_SILENCE_SECONDS = 15.0  # whoever sends one says something every second
+HELLO = "spillway-hello-bin"  # trailing metadata of a refused call: who refuses
 SILENCE_SECONDS = 1.5  # a peer that says nothing for so long (claims come every second) is gone
 OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
            ("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1),
@@ -81,14 +83,16 @@ class _Connection:
 class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     """A PeerTransport. Add it to the peers' server with `add_to_server`."""
 
-    def __init__(self, hello: Any, cluster: str, node_id: str, peers: dict[str, str], export: Any) -> None:
+    def __init__(self, hello: Any, cluster: str, node_id: str, peers: dict[str, str], export: Any,
+                 unfit: Callable[[Hello], str] = lambda hello: "") -> None:
         """`hello()` gives the Hello to send; `peers` maps node ids to host:port; `export(group, peer, position)` is an async
-        generator of snapshot chunks."""
+        generator of snapshot chunks; `unfit(hello)` says why there can be no connection to a member, or nothing."""
         self._hello = hello
         self._cluster = cluster
         self._node_id = node_id
         self._peers = peers
         self._export = export
+        self._unfit = unfit
         self._handlers: Handlers | None = None
         self._connections: dict[str, _Connection] = {}
         self._epoch = 0
@@ -161,6 +165,8 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             raise PeerRefused(f"node {hello.node_id!r} is of cluster {hello.cluster!r}, not {self._cluster!r}")
         if hello.node_id not in self._peers or (peer and hello.node_id != peer):
             raise PeerRefused(f"node {hello.node_id!r} is not {peer or 'a member of this cluster'!r}")
+        if why := self._unfit(hello):
+            raise PeerRefused(why)
         old = self._connections.get(hello.node_id)
         if old is not None:
             if old.incarnation != hello.incarnation:  # one that lost its disk is let in when the old one falls silent
@@ -234,7 +240,10 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                         self._close(connection)
             except PeerRefused as error:
                 self._log_refused(error)
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    self._refused_by(peer, error)
+            except (grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
                 pass
             except asyncio.CancelledError:
                 # A reader that times out cancels the call, and a write that is stuck in it then raises this, too.
@@ -251,6 +260,18 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             await asyncio.sleep(wait * (0.5 + random.random()))  # noqa: S311
             wait = min(wait * 2, RECONNECT_SECONDS_MAX)
 
+    def _refused_by(self, peer: str, error: grpc.aio.AioRpcError) -> None:
+        """A peer refuses this node, and says who it is: what this one thinks of that counts, too."""
+        self._log_refused(PeerRefused(f"by node {peer!r}: {error.details()}"))
+        for key, value in error.trailing_metadata() or ():
+            if key == HELLO and isinstance(value, bytes):
+                try:
+                    hello = Hello.FromString(value)
+                except DecodeError:
+                    return
+                if hello.cluster == self._cluster and hello.node_id == peer and (why := self._unfit(hello)):
+                    self._log_refused(PeerRefused(why))
+
     async def Exchange(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         """See peer_service.proto."""
         if self._handlers is None:
@@ -263,7 +284,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             connection = self._open("", first.hello)
         except PeerRefused as error:
             self._log_refused(error)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error), ((HELLO, hello.SerializeToString()),))
             return
         reader = asyncio.get_running_loop().create_task(self._read(connection, context.read))
         try:

@@ -29,14 +29,19 @@ class JoinRequest(_message.Message):
     FORMED_FIELD_NUMBER: _builtins.int
     SHARD_COUNT_FIELD_NUMBER: _builtins.int
     REPLICA_COUNT_FIELD_NUMBER: _builtins.int
+    INSIDE_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """Name of the cluster that it wants to be in."""
     formed: _builtins.bool
-    """It has taken part in a cluster with its present store."""
+    """It has taken part in a cluster with its present store, it does not say in which."""
     shard_count: _builtins.int
     """Its setting; must be the cluster's."""
     replica_count: _builtins.int
     """Its setting; must be the cluster's."""
+    inside: _builtins.bool
+    """It is a node of the cluster, and only says what is new about it: INVALID_ARGUMENT
+    if it is none any more.
+    """
     @_builtins.property
     def member(self) -> Global___ClusterMember:
         """Who it is."""
@@ -49,10 +54,11 @@ class JoinRequest(_message.Message):
         formed: _builtins.bool = ...,
         shard_count: _builtins.int = ...,
         replica_count: _builtins.int = ...,
+        inside: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "formed", b"formed", "member", b"member", "replica_count", b"replica_count", "shard_count", b"shard_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "formed", b"formed", "inside", b"inside", "member", b"member", "replica_count", b"replica_count", "shard_count", b"shard_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -94,6 +100,8 @@ class ClusterMember(_message.Message):
     ZONE_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    FEATURE_MIN_FIELD_NUMBER: _builtins.int
+    FEATURE_MAX_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Its id."""
     peer_address: _builtins.str
@@ -106,6 +114,10 @@ class ClusterMember(_message.Message):
     """Machine that it runs on; empty: one of its own."""
     incarnation: _builtins.str
     """Identity of its store: another one after its disk was lost."""
+    feature_min: _builtins.int
+    """Lowest feature level of a cluster at which it can work; 0: 1."""
+    feature_max: _builtins.int
+    """Highest feature level of a cluster at which it can work; 0: 1."""
     def __init__(
         self,
         *,
@@ -115,10 +127,12 @@ class ClusterMember(_message.Message):
         zone: _builtins.str = ...,
         host: _builtins.str = ...,
         incarnation: _builtins.str = ...,
+        feature_min: _builtins.int = ...,
+        feature_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_address", b"client_address", "host", b"host", "incarnation", b"incarnation", "node_id", b"node_id", "peer_address", b"peer_address", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_address", b"client_address", "feature_max", b"feature_max", "feature_min", b"feature_min", "host", b"host", "incarnation", b"incarnation", "node_id", b"node_id", "peer_address", b"peer_address", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -110,6 +110,9 @@ class Hello(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     FORMED_FIELD_NUMBER: _builtins.int
     FOUNDERS_FIELD_NUMBER: _builtins.int
+    FEATURE_MIN_FIELD_NUMBER: _builtins.int
+    FEATURE_MAX_FIELD_NUMBER: _builtins.int
+    FEATURE_LEVEL_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Version of this protocol; others are refused."""
     cluster: _builtins.str
@@ -120,6 +123,14 @@ class Hello(_message.Message):
     """Identity of the node's store: a node that lost its disk has a new one."""
     formed: _builtins.bool
     """The node has taken part in the cluster with this store."""
+    feature_min: _builtins.int
+    """Lowest feature level of a cluster at which the node can work; 0: 1."""
+    feature_max: _builtins.int
+    """Highest feature level of a cluster at which the node can work; 0: 1. Below the
+    cluster's level the node is refused: it could not read what is written.
+    """
+    feature_level: _builtins.int
+    """The cluster's feature level, as far as the node knows."""
     @_builtins.property
     def founders(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The members' incarnations when it first did."""
@@ -133,10 +144,13 @@ class Hello(_message.Message):
         incarnation: _builtins.str = ...,
         formed: _builtins.bool = ...,
         founders: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        feature_min: _builtins.int = ...,
+        feature_max: _builtins.int = ...,
+        feature_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "formed", b"formed", "founders", b"founders", "incarnation", b"incarnation", "node_id", b"node_id", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "feature_level", b"feature_level", "feature_max", b"feature_max", "feature_min", b"feature_min", "formed", b"formed", "founders", b"founders", "incarnation", b"incarnation", "node_id", b"node_id", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,6 +35,12 @@ def test_nonsense_is_refused(before: Configuration, change: Change, why: str) ->
         before.after(change)
 
 
+def test_what_a_newer_version_wrote_is_not_read_in_part() -> None:
+    """A configuration with more to it would be another one without that: it is said what to run."""
+    with pytest.raises(ValueError, match=r"3 parts; this version reads 2: a newer one wrote it; run that one"):
+        decode_configuration(msgspec.msgpack.encode([["a"], [], ["witness"]]))
+
+
 @given(st.lists(st.text("abcdef", min_size=1, max_size=3), unique=True, min_size=1, max_size=8), st.integers(1, 4))
 def test_bytes_are_read_back(nodes: list[str], voters: int) -> None:
     """The same configuration has the same bytes."""

@@ -219,6 +219,19 @@ def test_leaders_are_known_where_there_is_no_replica() -> None:
     assert last.leader_of(0)[0] != leader.name
 
 
+def test_a_later_term_is_believed() -> None:
+    """A replica that is no member any more and was not told follows a leader of before, for ever if that one is gone; who announces a
+    later term is the one to ask."""
+    world = _calm()
+    follower = next(n for n in world.nodes.values() if n.host.groups[0].role is Role.FOLLOWER)
+    leader, term = follower.host.leader_of(0)
+    other = next(name for name in world.names if name not in (leader, follower.name))
+    follower.host._claims.take(other, [(0, term)], False)
+    assert follower.host.leader_of(0) == (leader, term)
+    follower.host._claims.take(other, [(0, term + 1)], False)
+    assert follower.host.leader_of(0) == (other, term + 1)
+
+
 def test_status_names_every_replica() -> None:
     """For people and metrics."""
     world = _calm()
@@ -325,11 +338,44 @@ def test_a_replica_that_never_became_a_member_is_dropped() -> None:
     spare.join(0)
     assert world.run_until(world.now + 1, lambda: 0 in spare.host.groups)
     for node in founder, spare:
-        node.host.drop_group(0, 0)
+        node.host.drop_group(0, 0, 0)
         node.kick()
     assert world.run_until(world.now + 1, lambda: 0 not in spare.machines)
     world.run_until(world.now + 1)
     assert founder.machines[0].role is Role.LEADER
+
+
+def test_a_replica_that_became_a_member_in_vain_is_dropped() -> None:
+    """The leader that added it was deposed before that was committed: it goes by an entry that the group does not have."""
+    world = World(1, Options(nodes=3, spares=1))
+    for node in world.nodes.values():
+        node.start()
+    spare = world.nodes["n3"]
+    assert world.run_until(world.now + 20, lambda: any(m.role is Role.LEADER for n in world.nodes.values() for m in n.machines.values()))
+    leader = _leader(world)
+    added = _change(world, leader.name, ChangeKind.ADD_LEARNER, "n3")
+    spare.join(0)
+    assert world.run_until(world.now + 20, lambda: 0 in spare.host.groups and "n3" in spare.host.groups[0].configuration)
+    for by, upto in ((0, added - 1), (added, added)):  # it may have been added behind; it is what it goes by
+        spare.host.drop_group(0, by, upto)
+        spare.kick()
+        world.run_until(world.now + 1)
+        assert 0 in spare.host.groups
+    spare.host.drop_group(0, 0, added)
+    spare.kick()
+    assert world.run_until(world.now + 1, lambda: 0 not in spare.host.groups)
+
+
+def test_a_replica_that_is_being_dropped_is_none(tmp_path: Path) -> None:
+    """Also on a node that lost its disk and is only recovering, to which the founders' list says that it has one: it would be dropped
+    twice, the second time beneath a new one."""
+    store = JournalStore(tmp_path, "c", "n0")
+    network = MemoryNetwork(lambda seconds, action: None, lambda: 0.0)
+    host = RaftHost("n0", ["n0", "n1"], store, MemoryTransport(network, "n0", lambda: host.hello()))
+    assert store.founding and host.has_replica(3, ["n0", "n1"])
+    store.drop(3)
+    assert not host.has_replica(3, ["n0", "n1"]) and host.ended() == [3]
+    store.close()
 
 
 def _return() -> None:
