@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from node_world import World, field
 from spillway.broker.runtime import forward, shard
+from spillway.cluster.errors import StorageFailed
 from spillway.cluster.machine import ENTRY_BYTES_MAX, Role
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1.message_pb2 import ERROR_CODE_INVALID_ARGUMENT, ERROR_CODE_UNAVAILABLE, Message
@@ -336,3 +337,19 @@ async def test_a_backlog_of_large_messages_comes_into_memory_as_it_is_sent(world
     for runtime in world.node.shards.values():
         runtime.checkpoint()
     assert held() < 3 << 20
+
+
+async def test_a_checkpoint_that_cannot_be_stored_ends_the_node_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory has let go of what the store was to hold: not a turn may come before the node ends, whoever asked for the checkpoint."""
+    ended: list[BaseException] = []
+    world.know("d")
+    await world.put("d", b"1")
+    (runtime,) = (r for r in world.node.shards.values() if b"d" in r.state.counters)
+
+    def full(*args: Any) -> None:
+        raise StorageFailed("no space is left")
+    monkeypatch.setattr(runtime.rows, "commit", full)
+    monkeypatch.setattr(world.host, "fatal", ended.append)
+    with pytest.raises(StorageFailed):
+        runtime.checkpoint()
+    assert [str(error) for error in ended] == ["no space is left"]

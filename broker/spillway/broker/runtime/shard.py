@@ -23,6 +23,7 @@ from spillway.broker.errors import Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.chores import Chores, Flight
 from spillway.broker.runtime.copier import Copier
+from spillway.cluster.errors import StorageFailed
 from spillway.cluster.machine import Role
 from spillway.cluster.state_store import GroupRows
 from spillway.contract.limits import REASON_BYTES_MAX
@@ -504,9 +505,14 @@ class ShardRuntime:
     # -- upkeep --------------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Commits the state as of the applied index to the store; durable once the store is synced."""
+        """Commits the state as of the applied index to the store; durable once the store is synced. Raises StorageFailed; the node ends
+        then, and no turn comes before that: memory has let go of what the store was to hold."""
         made = self.state.checkpoint()
-        self.rows.commit(self.applied, self.applied_term, made.puts, made.deletes, made.ranges)
+        try:
+            self.rows.commit(self.applied, self.applied_term, made.puts, made.deletes, made.ranges)
+        except StorageFailed as error:
+            self.node.host.fatal(error)
+            raise
         self.log_bytes = 0
 
     def oldest_ms(self, destination: bytes) -> int:
