@@ -361,6 +361,7 @@ class World:
         self._final()
 
     def _at_rest(self) -> bool:
+        self._reconcile()
         return self.operator.finished and self.drainer.finished and all(p.done for p in self.producers) and not any(
             queue.left for o in self.observers.values() for queue in o.naive.queues.values())
 
@@ -387,11 +388,15 @@ class World:
 
     def _same(self) -> bool:
         self.faults.replace_damaged()
+        self._reconcile()
+        return self._settled() and all(
+            n.whole and all(r.applied >= self.observers[s].last for s, r in n.node.shards.items()) for n in self.nodes.values())
+
+    def _reconcile(self) -> None:
+        """Members that lost their disk have no replica until somebody makes it: the nodes do, where the world does not change members."""
         if self.options.changes:
             for shard in self.observers:
                 self.members.reconcile(shard)
-        return self._settled() and all(
-            n.whole and all(r.applied >= self.observers[s].last for s, r in n.node.shards.items()) for n in self.nodes.values())
 
     def _settled(self) -> bool:
         """Where nodes were drained: whether every shard is where it belongs by now, and nowhere else."""
