@@ -246,11 +246,21 @@ class World:
 
     def may_wipe(self, node: SimNode) -> bool:
         """Whether the others can bring a node with empty disks up to date."""
-        return len(self.names) > 1 and all(n.whole for n in self.nodes.values() if n is not node)
+        return len(self.names) > 1 and all(self._remembers(n) for n in self.nodes.values() if n is not node)
+
+    def _remembers(self, node: SimNode) -> bool:
+        """Whether a node has all that counts on it: it takes part, and so do its replicas of all groups that it votes in. A node that lost
+        its disk and is an ordinary one again may not have got them all back."""
+        def votes(shard: int) -> bool:
+            configuration = self.configurations.last(shard)[1]
+            return node.name in (configuration.voters if configuration is not None else self.founders_of(shard))
+        return node.whole and all(
+            (group := node.host.groups.get(shard)) is not None and group.recovery is None for shard in self.observers if votes(shard))
 
     def forgetful(self) -> bool:
         """Whether a node may have forgotten something."""
-        return not all(n.whole for n in self.nodes.values()) and not self.options.faults.keys().isdisjoint(("wipe", "flipped_bit"))
+        may = not self.options.faults.keys().isdisjoint(("wipe", "flipped_bit"))
+        return may and not all(self._remembers(n) for n in self.nodes.values())
 
     def voters(self) -> list[list[str]]:
         """Of all groups, by every configuration that may count."""
