@@ -177,10 +177,13 @@ class RaftHost:
         """Ends a replica that is no member any more and may not have heard of it, or never became one, in the next turn; then
         `removed` is called. `by` is the index of a committed configuration without it, the last one up to entry `upto`, which is
         committed, too. A replica that goes by another one from up to there has heard of none since, or of one that its leader could not
-        commit; one that goes by a configuration from behind it stays, if it is a member again."""
+        commit; one that goes by a configuration from behind it stays: it may be a member again, and is not removed before that counts."""
         def drop() -> None:
             replica = self.groups.get(group)
-            if replica is not None and (by != replica.membership.index <= upto or self.node_id not in replica.configuration):
+            if replica is None:
+                return
+            index = replica.membership.index
+            if index <= upto and (index != by or self.node_id not in replica.configuration):
                 self._drop_group(group)
         self._enqueue("", 0, drop)
 
