@@ -19,7 +19,7 @@ from spillway.broker.runtime.balance import ASK_SECONDS, MOVES_MAX, Balance, che
 from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.member import MemberService
 from spillway.cluster.placement import place
-from spillway.cluster.raft.configuration import Change, Configuration
+from spillway.cluster.raft.configuration import Change, ChangeKind, Configuration
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
 from spillway.v1 import cluster_service_pb2 as pb
 
@@ -213,7 +213,28 @@ def test_a_node_that_was_let_go_does_not_come_into_the_meta_group_again() -> Non
     """A new leader of it does not know whom the one before has freed."""
     host = Host("234", {0: ("12", "3")})
     members = {"n1": d.STAYS, "n2": d.GONE, "n3": d.STAYS, "n4": d.GONE, "n5": d.STAYS}
-    assert balance(host, {1: "123"}, members)._meta_wanted(host.groups[0]) == ["n1", "n2", "n3", "n5"]
+    assert sorted(balance(host, {1: "123"}, members)._meta_wanted(host.groups[0], 0.0)) == ["n1", "n2", "n3", "n5"]
+
+
+@pytest.mark.parametrize(("dead", "leaving", "steps_back"), [("4", "", "n4"), ("", "5", "n5"), ("4", "5", "n4"), ("", "", None)])
+def test_who_is_dead_or_drained_votes_in_the_meta_group_no_longer_than_need_be(dead: str, leaving: str, steps_back: str | None) -> None:
+    """With more nodes than voters there are others, which have all that it takes. It stays a member: removed, it would end."""
+    names = "12345678"
+    host = Host("".join(set(names) - {"1", dead}), {0: ("1234567", "8")})
+    of = balance(host, {1: "123"}, {f"n{n}": d.DRAINS if n == leaving else d.STAYS for n in names})
+    of._seen.update({f"n{n}": 0.0 if n == dead else 20.0 for n in names})
+    of._lead_groups(20.0)
+    assert host.changes == ([] if steps_back is None else [(0, "demote", steps_back)])
+    host.changes.clear()
+    if steps_back is not None:
+        host.groups[0] = host.groups[0].after(Change(ChangeKind.DEMOTE, steps_back))
+        of._lead_groups(20.0)
+        assert host.changes == [(0, "promote", "n8")]
+        host.groups[0] = host.groups[0].after(Change(ChangeKind.PROMOTE, "n8"))
+        host.changes.clear()
+        of._seen[steps_back] = 20.0
+        of._lead_groups(20.0)
+        assert host.changes == [], "one that is back goes on as it is"
 
 
 async def test_where_shards_belong_is_found_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spillway.cluster.raft.configuration import VOTERS_MAX, Change, ChangeKind, Configuration
 from spillway.cluster.steps import HandOver, next_step
 
-ADD, PROMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.REMOVE
+ADD, PROMOTE, DEMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.DEMOTE, ChangeKind.REMOVE
 
 
 def step(voters: str, learners: str, wanted: str, leader: str, dead: str = "") -> tuple[str, str] | None:
@@ -39,6 +39,9 @@ def step(voters: str, learners: str, wanted: str, leader: str, dead: str = "") -
     ("abcdefg", "", "abcdefgh", "a", "", ("add-learner", "h")),  # beyond seven they only learn
     ("abcdefg", "h", "abcdefgh", "a", "", None),
     ("abcdefg", "h", "abcdefh", "a", "", ("remove", "g")),  # no room for the new one before
+    ("abcdefg", "h", "abcdefhg", "a", "g", ("demote", "g")),  # it goes on as a learner
+    ("abcdefg", "h", "abcdefhg", "a", "h", None),
+    ("abcdefg", "hijklmn", "abcdefhgijklmn", "a", "g", ("demote", "g")),  # also in the largest cluster
     ("abcdef", "h", "abcdefh", "a", "", ("promote", "h")),
 ])
 def test_the_next_step(voters: str, learners: str, wanted: str, leader: str, dead: str, expected: tuple[str, str] | None) -> None:
@@ -51,7 +54,7 @@ def apply(now: Configuration, taken: Change | HandOver, leader: str) -> tuple[Co
     if isinstance(taken, HandOver):
         assert set(taken.to) <= {*now.voters} - {leader}
         return now, taken.to[0]
-    assert (taken.kind, taken.node_id) != (REMOVE, leader), "a leader does not remove itself"
+    assert taken.kind not in (REMOVE, DEMOTE) or taken.node_id != leader, "a leader does not remove itself"
     return now.after(taken), leader
 
 

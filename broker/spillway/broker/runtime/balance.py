@@ -176,7 +176,7 @@ class Balance:
         for number, status in statuses.items():
             if status.configuration_index > status.commit_index:
                 continue
-            nodes = self._meta_wanted(status.configuration) if number == META_GROUP else wanted.get(number, [])
+            nodes = self._meta_wanted(status.configuration, now) if number == META_GROUP else wanted.get(number, [])
             if not nodes:
                 continue
             step = next_step(status.configuration, nodes, own, self._in_touch)
@@ -199,14 +199,16 @@ class Balance:
                     log.info("%s", what)
             node.host.propose_change(number, step, done)
 
-    def _meta_wanted(self, now: Configuration) -> list[str]:
-        """Whoever is in the meta group goes on; all others come in. Voters first, so that they stay voters."""
+    def _meta_wanted(self, group: Configuration, now: float) -> list[str]:
+        """Whoever is in the meta group goes on; all others come in. Voters first, so that they stay voters, but those that leave, and
+        then those that are away for long, last: with more nodes than voters, others vote for them. This node leads, and stays so."""
         node = self._node
         members = node.meta.directory.members
         # Of those that are to be gone, one that is no member was let go already, maybe by another leader: it does not come again.
-        stay = [n for n in members if members[n].leaving != d.GONE or (n in now and n not in self._freed)]
+        stay = [n for n in members if members[n].leaving != d.GONE or (n in group and n not in self._freed)]
+        rank = {n: 2 if self._away(n, now) else int(members[n].leaving != d.STAYS) for n in stay}
         own = node.config.node_id
-        return sorted(stay, key=lambda n: (n != own, n not in now.voters, n not in now.learners, n))
+        return sorted(stay, key=lambda n: (n != own, rank[n], n not in group.voters, n not in group.learners, n))
 
     # -- replicas here -------------------------------------------------------------------------------------------
 
