@@ -362,3 +362,19 @@ async def test_a_leader_that_does_not_answer_hides_no_other() -> None:
     with pytest.raises(Unavailable, match="shard 1 has no leader"):
         node.leader_of = lambda n: f"n{n + 1}"
         await of._members_of_shards(SimpleNamespace(link=link))  # type: ignore[arg-type]
+
+
+async def test_a_drain_is_judged_by_who_is_there() -> None:
+    """Not by who is only called a member: n4 is away for so long that it is replaced."""
+    of = balance(Host("23", {0: ("1234", "")}), {1: "123"}, ALL)
+    of._seen.update(n1=20.0, n2=20.0, n3=20.0, n4=0.0)
+    of._node.clock = SimpleNamespace(monotonic=lambda: 20.0)  # type: ignore[assignment]
+    put: list[tuple[str, int]] = []
+
+    async def put_member(member: d.Member, **rest: Any) -> None:
+        put.append((member.node_id, member.leaving))
+    of._node.meta.put_member = put_member  # type: ignore[method-assign, assignment]
+    with pytest.raises(RequestError, match="start n4, or let another node join first"):
+        await of.leave("n3", d.DRAINS)
+    await of.leave("n4", d.GONE)
+    assert put == [("n4", d.GONE)]
