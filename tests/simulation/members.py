@@ -27,7 +27,8 @@ class Node(Protocol):
 
 
 class Operator:
-    """Adds, promotes and removes; gives members their replicas, and takes those of nodes that were removed and have not heard of it."""
+    """Adds, promotes, demotes and removes; gives members their replicas, and takes those of nodes that were removed and have not heard
+    of it."""
 
     def __init__(self, world: Any, groups: list[int], voters_min: int) -> None:
         """Of these groups of a simulated world, raft's or the cluster's."""
@@ -62,7 +63,7 @@ class Operator:
         change = self._draw(leader.host.groups[number].configuration)
         if change is None or world.forgetful():
             return  # a change now could leave too few who remember
-        if change.kind is ChangeKind.REMOVE and change.node_id == leader.name and rnd.random() < 0.8:
+        if change.kind in (ChangeKind.REMOVE, ChangeKind.DEMOTE) and change.node_id == leader.name and rnd.random() < 0.8:
             leader.host.transfer(number)
             leader.kick()
             return
@@ -84,11 +85,14 @@ class Operator:
     def _draw(self, now: Configuration) -> Change | None:
         rnd = self._rnd
         others = [name for name in self._nodes if name not in now]
-        kind = rnd.choice((ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.PROMOTE, ChangeKind.REMOVE))
+        kind = rnd.choice((ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.PROMOTE, ChangeKind.REMOVE, ChangeKind.DEMOTE))
         if kind is ChangeKind.ADD_LEARNER:
             return Change(kind, rnd.choice(others)) if others and len(now.learners) < LEARNERS_MAX else None
         if kind is ChangeKind.PROMOTE:
             return Change(kind, rnd.choice(now.learners)) if now.learners else None
+        if kind is ChangeKind.DEMOTE:
+            able = now.voters if self._voters_min < len(now.voters) and len(now.learners) < LEARNERS_MAX else ()
+            return Change(kind, rnd.choice(able)) if able else None
         able = now.learners if len(now.voters) <= self._voters_min else (*now.voters, *now.learners)
         return Change(kind, rnd.choice(able)) if able else None
 

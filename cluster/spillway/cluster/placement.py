@@ -15,7 +15,7 @@ Loads are as even as that allows.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -78,6 +78,7 @@ class _Choice:
         self._distances = distances
         self._candidates = candidates
         self._domains = domains
+        self._apart = count == 1 or len({zone for zone, _ in domains}) == len(domains)  # no two replicas can share anything
         self._kept = kept
         self._move_cost = _RING if any(kept) else 0  # one long move is better than two short ones, where moves count
         self.taken = [self._nearest(shard, count) for shard in range(len(distances))]
@@ -90,7 +91,12 @@ class _Choice:
     def balance(self) -> None:
         """Moves replicas along the cheapest paths from fuller to emptier nodes, until none are two apart that can be
         brought closer."""
-        edges: dict[int, dict[int, tuple[int, int]]] = {node: self._edges_from(node) for node in range(len(self._load))}
+        if max(self._load) - min(self._load) < 2:
+            return
+        edges = _Edges(len(self._load))
+        for shard in range(len(self.taken)):
+            edges.put(shard, self._edges_of(shard))
+        edges.settle(range(len(self._load)))
         while path := self._cheapest_path(edges):
             changed: set[int] = set()
             for shard, source, target in path:
@@ -99,13 +105,16 @@ class _Choice:
                 self.taken[shard].append(target)
             self._load[path[0][1]] -= 1
             self._load[path[-1][2]] += 1
-            for node in changed:
-                edges[node] = self._edges_from(node)
+            for shard, _, _ in path:
+                edges.put(shard, self._edges_of(shard))
+            edges.settle(changed)
 
     def _nearest(self, shard: int, count: int) -> list[int]:
         taken: list[int] = []
         kept, distances = self._kept[shard], self._distances[shard]
         rest = sorted(self._candidates[shard], key=lambda node: (node not in kept, distances[node], node))
+        if self._apart:
+            return rest[:count]
         while len(taken) < count:
             best = min(rest, key=lambda node: self._shared(taken, node))  # the first of equals
             rest.remove(best)
@@ -122,26 +131,28 @@ class _Choice:
                 hosts += self._domains[other][1] == host
         return zones, hosts
 
-    def _edges_from(self, source: int) -> dict[int, tuple[int, int]]:
-        """Other node -> (cost, shard): the cheapest replica to move there, its domains shared with no more others. Costs are
-        positive, also where a node is nearer: a cheapest path then visits no node twice."""
-        edges: dict[int, tuple[int, int]] = {}
-        for shard, taken in enumerate(self.taken):
-            if source in taken:
+    def _edges_of(self, shard: int) -> Iterator[tuple[int, int, int]]:
+        """(from, to, cost) of each replica of a shard that can move, its domains shared with no more others. Costs are positive, also
+        where a node is nearer: a cheapest path then visits no node twice."""
+        taken, distances = self.taken[shard], self._distances[shard]
+        free = [node for node in self._candidates[shard] if node not in taken]
+        for source in taken:
+            base = self._move_cost - distances[source]
+            targets = free
+            if not self._apart:
                 others = [node for node in taken if node != source]
                 shared = self._shared(others, source)
-                distances = self._distances[shard]
-                for target in self._candidates[shard]:
-                    if target not in taken and self._shared(others, target) <= shared:
-                        edge = max(1, self._move_cost + distances[target] - distances[source]), shard
-                        if target not in edges or edge < edges[target]:
-                            edges[target] = edge
-        return edges
+                targets = [node for node in free if self._shared(others, node) <= shared]
+            for target in targets:
+                yield source, target, max(1, base + distances[target])
 
-    def _cheapest_path(self, edges: dict[int, dict[int, tuple[int, int]]]) -> list[tuple[int, int, int]]:
+    def _cheapest_path(self, edges: _Edges) -> list[tuple[int, int, int]]:
         """(shard, from, to) of each move on the cheapest way from one of the fullest nodes that can give to one that holds
         at least two fewer; empty if there is none (Dijkstra)."""
+        least = min(self._load)
         for load in sorted(set(self._load), reverse=True):
+            if load < least + 2:
+                break
             heap = [(0, node, -1, -1) for node, own in enumerate(self._load) if own == load]
             came: dict[int, tuple[int, int]] = {}  # node -> (shard, from)
             while heap:
@@ -153,10 +164,43 @@ class _Choice:
                     path = _walk(came, node)
                     if len({shard for shard, _, _ in path}) == len(path):
                         return path
-                for target, (step, moved) in edges[node].items():
+                for target, (step, moved) in edges.cheapest[node].items():
                     if target not in came:
                         heappush(heap, (cost + step, target, moved, node))
         return []
+
+
+class _Edges:
+    """The cheapest replica to move from each node to each other one.
+
+    A move changes what one shard allows, and nothing else. So each pair of nodes has a heap of all replicas that could move: what a
+    shard allowed before goes when it comes up, and a move costs what one shard has to say, however many shards there are."""
+
+    def __init__(self, nodes: int) -> None:
+        self.cheapest: list[dict[int, tuple[int, int]]] = [{} for _ in range(nodes)]
+        """[node]: other node -> (cost, shard)."""
+        self._heaps: list[list[list[tuple[int, int, int]]]] = [[[] for _ in range(nodes)] for _ in range(nodes)]
+        """[from][to]: (cost, shard, version of what the shard allows)."""
+        self._versions: dict[int, int] = {}
+
+    def put(self, shard: int, edges: Iterable[tuple[int, int, int]]) -> None:
+        """What a shard allows now: (from, to, cost); `cheapest` follows with `settle`."""
+        version = self._versions[shard] = self._versions.get(shard, 0) + 1
+        for source, target, cost in edges:
+            heappush(self._heaps[source][target], (cost, shard, version))
+
+    def settle(self, nodes: Iterable[int]) -> None:
+        """Brings `cheapest` up to date for nodes from which other replicas can move, or to other nodes."""
+        versions = self._versions
+        for source in nodes:
+            cheapest = self.cheapest[source]
+            for target, heap in enumerate(self._heaps[source]):
+                while heap and versions[heap[0][1]] != heap[0][2]:
+                    heappop(heap)
+                if heap:
+                    cheapest[target] = heap[0][:2]
+                else:
+                    cheapest.pop(target, None)
 
 
 def _walk(came: dict[int, tuple[int, int]], node: int) -> list[tuple[int, int, int]]:

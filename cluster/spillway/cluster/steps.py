@@ -14,9 +14,9 @@ from spillway.cluster.raft.configuration import LEARNERS_MAX, VOTERS_MAX, Change
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """The leader is to leave, or another one is preferred: it hands over first."""
+    """The leader is to leave, or another one is preferred: it hands over first, to the first of these that can take over."""
 
-    to: str
+    to: tuple[str, ...]
 
 
 def next_step(now: Configuration, wanted: Sequence[str], leader: str, in_touch: Callable[[str], bool]) -> Change | HandOver | None:
@@ -32,16 +32,17 @@ def next_step(now: Configuration, wanted: Sequence[str], leader: str, in_touch: 
     ready = [node for node in missing if node in now.learners and in_touch(node)]
     if ready and len(now.voters) < VOTERS_MAX:
         return Change(ChangeKind.PROMOTE, ready[0])
-    # Without its replacement a voter goes only if it is dead or nobody takes its place: a group keeps as many as it had.
+    # Without its replacement a voter goes, or steps back to the learners, only if it is dead or nobody takes its place: a group keeps as
+    # many as it had.
     if surplus and (not missing or (len(now.voters) == VOTERS_MAX and ready)):
         gone = [node for node in surplus if not in_touch(node)] or [node for node in surplus if node != leader]
         if gone:
-            return Change(ChangeKind.REMOVE, gone[0])
-        stays = [node for node in voters if node in now.voters and in_touch(node)]
-        return HandOver(stays[0]) if stays else None
+            return Change(ChangeKind.DEMOTE if gone[0] in learners else ChangeKind.REMOVE, gone[0])
+        stays = tuple(node for node in voters if node in now.voters and in_touch(node))
+        return HandOver(stays) if stays else None
     for node in (*missing, *learners):
         if node not in now and in_touch(node) and len(now.learners) < LEARNERS_MAX:
             return Change(ChangeKind.ADD_LEARNER, node)
     if voters and voters[0] != leader and voters[0] in now.voters and in_touch(voters[0]):
-        return HandOver(voters[0])
+        return HandOver((voters[0],))
     return None

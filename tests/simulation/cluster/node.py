@@ -230,7 +230,7 @@ class SimNode:
         add_ShareServiceServicer_to_server(ShareService(self.node), peers)
         add_MemberServiceServicer_to_server(MemberService(self.node, self.forwarder), peers)
         if options.changes:
-            self.node.balance.step = _rest  # type: ignore[method-assign]  # the world's operator changes the groups, at random
+            self.node.balance.run = _rest  # type: ignore[method-assign]  # the world's operator changes the groups, at random
         self._watch()
 
     def _watch(self) -> None:
@@ -349,7 +349,7 @@ class SimNode:
 
 
 async def _rest(forwarder: Forwarder) -> None:
-    """No step."""
+    """It takes no step."""
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Calls about the cluster itself, while its nodes are of different versions."""
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from spillway.client import NodeState, Unavailable
 from spillway.client.cluster import status_from_pb
+from spillway.client.commands import cluster as commands
 from spillway.client.errors import InternalError
 from spillway.v1 import cluster_service_pb2 as pb
 
@@ -56,3 +58,20 @@ def test_what_nodes_from_before_feature_levels_say() -> None:
     found = status_from_pb(pb.GetClusterStatusResponse(nodes=[pb.NodeReport(node=pb.Node(id="a"))]))
     assert found.feature_level == 1
     assert (found.nodes[0].feature_max, found.nodes[0].state) == (0, NodeState.UNSPECIFIED)
+
+
+async def test_a_drain_is_not_over_while_nobody_says_where_replicas_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups whose nodes do not answer show no replica anywhere: they may all be on the node that leaves."""
+    def status(*voters: list[str]) -> pb.GetClusterStatusResponse:
+        return pb.GetClusterStatusResponse(nodes=[pb.NodeReport(node=pb.Node(id="a", state=pb.NODE_STATE_DRAINING))],
+                                           groups=[pb.GroupReport(group=n, voters=v) for n, v in enumerate(voters)])
+    answers = iter([status(["a", "b"], []), status([], []), status(["a", "b"], ["b"])])
+
+    async def said() -> Any:
+        return status_from_pb(next(answers))
+    monkeypatch.setattr(commands, "POLL_SECONDS", 0)
+    client: Any = SimpleNamespace(cluster=SimpleNamespace(status=said))
+    assert await commands._wait(client, "a", 600.0) == 0
+    assert next(answers, None) is None
+    answers = iter([status(["a", "b"], [])])
+    assert await commands._wait(client, "a", -1.0) == 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spillway.cluster.raft.configuration import VOTERS_MAX, Change, ChangeKind, Configuration
 from spillway.cluster.steps import HandOver, next_step
 
-ADD, PROMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.REMOVE
+ADD, PROMOTE, DEMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.DEMOTE, ChangeKind.REMOVE
 
 
 def step(voters: str, learners: str, wanted: str, leader: str, dead: str = "") -> tuple[str, str] | None:
@@ -17,7 +17,7 @@ def step(voters: str, learners: str, wanted: str, leader: str, dead: str = "") -
     found = next_step(Configuration(tuple(voters), tuple(learners)), list(wanted), leader, lambda node: node not in dead)
     if found is None:
         return None
-    return ("hand over", found.to) if isinstance(found, HandOver) else (found.kind.value, found.node_id)
+    return ("hand over", "".join(found.to)) if isinstance(found, HandOver) else (found.kind.value, found.node_id)
 
 
 @pytest.mark.parametrize(("voters", "learners", "wanted", "leader", "dead", "expected"), [
@@ -27,7 +27,7 @@ def step(voters: str, learners: str, wanted: str, leader: str, dead: str = "") -
     ("abc", "", "abd", "a", "", ("add-learner", "d")),  # first the new one
     ("abc", "d", "abd", "a", "", ("promote", "d")),
     ("abcd", "", "abd", "a", "", ("remove", "c")),  # then the old one goes
-    ("abcd", "", "bcd", "a", "", ("hand over", "b")),  # the leader hands over before it goes
+    ("abcd", "", "bcd", "a", "", ("hand over", "bcd")),  # the leader hands over before it goes, to whoever can take over
     ("abcd", "", "bcd", "a", "bc", ("hand over", "d")),  # to one that is there
     ("abcd", "", "bcd", "a", "bcd", None),
     ("abc", "", "abd", "a", "d", None),  # nobody waits for a dead one
@@ -39,6 +39,9 @@ def step(voters: str, learners: str, wanted: str, leader: str, dead: str = "") -
     ("abcdefg", "", "abcdefgh", "a", "", ("add-learner", "h")),  # beyond seven they only learn
     ("abcdefg", "h", "abcdefgh", "a", "", None),
     ("abcdefg", "h", "abcdefh", "a", "", ("remove", "g")),  # no room for the new one before
+    ("abcdefg", "h", "abcdefhg", "a", "g", ("demote", "g")),  # it goes on as a learner
+    ("abcdefg", "h", "abcdefhg", "a", "h", None),
+    ("abcdefg", "hijklmn", "abcdefhgijklmn", "a", "g", ("demote", "g")),  # also in the largest cluster
     ("abcdef", "h", "abcdefh", "a", "", ("promote", "h")),
 ])
 def test_the_next_step(voters: str, learners: str, wanted: str, leader: str, dead: str, expected: tuple[str, str] | None) -> None:
@@ -49,9 +52,9 @@ def test_the_next_step(voters: str, learners: str, wanted: str, leader: str, dea
 def apply(now: Configuration, taken: Change | HandOver, leader: str) -> tuple[Configuration, str]:
     """The group afterwards. Raises ChangeInvalid for what makes no sense."""
     if isinstance(taken, HandOver):
-        assert taken.to in now.voters and taken.to != leader
-        return now, taken.to
-    assert (taken.kind, taken.node_id) != (REMOVE, leader), "a leader does not remove itself"
+        assert set(taken.to) <= {*now.voters} - {leader}
+        return now, taken.to[0]
+    assert taken.kind not in (REMOVE, DEMOTE) or taken.node_id != leader, "a leader does not remove itself"
     return now.after(taken), leader
 
 

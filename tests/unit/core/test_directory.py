@@ -257,3 +257,25 @@ def test_a_node_comes_with_what_belongs_to_it() -> None:
     assert directory.homes[1] == d.Home(1, 2, ("c", "a")) and directory.members["c"].revision == 2
     assert apply(directory, 3, d.PutMember("node", 7, member("d"), True, False, 0, (d.Home(1, 0, ("d", "z")),))) == [d.UNKNOWN_TARGET]
     assert directory.homes[1].nodes == ("c", "a") and "d" not in directory.members
+
+
+def test_what_nodes_and_homes_are_has_a_revision_of_its_own() -> None:
+    """It grows with each change of them, and with nothing else: a destination more wakes nobody who watches the nodes."""
+    directory = d.Directory()
+    member = d.Member("n1", 0, "p:1", "c:1")
+    seen = [directory.nodes_revision]
+
+    def grows(index: int, command: d.Command) -> bool:
+        apply(directory, index, command)
+        seen.append(directory.nodes_revision)
+        return seen[-1] > seen[-2]
+    assert not grows(1, put("a"))
+    assert grows(2, d.PutMember("node", 7, member, True, False, 0))
+    assert not grows(3, d.PutMember("node", 7, member, True, False, 0)), "it was refused"
+    assert grows(4, d.Settle("node", 7, (d.Home(1, 0, ("n1",)),)))
+    assert not grows(5, d.DropMember("node", 7, "n1", 0)), "a shard belongs there"
+    assert grows(6, d.PutMember("node", 7, d.Member("n2", 0, "p:2", "c:2"), True, False, 0, (d.Home(1, 0, ("n2",)),)))
+    assert grows(7, d.DropMember("node", 7, "n1", 0))
+    assert not grows(8, d.Raise("node", 7, 2))
+    directory.load(iter(()))
+    assert directory.nodes_revision > seen[-1], "a snapshot may have brought anything"

@@ -272,11 +272,14 @@ class Directory:
         self.members: dict[str, Member] = {}
         self.homes: dict[int, Home] = {}
         self.level = LEVEL_MIN
+        self.nodes_revision = 0
+        """Grows whenever members or homes change, and may when they do not: caches compare it. Not stored, and each node's own."""
 
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
         """Replaces everything by stored rows. Raises CorruptEntry."""
         self.destinations, self.routes, self.holds, self.members, self.homes = {}, {}, {}, {}, {}
         self.level = LEVEL_MIN
+        self.nodes_revision += 1
         for key, value in rows:
             try:
                 if key.startswith(_ROUTE):
@@ -437,6 +440,7 @@ class Directory:
             self._check_homes(c.homes, self.members.keys() | {c.member.node_id}, change)
         if change.outcome != OK:
             return []
+        self.nodes_revision += 1
         change.record = self.members[c.member.node_id] = msgspec.structs.replace(c.member, revision=index)
         return [change.record, *self._put_homes(c.homes, index)]
 
@@ -457,6 +461,7 @@ class Directory:
             change.outcome, change.why = TAKEN, f"shard {home.shard}"
         if change.outcome == OK:
             del self.members[c.node_id]
+            self.nodes_revision += 1
         else:
             change.record = old
 
@@ -474,6 +479,7 @@ class Directory:
         self._check_homes(c.homes, {m.node_id for m in c.members} if c.first else self.members.keys(), change)
         if change.outcome != OK:
             return []
+        self.nodes_revision += 1
         members = [msgspec.structs.replace(member, revision=index) for member in c.members] if c.first else []
         self.members.update({member.node_id: member for member in members})
         return [*members, *self._put_homes(c.homes, index)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import grpc
@@ -20,7 +20,7 @@ from spillway.broker.core import features
 from spillway.broker.errors import BrokerError, NotFound, RequestError, Unavailable
 from spillway.cluster.errors import ChangeRefused
 from spillway.cluster.placement import Site, place
-from spillway.cluster.raft.configuration import ChangeKind
+from spillway.cluster.raft.configuration import ChangeKind, Configuration
 from spillway.cluster.steps import HandOver, next_step
 from spillway.contract.version import VERSION
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 STEP_SECONDS = 0.25
 ASK_SECONDS = 2.0  # between questions about what other nodes have
-CALL_SECONDS = 2.0
+CALL_SECONDS = 2.0  # a node that does not answer in that time is not reachable
 HAND_OVER_SECONDS = 0.5  # between two: each makes a shard wait for a moment
 MOVES_MAX = 2  # groups led by one node that take in a new replica at a time: each may be a copy of a whole shard
 META_GROUP = 0
@@ -46,13 +46,15 @@ class Balance:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._revision = -1
+        self._revision = -1  # of the nodes that are followed
         self._named = members_of(node.config) if node.config.peers else {}  # what the operator says of addresses counts
         self._seen: dict[str, float] = {}  # when another node was connected last
         self._asked_at = -1e9
         self._handed_at = -1e9
         self._changing = asyncio.Lock()  # of one change of the nodes at a time: each is judged by what the one before has made
         self._freed: set[str] = set()  # nodes that leave, and that no shard's group has as a member any more
+        self._placed: tuple[int, frozenset[str]] | None = None  # with this revision of the nodes, and these there, all is where it belongs
+        self._warned: dict[str, str] = {}  # part of the work -> why it was refused last
         self.joined: Callable[[dict[str, str]], None] = lambda peers: None
         """Told the other nodes' addresses when they change; for the transport."""
 
@@ -68,9 +70,9 @@ class Balance:
     def follow(self) -> None:
         """Takes note of who the nodes are, when that may have changed."""
         node = self._node
-        if self._revision == node.meta.revision:
-            return
-        self._revision = node.meta.revision
+        if self._revision == node.meta.directory.nodes_revision:
+            return  # whoever watches the topology is not woken by what else the meta group says, as by each new destination
+        self._revision = node.meta.directory.nodes_revision
         known = node.meta.directory.members
         if not known:
             return
@@ -93,16 +95,26 @@ class Balance:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     async def run(self, forwarder: Forwarder) -> None:
-        """Steps, again and again."""
-        while True:
-            await asyncio.sleep(STEP_SECONDS)
-            try:
-                await self.step(forwarder)
-            except (BrokerError, grpc.aio.AioRpcError) as error:
-                log.debug("the balance waits: %s", error)
+        """Steps, again and again. What needs the answers of other nodes is asked beside them, once at a time: a silent peer must not
+        hold up those groups that have nothing to do with it."""
+        asking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(STEP_SECONDS)
+                await self.step()
+                if asking is not None and asking.done():
+                    asking.result()  # what is a bug ends the node
+                    asking = None
+                now = self._node.clock.monotonic()
+                if asking is None and now - self._asked_at >= ASK_SECONDS and not self._node.stopping:
+                    self._asked_at = now
+                    asking = asyncio.get_running_loop().create_task(self.ask(forwarder))
+        finally:
+            if asking is not None:
+                asking.cancel()
 
-    async def step(self, forwarder: Forwarder) -> None:
-        """Everything that may be done now. Raises BrokerError or AioRpcError where somebody does not answer."""
+    async def step(self) -> None:
+        """Everything that may be done now, without asking other nodes."""
         node = self._node
         now = node.clock.monotonic()
         for peer in (*node.host.present, node.config.node_id):
@@ -112,15 +124,33 @@ class Balance:
             return
         self._make_replicas()
         self._lead_groups(now)
-        asks = now - self._asked_at >= ASK_SECONDS
-        if asks:
-            self._asked_at = now
-            await self._introduce(forwarder)
-            await self._end_replicas(forwarder)
         if node.meta.leading:
-            await self._lead_meta(forwarder, now, asks)
+            await self._part("raise the feature level", self._raise_level())
+            await self._part("say where shards belong", self._settle(now))
         else:
-            self._freed.clear()
+            self._freed = set()  # another one: what is still being asked for does not count when this node leads again
+
+    async def ask(self, forwarder: Forwarder) -> None:
+        """Everything that needs the answers of other nodes."""
+        node = self._node
+        await self._part("say who this node is", self._introduce(forwarder))
+        await self._part("end replicas", self._end_replicas(forwarder))
+        if node.meta.leading and node.feature(features.MEMBERS):
+            await self._part("let nodes go", self._let_go(forwarder))
+
+    async def _part(self, what: str, work: Awaitable[None]) -> None:
+        """Does a part, on which no other one depends. What is refused goes on being refused: it is said to people, once."""
+        try:
+            await work
+        except (BrokerError, grpc.aio.AioRpcError) as error:
+            why = str(error)
+            if isinstance(error, grpc.aio.AioRpcError):
+                why = f"{error.code().name}: {error.details()}"
+            refused = isinstance(error, RequestError) or (
+                isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.INVALID_ARGUMENT)
+            log.log(logging.WARNING if refused and self._warned.get(what) != why else logging.DEBUG, "cannot %s: %s", what, why)
+            if refused:
+                self._warned[what] = why
 
     def _make_replicas(self) -> None:
         node = self._node
@@ -138,22 +168,22 @@ class Balance:
         own = node.config.node_id
         wanted = self.homes()
         led = [number for number, runtime in node.shards.items() if runtime.leading]
-        statuses = node.host.status()
-        moves = sum(number in statuses and bool(statuses[number].configuration.learners) for number in led)
         if node.meta.leading:
             led.append(META_GROUP)
-        for number in led:
-            status = statuses.get(number)
-            if status is None or status.configuration_index > status.commit_index:
+        statuses = {number: status for number in led if (status := node.host.status_of(number)) is not None}
+        # One that does not answer copies nothing, and may never: nobody waits for it.
+        moves = sum(any(map(self._in_touch, status.configuration.learners)) for n, status in statuses.items() if n != META_GROUP)
+        for number, status in statuses.items():
+            if status.configuration_index > status.commit_index:
                 continue
-            nodes = self._meta_wanted() if number == META_GROUP else wanted.get(number, [])
+            nodes = self._meta_wanted(status.configuration, now) if number == META_GROUP else wanted.get(number, [])
             if not nodes:
                 continue
             step = next_step(status.configuration, nodes, own, self._in_touch)
             if step is None:
                 continue
             if isinstance(step, HandOver):
-                if now - self._handed_at >= HAND_OVER_SECONDS and node.host.transfer(number, step.to):
+                if now - self._handed_at >= HAND_OVER_SECONDS and any(node.host.transfer(number, to) for to in step.to):
                     self._handed_at = now
                 continue
             if step.kind is ChangeKind.ADD_LEARNER and number != META_GROUP:
@@ -169,16 +199,16 @@ class Balance:
                     log.info("%s", what)
             node.host.propose_change(number, step, done)
 
-    def _meta_wanted(self) -> list[str]:
-        """Whoever is in the meta group goes on; all others come in. Voters first, so that they stay voters."""
+    def _meta_wanted(self, group: Configuration, now: float) -> list[str]:
+        """Whoever is in the meta group goes on; all others come in. Voters first, so that they stay voters, but those that leave, and
+        then those that are away for long, last: with more nodes than voters, others vote for them. This node leads, and stays so."""
         node = self._node
         members = node.meta.directory.members
-        if not members:
-            return []
-        now = node.host.status()[META_GROUP].configuration
-        stay = [n for n in members if members[n].leaving != d.GONE or n not in self._freed]
+        # Of those that are to be gone, one that is no member was let go already, maybe by another leader: it does not come again.
+        stay = [n for n in members if members[n].leaving != d.GONE or (n in group and n not in self._freed)]
+        rank = {n: 2 if self._away(n, now) else int(members[n].leaving != d.STAYS) for n in stay}
         own = node.config.node_id
-        return sorted(stay, key=lambda n: (n != own, n not in now.voters, n not in now.learners, n))
+        return sorted(stay, key=lambda n: (n != own, rank[n], n not in group.voters, n not in group.learners, n))
 
     # -- replicas here -------------------------------------------------------------------------------------------
 
@@ -193,10 +223,10 @@ class Balance:
             leader = node.host.leader_of(number)[0]
             if leader is not None and leader != own and leader in node.members:
                 by_leader.setdefault(leader, []).append(number)
-        for leader, numbers in by_leader.items():
-            status = await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)
-            for group in status.groups:
-                if group.group in numbers and _tells_members(group) and own not in group.voters and own not in group.learners:
+        leaders = sorted(by_leader)
+        for leader, status in zip(leaders, await asyncio.gather(*(ask_status(node, forwarder, n) for n in leaders)), strict=True):
+            for group in status.groups if status is not None else ():
+                if group.group in by_leader[leader] and _tells_members(group) and own not in group.voters and own not in group.learners:
                     node.host.drop_group(group.group, group.configuration_index, group.commit_index)
 
     def introduction(self) -> ClusterMember:
@@ -280,7 +310,8 @@ class Balance:
         if known.leaving == d.GONE:
             raise RequestError("node_id", f"node {node_id!r} is being removed, and that cannot be undone; let it join again afterwards")
         if leaving != d.STAYS and known.leaving == d.STAYS:
-            check_departure(node_id, [m.node_id for m in members.values() if m.leaving == d.STAYS], node.config.replicas)
+            check_departure(node_id, [m.node_id for m in members.values() if m.leaving == d.STAYS],
+                            {m.node_id for m in self._there(members, node.clock.monotonic())}, node.config.replicas)
         await self._put_member(msgspec.structs.replace(known, leaving=leaving), known)
 
     async def _put_member(self, member: d.Member, known: d.Member | None) -> None:
@@ -289,35 +320,44 @@ class Balance:
         await node.meta.put_member(member, create=known is None, replace=known is not None, etag=0 if known is None else known.revision,
                                    homes=changed)
 
+    def _there(self, members: Mapping[str, d.Member], now: float) -> list[d.Member]:
+        """Those that stay, and are not away for so long that they are replaced."""
+        return [m for m in members.values() if m.leaving == d.STAYS and not self._away(m.node_id, now)]
+
+    def _away(self, node_id: str, now: float) -> bool:
+        return now - self._seen.setdefault(node_id, now) >= self._node.config.replace_after_seconds
+
     def _elsewhere(self, members: Mapping[str, d.Member], now: float) -> dict[int, list[str]]:
-        """Where shards belong that belong elsewhere, with these nodes; shard -> node ids."""
+        """Where shards belong that belong elsewhere, with these nodes; shard -> node ids. 0.1 s with 1024 shards."""
         config = self._node.config
-        stay = [m for m in members.values() if m.leaving == d.STAYS]
-        present = [m for m in stay if now - self._seen.setdefault(m.node_id, now) < config.replace_after_seconds]
-        if len(present) >= config.replicas:
-            stay = present
+        stay = self._there(members, now)
+        if len(stay) < config.replicas:
+            stay = [m for m in members.values() if m.leaving == d.STAYS]
         if not stay:
             return {}
         homes = self.homes()
         placed = place([Site(m.node_id, m.zone, m.host) for m in stay], config.shards, min(config.replicas, len(stay)), homes)
         return {shard: nodes for shard, nodes in placed.items() if homes.get(shard) != nodes}
 
-    async def _lead_meta(self, forwarder: Forwarder, now: float, asks: bool) -> None:
+    async def _settle(self, now: float) -> None:
+        """Says who the nodes are, first, and then where shards belong, when that is elsewhere."""
         node = self._node
         directory = node.meta.directory
-        await self._raise_level()
         if not node.feature(features.MEMBERS):
             return
         if not directory.members:
             founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
             await node.meta.settle(node.founded, first=founders)
             return
+        given = directory.nodes_revision, frozenset(m.node_id for m in self._there(directory.members, now))
+        if given == self._placed:
+            return
         changed = self._elsewhere(directory.members, now)
         if changed:
             log.info("%d shards belong elsewhere now", len(changed))
             await node.meta.settle(changed)
-        if asks:
-            await self._let_go(forwarder)
+        else:
+            self._placed = given
 
     def _levels(self) -> dict[str, features.Range | None]:
         """The levels at which the nodes can work, as they say; None: there is no connection. Those that are to go do not count."""
@@ -358,26 +398,23 @@ class Balance:
         node = self._node
         members = node.meta.directory.members
         going = {m.node_id for m in members.values() if m.leaving == d.GONE}
-        self._freed &= going
-        meta = node.host.status()[META_GROUP]
-        for node_id in sorted(self._freed - {*meta.configuration.voters, *meta.configuration.learners}):
-            if meta.configuration_index <= meta.commit_index:
+        freed = self._freed
+        freed &= going
+        meta = node.host.status_of(META_GROUP)
+        if meta is not None and meta.configuration_index <= meta.commit_index:
+            for node_id in sorted(freed - {*meta.configuration.voters, *meta.configuration.learners}):
                 await node.meta.drop_member(node_id)
-        if going - self._freed and not any(n in home for home in self.homes().values() for n in going - self._freed):
-            self._freed |= going - await self._members_of_shards(forwarder)
+        if going - freed and not any(n in home for home in self.homes().values() for n in going - freed):
+            freed |= going - await self._members_of_shards(forwarder)
 
     async def _members_of_shards(self, forwarder: Forwarder) -> set[str]:
         """Node ids that are members of any shard's group, as the groups' leaders say. Raises Unavailable if one is unknown."""
         node = self._node
         found: set[str] = set()
         unknown = set(range(1, node.config.shards + 1))
-        leaders = {leader for shard in unknown if (leader := node.leader_of(shard)) is not None}
-        for leader in sorted(leaders):
-            if leader == node.config.node_id:
-                groups = node_status(node).groups
-            else:
-                groups = (await forwarder.link(leader).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)).groups
-            for group in groups:
+        leaders = sorted({leader for shard in unknown if (leader := node.leader_of(shard)) is not None})
+        for status in await asyncio.gather(*(ask_status(node, forwarder, leader) for leader in leaders)):
+            for group in status.groups if status is not None else ():
                 if group.group in unknown and _tells_members(group):
                     unknown.discard(group.group)
                     found.update(group.voters, group.learners)
@@ -408,20 +445,38 @@ def check_newcomer(new: ClusterMember, formed: bool, inside: bool, known: d.Memb
         return
     if running is not None and running != new.incarnation:
         raise RequestError("node_id", f"a node {new.node_id!r} is running already; choose another node_id")
-    if known.leaving == d.GONE:
+    if known.leaving == d.GONE and not inside:  # until it is gone, the others need to know where it is
         raise RequestError("node_id", f"node {new.node_id!r} is being removed; wait until it is gone, and start with an empty data_dir")
     if formed and known.incarnation not in ("", new.incarnation):
         raise RequestError("node_id", f"node {new.node_id!r} of this cluster has other data; start it with its own data_dir, or an empty "
                            "one")
 
 
-def check_departure(node_id: str, staying: list[str], replicas: int) -> None:
-    """Whether one of those that stay may leave. Raises RequestError with what to do."""
+def check_departure(node_id: str, staying: list[str], there: Collection[str], replicas: int) -> None:
+    """Whether one of those that stay may leave; `there`: those that answer, or did not long ago. Raises RequestError with what to do."""
     if len(staying) <= 1:
         raise RequestError("node_id", f"node {node_id!r} is the last one, and has the only replicas; let another node join first")
-    if len(staying) - 1 < min(replicas, len(staying)):
-        raise RequestError("node_id", f"without node {node_id!r} there are {len(staying) - 1} nodes, and shards have "
-                           f"{min(replicas, len(staying))} replicas; let another node join first")
+    left = sorted(n for n in staying if n != node_id)
+    need = min(replicas, len(staying))
+    if len(left) < need:
+        raise RequestError("node_id", f"without node {node_id!r} there are {len(left)} nodes, and shards have {need} replicas; let another "
+                           "node join first")
+    silent = [n for n in left if n not in there]
+    if len(left) - len(silent) < need:  # its replicas would wait for those that are dead, for ever
+        raise RequestError("node_id", f"without node {node_id!r} there are {len(left) - len(silent)} nodes that answer, and shards have "
+                           f"{need} replicas; start {', '.join(silent)}, or let another node join first")
+
+
+async def ask_status(node: Node, forwarder: Forwarder, node_id: str) -> GetNodeStatusResponse | None:
+    """What a node says of itself in ClusterService.GetNodeStatus, this one or another; None if it does not answer."""
+    if node_id == node.config.node_id:
+        return node_status(node)
+    try:
+        answer: GetNodeStatusResponse = await forwarder.link(node_id).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)
+    except (grpc.aio.AioRpcError, Unavailable) as error:
+        log.debug("node %s does not say how it is: %s", node_id, error)
+        return None
+    return answer
 
 
 def node_status(node: Node) -> GetNodeStatusResponse:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import grpc
 from spillway.broker.core import directory as d
 from spillway.broker.errors import BrokerError, RequestError, Unavailable
-from spillway.broker.runtime.balance import META_GROUP, node_status
+from spillway.broker.runtime.balance import META_GROUP, ask_status, node_status
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.cluster_status import cluster_status
@@ -19,7 +19,6 @@ from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import cluster_service_pb2_grpc
 
 WATCH_PERIOD_SECONDS = 0.05  # changes within it are told at once
-STATUS_SECONDS = 2.0  # a node that does not answer in that time is not reachable
 Answer = TypeVar("Answer", pb.DrainNodeResponse, pb.UndrainNodeResponse, pb.RemoveNodeResponse)
 _STATES = {d.STAYS: pb.NODE_STATE_ACTIVE, d.DRAINS: pb.NODE_STATE_DRAINING, d.GONE: pb.NODE_STATE_REMOVING}
 
@@ -31,6 +30,8 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
         self.node = node
         self.forwarder = forwarder
         self.peer = peer
+        self._topology = pb.Topology()
+        self._built: tuple[int, int] | None = None  # revisions of what it was built from
 
     def _nodes(self) -> list[pb.Node]:
         known = self.node.meta.directory.members
@@ -42,7 +43,17 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
         return out
 
     def topology(self) -> pb.Topology:
-        """As this node sees it."""
+        """As this node sees it, built once for all who ask and watch: not to be changed. It is the same object as long as it is the
+        same."""
+        node = self.node
+        revisions = node.revision, node.meta.directory.nodes_revision
+        if self._built != revisions:
+            self._built = revisions
+            if (topology := self._build_topology()) != self._topology:
+                self._topology = topology
+        return self._topology
+
+    def _build_topology(self) -> pb.Topology:
         node = self.node
         out = pb.Topology(cluster=node.config.cluster, shard_count=node.config.shards)
         out.nodes.extend(self._nodes())
@@ -58,11 +69,11 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
     async def WatchTopology(self, request: pb.WatchTopologyRequest,
                             context: Any) -> AsyncIterator[pb.WatchTopologyResponse]:
         """See cluster_service.proto."""
-        told = None
+        told: pb.Topology | None = None
         revision = self.node.revision
         while True:
             now = self.topology()
-            if now != told:
+            if now is not told:
                 told = now
                 yield pb.WatchTopologyResponse(topology=now)
             revision = await self.node.wait_topology(revision)
@@ -74,20 +85,8 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
 
     async def GetClusterStatus(self, request: pb.GetClusterStatusRequest, context: Any) -> pb.GetClusterStatusResponse:
         """See cluster_service.proto."""
-        own = self.node.config.node_id
-
-        async def ask(node_id: str) -> pb.GetNodeStatusResponse | None:
-            if node_id == own:
-                return node_status(self.node)
-            try:
-                answer: pb.GetNodeStatusResponse = await self.forwarder.link(node_id).cluster.GetNodeStatus(
-                    pb.GetNodeStatusRequest(), timeout=STATUS_SECONDS)
-            except (grpc.aio.AioRpcError, Unavailable):
-                return None
-            return answer
-
         nodes = self._nodes()
-        answers = await asyncio.gather(*(ask(node.id) for node in nodes))
+        answers = await asyncio.gather(*(ask_status(self.node, self.forwarder, node.id) for node in nodes))
         found = {node.id: answer for node, answer in zip(nodes, answers, strict=True) if answer is not None}
         return cluster_status(self.node.config.cluster, nodes, self.node.placement, found)
 

@@ -117,7 +117,8 @@ async def _wait(client: Client, node: str, wait: float) -> int:
     while True:
         found = await client.cluster.status()
         own = next((n for n in found.nodes if n.id == node), None)
-        if own is None or (own.state is NodeState.DRAINING and not own.replicas):
+        # A group of which nobody answers has replicas, too; it is not known where.
+        if own is None or (own.state is NodeState.DRAINING and not own.replicas and all(group.voters for group in found.groups)):
             return 0
         if time.monotonic() > until:
             return max(1, own.replicas)

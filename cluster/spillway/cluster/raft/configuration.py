@@ -17,7 +17,7 @@ import msgspec
 from spillway.cluster.errors import ChangeInvalid
 
 VOTERS_MAX = 7
-LEARNERS_MAX = 7
+LEARNERS_MAX = 8  # one more than a cluster has beside its voters: a voter is demoted before a learner takes its place
 NODE_ID_LENGTH_MAX = 255
 
 
@@ -26,6 +26,7 @@ class ChangeKind(enum.Enum):
 
     ADD_LEARNER = "add-learner"
     PROMOTE = "promote"  # a learner, that has caught up, to a voter
+    DEMOTE = "demote"  # a voter to a learner: its node goes on as a member, as one that is removed does not
     REMOVE = "remove"  # a learner or a voter
 
 
@@ -70,21 +71,28 @@ class Configuration:
                 raise ChangeInvalid(f"node {node_id} is a member already")
             if not 0 < len(node_id) <= NODE_ID_LENGTH_MAX:
                 raise ChangeInvalid(f"a node id has 1 to {NODE_ID_LENGTH_MAX} characters")
-            if len(self.learners) == LEARNERS_MAX:
-                raise ChangeInvalid(f"there are {LEARNERS_MAX} learners; promote or remove one first")
-            return Configuration(self.voters, tuple(sorted((*self.learners, node_id))))
+            return Configuration(self.voters, self._with_learner(node_id))
         if node_id not in self:
             raise ChangeInvalid(f"node {node_id} is not a member")
         learners = tuple(n for n in self.learners if n != node_id)
-        if kind is ChangeKind.REMOVE:
+        if kind in (ChangeKind.REMOVE, ChangeKind.DEMOTE):
             if self.voters == (node_id,):
                 raise ChangeInvalid(f"node {node_id} is the only voter; add another one first")
+            if kind is ChangeKind.DEMOTE:
+                if node_id in self.learners:
+                    raise ChangeInvalid(f"node {node_id} is a learner already")
+                learners = self._with_learner(node_id)
             return Configuration(tuple(n for n in self.voters if n != node_id), learners)
         if node_id in self.voters:
             raise ChangeInvalid(f"node {node_id} is a voter already")
         if len(self.voters) == VOTERS_MAX:
             raise ChangeInvalid(f"there are {VOTERS_MAX} voters; remove one first")
         return Configuration(tuple(sorted((*self.voters, node_id))), learners)
+
+    def _with_learner(self, node_id: str) -> tuple[str, ...]:
+        if len(self.learners) == LEARNERS_MAX:
+            raise ChangeInvalid(f"there are {LEARNERS_MAX} learners; promote or remove one first")
+        return tuple(sorted((*self.learners, node_id)))
 
     def encode(self) -> bytes:
         """The same bytes for the same configuration."""

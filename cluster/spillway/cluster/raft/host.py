@@ -87,6 +87,11 @@ class GroupStatus:
     configuration_index: int
 
 
+def _status(g: RaftGroup) -> GroupStatus:
+    return GroupStatus(g.role, g.leader, g.engine.term, g.engine.commit, g.engine.applied, g.machine.durable_index(), g.journal.first,
+                       g.journal.last, g.configuration, g.membership.index)
+
+
 def end_process(error: BaseException) -> None:
     """The default of `fatal`: what was acknowledged is safe on disk, and a restart begins from there."""
     if isinstance(error, StoreRefused):
@@ -235,8 +240,12 @@ class RaftHost:
 
     def status(self) -> dict[int, GroupStatus]:
         """Every replica of this node."""
-        return {n: GroupStatus(g.role, g.leader, g.engine.term, g.engine.commit, g.engine.applied, g.machine.durable_index(),
-                               g.journal.first, g.journal.last, g.configuration, g.membership.index) for n, g in self.groups.items()}
+        return {number: _status(replica) for number, replica in self.groups.items()}
+
+    def status_of(self, group: int) -> GroupStatus | None:
+        """One replica of this node; None if it has none of the group."""
+        replica = self.groups.get(group)
+        return None if replica is None else _status(replica)
 
     @property
     def present(self) -> Set[str]:

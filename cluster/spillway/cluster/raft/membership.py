@@ -5,7 +5,7 @@
 - A leader proposes none before the first entry of its own term is committed. Else an uncommitted configuration of an earlier
   leader and its own could be two steps apart, with majorities that have no node in common (Ongaro's correction of 2015).
 - A node comes in as a learner and is promoted when it has caught up: until then a majority would wait for it.
-- A leader does not remove itself: it hands over first, so that nobody leads a group that it is not a member of.
+- A leader does not remove or demote itself: it hands over first, so that nobody leads a group that it is not a member of.
 - Who is removed is told only after that is committed. A removed node with the entry in its log could not campaign, and nobody
   who lacks the entry could get its vote.
 - Votes are given to whoever asks and is up to date, member or not, by voters, learners and those who know no configuration: a
@@ -97,7 +97,7 @@ class Membership:
         if group.transferring:
             raise ChangeInFlight(f"the leadership of group {group.number} is being handed over")
         changed = self.configuration.after(change)
-        if change.kind is ChangeKind.REMOVE and change.node_id == group.node_id:
+        if change.kind in (ChangeKind.REMOVE, ChangeKind.DEMOTE) and change.node_id == group.node_id:
             raise ChangeInvalid(f"node {group.node_id} leads group {group.number}; hand it over first")
         if change.kind is ChangeKind.PROMOTE:
             self._check_caught_up(change.node_id)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from spillway.cluster.errors import ChangeInvalid
 from spillway.cluster.raft.configuration import LEARNERS_MAX, VOTERS_MAX, Change, ChangeKind, Configuration, decode_configuration
 
-ADD, PROMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.REMOVE
+ADD, PROMOTE, DEMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.DEMOTE, ChangeKind.REMOVE
 ABC = Configuration.of(["c", "a", "b"])
 
 
@@ -18,6 +18,7 @@ def test_a_node_comes_as_a_learner_and_goes_as_anything() -> None:
     assert learner == Configuration(("a", "b", "c"), ("aa",)) and learner.quorum == ABC.quorum == 2
     voter = learner.after(Change(PROMOTE, "aa"))
     assert voter == Configuration(("a", "aa", "b", "c")) and voter.quorum == 3
+    assert voter.after(Change(DEMOTE, "aa")) == learner
     assert voter.after(Change(REMOVE, "aa")) == learner.after(Change(REMOVE, "aa")) == ABC
     assert "aa" in learner and "aa" not in ABC
 
@@ -26,7 +27,10 @@ def test_a_node_comes_as_a_learner_and_goes_as_anything() -> None:
     (ABC, Change(ADD, "a"), "member already"), (ABC, Change(ADD, ""), "1 to 255"), (ABC, Change(ADD, "x" * 256), "1 to 255"),
     (ABC, Change(PROMOTE, "a"), "voter already"), (ABC, Change(PROMOTE, "d"), "not a member"),
     (ABC, Change(REMOVE, "d"), "not a member"), (Configuration(("a",), ("b",)), Change(REMOVE, "a"), "only voter"),
-    (Configuration(("a",), tuple(f"l{i}" for i in range(LEARNERS_MAX))), Change(ADD, "z"), "7 learners"),
+    (Configuration(("a",), tuple(f"l{i}" for i in range(LEARNERS_MAX))), Change(ADD, "z"), "8 learners"),
+    (Configuration(("a", "b"), tuple(f"l{i}" for i in range(LEARNERS_MAX))), Change(DEMOTE, "a"), "8 learners"),
+    (Configuration(("a",), ("b",)), Change(DEMOTE, "a"), "only voter"), (Configuration(("a",), ("b",)), Change(DEMOTE, "b"), "already"),
+    (ABC, Change(DEMOTE, "d"), "not a member"),
     (Configuration(tuple(f"v{i}" for i in range(VOTERS_MAX)), ("z",)), Change(PROMOTE, "z"), "7 voters"),
 ])
 def test_nonsense_is_refused(before: Configuration, change: Change, why: str) -> None:
@@ -51,7 +55,7 @@ def test_bytes_are_read_back(nodes: list[str], voters: int) -> None:
 @pytest.mark.parametrize("data", [
     b"", b"x", b"\x92\x91\xa1a", ABC.encode() + b"\0", *map(msgspec.msgpack.encode, (
         [["b", "a"], []], [["a", "a"], []], [["a"], ["a"]], [[""], []], [["x" * 256], []], [[f"{i}" for i in range(8)], []],
-        [["a"], [f"{i}" for i in range(8)]], [["a"]], [["a"], [], []], [[1], []], {"voters": ["a"], "learners": []}))])
+        [["a"], [f"{i}" for i in range(9)]], [["a"]], [["a"], [], []], [[1], []], {"voters": ["a"], "learners": []}))])
 def test_other_bytes_are_refused(data: bytes) -> None:
     """As ValueError, whatever they are."""
     with pytest.raises(ValueError):

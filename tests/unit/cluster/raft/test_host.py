@@ -237,6 +237,7 @@ def test_status_names_every_replica() -> None:
     world = _calm()
     node = _leader(world)
     status = node.host.status()[0]
+    assert node.host.status_of(0) == status and node.host.status_of(99) is None
     assert (status.role, status.leader, status.term) == (Role.LEADER, node.name, node.host.groups[0].engine.term)
     assert status.log_first_index <= status.applied_index <= status.commit_index <= status.log_last_index
     assert "leads 1" in repr(node.host)

@@ -9,7 +9,7 @@ from spillway.cluster.raft.seam import LEADER
 
 from tests.unit.cluster.raft.bench import FAR, Bench
 
-ADD, PROMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.REMOVE
+ADD, PROMOTE, DEMOTE, REMOVE = ChangeKind.ADD_LEARNER, ChangeKind.PROMOTE, ChangeKind.DEMOTE, ChangeKind.REMOVE
 
 
 def _bench(founders: str = "ABC", names: str = "ABCD") -> Bench:
@@ -126,12 +126,47 @@ def test_only_a_leader_that_serves_changes_members() -> None:
     assert bench["A"].group.propose_change(Change(ADD, "D")) == bench["A"].journal.last
 
 
-def test_a_leader_does_not_remove_itself() -> None:
+@pytest.mark.parametrize("kind", [REMOVE, DEMOTE])
+def test_a_leader_does_not_remove_itself(kind: ChangeKind) -> None:
     """It hands over first."""
     bench = _bench()
     bench.drive()
     with pytest.raises(ChangeInvalid, match="hand it over"):
-        bench["A"].group.propose_change(Change(REMOVE, "A"))
+        bench["A"].group.propose_change(Change(kind, "A"))
+
+
+def test_a_demoted_voter_goes_on_as_a_learner() -> None:
+    """It gets the log, does not count or campaign, keeps its replica, and can be promoted again."""
+    bench = _bench(founders="ABCD")
+    _change(bench, DEMOTE, "D")
+    assert all(_now(bench, name) == Configuration(("A", "B", "C"), ("D",)) for name in "ABCD")
+    bench.put("A", b"x")
+    bench.settle(*"ABCD")
+    assert bench["D"].machine.commands == bench["A"].machine.commands
+    assert not bench["D"].group.membership.removed and not bench["D"].group.membership.voting
+    for name in "BC":
+        bench.cut("A", name)
+    commit = bench["A"].engine.commit
+    bench.put("A", b"y")
+    bench.settle("A", "D", rounds=3)
+    assert bench["A"].engine.commit == commit
+    for name in "BC":
+        bench.join("A", name)
+    bench.settle(*"ABCD")
+    _change(bench, PROMOTE, "D")
+    assert all(_now(bench, name) == Configuration(("A", "B", "C", "D")) for name in "ABCD")
+
+
+def test_a_voter_is_demoted_while_it_is_dead() -> None:
+    """It learns of it when it is back, and does not end."""
+    bench = _bench(founders="ABCD")
+    for name in "ABC":
+        bench.cut(name, "D")
+    _change(bench, DEMOTE, "D", *"ABC")
+    for name in "ABC":
+        bench.join(name, "D")
+    bench.settle(*"ABCD")
+    assert _now(bench, "D") == Configuration(("A", "B", "C"), ("D",)) and not bench["D"].group.membership.removed
 
 
 def test_a_learner_that_is_behind_is_not_promoted() -> None:
