@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -105,6 +106,43 @@ async def test_a_cluster_of_one_grows(cluster: Make) -> None:
         for node in ("n2", "n3", "n4"):
             processes.nodes[node].start()
         await until("all are back", left)
+
+
+async def test_a_founder_that_lost_its_disk_founds_no_second_cluster(cluster: Make) -> None:
+    """The first node of a cluster that grew is started without its disk, and without --join: it does not know that it was one of
+    several. The others tell it, and it ends; clients believe none of it. With --join it is one of them again."""
+    processes = cluster(nodes=1, flags=["--shards", "4"])
+    first = processes.nodes["n1"]
+    processes.join("n2")
+    processes.join("n3")
+    async with Client(processes.addresses) as client, traffic(client) as flow:
+        async def whole() -> bool:
+            return settled(await client.cluster.status(), "n1", "n2", "n3")
+        await until("there are three", whole)
+        identity = client.topology.cluster_id
+        assert identity
+        assert first.stop() == 0
+
+        async def led() -> bool:
+            return client.topology.ready and "n1" not in client.topology.leaders
+        await until("others lead", led)
+        shutil.rmtree(first.data_dir)
+        first.start()
+
+        async def ended() -> bool:
+            return not first.running
+        await until("the rogue ends", ended)
+        assert first.process is not None and first.process.returncode == 3
+        assert f"this node was one of cluster 'spillway' with the identity {identity}" in first.text()
+        assert "start it with --join and an empty data_dir" in first.text()
+        assert (client.topology.cluster_id, client.topology.nodes.keys()) == (identity, {"n1", "n2", "n3"})
+        shutil.rmtree(first.data_dir)
+        first.argv += ["--join", processes.nodes["n2"].peer_address]
+        first.start()
+        before = flow.received
+        await until("it is back", whole)
+        assert flow.received > before
+        assert {processes.topology(node).cluster_id for node in processes.nodes.values()} == {identity}
 
 
 async def test_replicas_are_in_different_zones(cluster: Make) -> None:

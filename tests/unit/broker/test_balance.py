@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from node_world import Refused, World
 from several_nodes import PeersContext
@@ -14,6 +15,7 @@ from spillway.broker.core import directory as d
 from spillway.broker.core import features
 from spillway.broker.errors import NotFound, RequestError, Unavailable
 from spillway.broker.runtime.balance import check_departure, check_newcomer
+from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.member import MemberService
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
 
@@ -109,3 +111,22 @@ async def test_who_watches_hears_of_leaders_of_shards_that_are_elsewhere(world: 
     for watcher in world.host.watchers:
         watcher(2, "n3", 5)
     await asyncio.wait_for(watching, 10)
+
+
+@pytest.mark.parametrize("why", ["joins", "recovers"])
+async def test_a_node_that_does_not_know_the_others_yet_names_no_nodes(world: World, why: str) -> None:
+    """Its meta replica has not caught up: who believed that it is alone would forget all others. Those who watch hear when it knows."""
+    service = ClusterService(world.node, world.forwarder)
+    assert service.topology().shard_count == 2
+    if why == "recovers":
+        world.host.recovering = True
+    else:
+        world.node.config = msgspec.structs.replace(world.node.config, join=["127.0.0.1:7071"])
+    world.node.balance.follow()
+    assert (service.topology().cluster, service.topology().shard_count, len(service.topology().nodes)) == ("spillway", 0, 0)
+    watching = asyncio.create_task(world.node.wait_topology(world.node.revision))
+    await asyncio.sleep(0)
+    world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"))
+    world.node.balance.follow()
+    await asyncio.wait_for(watching, 10)
+    assert service.topology().shard_count == 2

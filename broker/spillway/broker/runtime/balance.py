@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ class Balance:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._revision = -1
+        self._informed = False
         self._named = members_of(node.config) if node.config.peers else {}  # what the operator says of addresses counts
         self._seen: dict[str, float] = {}  # when another node was connected last
         self._asked_at = -1e9
@@ -68,10 +70,15 @@ class Balance:
     def follow(self) -> None:
         """Takes note of who the nodes are, when that may have changed."""
         node = self._node
+        if self._informed != node.knows_members:
+            self._informed = node.knows_members
+            node.topology_changed()
         if self._revision == node.meta.revision:
             return
         self._revision = node.meta.revision
         known = node.meta.directory.members
+        if (cluster_id := node.meta.directory.cluster_id) and cluster_id != node.host.cluster_id:
+            node.host.keep_cluster(cluster_id)
         if not known:
             return
         members = {m.node_id: self._named.get(m.node_id) or Peer(m.node_id, m.peer_address, m.client_address) for m in known.values()}
@@ -310,8 +317,10 @@ class Balance:
             return
         if not directory.members:
             founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
-            await node.meta.settle(node.founded, first=founders)
+            await node.meta.settle(node.founded, first=founders, cluster_id=node.cluster_id or secrets.token_hex(8))
             return
+        if not directory.cluster_id:  # it was founded by a version that made none
+            await node.meta.settle({}, cluster_id=node.cluster_id or secrets.token_hex(8))
         changed = self._elsewhere(directory.members, now)
         if changed:
             log.info("%d shards belong elsewhere now", len(changed))

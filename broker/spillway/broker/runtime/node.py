@@ -144,9 +144,19 @@ class Node:
             self.on_removed()
 
     @property
+    def cluster_id(self) -> str:
+        """Identity of the cluster, which its name is not; empty while it is not known."""
+        return self.meta.directory.cluster_id or self.host.cluster_id
+
+    @property
     def placement(self) -> dict[int, list[str]]:
         """Where shards belong: shard -> node ids, the preferred leader first."""
         return self.balance.homes()
+
+    @property
+    def knows_members(self) -> bool:
+        """Whether `members` is more than itself on a node that joins, or recovers what it lost."""
+        return bool(self.meta.directory.members) or not (self.config.join or self.host.recovering)
 
     def members_changed(self) -> None:
         """`members` is another one."""

@@ -45,7 +45,7 @@ class MemberService(member_service_pb2_grpc.MemberServiceServicer):
         return self._members()
 
     def _members(self) -> pb.JoinResponse:
-        return pb.JoinResponse(members=map(said_of, self.node.meta.directory.members.values()))
+        return pb.JoinResponse(members=map(said_of, self.node.meta.directory.members.values()), cluster_id=self.node.cluster_id)
 
 
 def _check(request: pb.JoinRequest) -> None:
