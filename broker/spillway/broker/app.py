@@ -223,6 +223,9 @@ class App:
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                         raise ConfigError(f"the cluster does not take this node in: {error.details()}") from None
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        raise ConfigError(f"join has {address}, which is no peer address of a node that others can join; name a "
+                                          "--peer-listen of a node") from None
                     log.info("asked %s to join: %s", address, error.details())
                     await asyncio.sleep(JOIN_AGAIN_SECONDS)
                     continue

@@ -173,7 +173,12 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError("join and peers are both set; a cluster is founded with peers, and later nodes join")
     if config.advertise and config.peers:
         raise ConfigError("advertise and peers are both set; peers has this node's addresses already")
-    own_of(config)
+    own = own_of(config)
+    if config.join or config.advertise:
+        for name, address in (("peer_listen", own.peer_address), ("listen", own.client_address)):
+            if is_nowhere(address):
+                raise ConfigError(f"{'advertise' if config.advertise else name} has {address}, where no other node reaches this one; say "
+                                  "with advertise where they do: peerhost:port/clienthost:port")
     for name in ("zone", "host"):
         value = getattr(config, name)
         if len(value) > 63 or not all(c.isalnum() or c in "-_." for c in value):
@@ -221,6 +226,15 @@ def split_address(name: str, address: str) -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"{name} has {address!r}; write host:port")
     return host.strip("[]"), int(port)
+
+
+def is_nowhere(address: str) -> bool:
+    """Whether an address, valid as one to listen at, is none to be reached at from elsewhere."""
+    host, port = split_address("address", address)
+    try:
+        return port == 0 or ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -117,6 +117,21 @@ def test_a_wrong_value_is_refused_with_its_setting_and_source(name: str, text: s
         assert said.startswith(source) and says in said
 
 
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--join=a:1", "--peer-listen=0.0.0.0:7071"], "flag --peer-listen: peer_listen has 0.0.0.0:7071, where no other node"),
+    (["--join=a:1", "--listen=[::]:7070"], "flag --listen: listen has [::]:7070, where no other node reaches this one; say with advertise"),
+    (["--join=a:1", "--listen=127.0.0.1:0"], "flag --listen: listen has 127.0.0.1:0, where"),
+    (["--advertise=0.0.0.0:1/b:2"], "flag --advertise: advertise has 0.0.0.0:1, where no other node reaches"),
+    (["--join=a:1", "--peer-listen=0.0.0.0:7071", "--listen=0.0.0.0:7070", "--advertise=a:1/b:2"], None),
+    (["--listen=0.0.0.0:7070"], None)])
+def test_a_node_that_joins_says_where_it_is(flags: list[str], says: str | None) -> None:
+    """At "any address" others would look for it on their own machines."""
+    if says is None:
+        load(flags, {})
+    else:
+        assert wrong(flags).startswith(says)
+
+
 def test_a_wrong_value_that_is_overridden_by_a_right_one_is_still_refused() -> None:
     """A variable that makes no sense is an error even if a flag would win: it would bite at the next start."""
     assert wrong(["--shards", "4"], {"SPILLWAY_SHARDS": "x"}).startswith("variable SPILLWAY_SHARDS: shards is 'x'")
