@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_process import ClusterProcesses, NodeProcess
+from cluster_process import ClusterProcesses, NodeProcess, free_ports
 from spillway.client import Client, InvalidArgument, NodeNotFound, NodeState
 from traffic import settled, traffic, until
 
@@ -143,6 +143,40 @@ async def test_a_founder_that_lost_its_disk_founds_no_second_cluster(cluster: Ma
         await until("it is back", whole)
         assert flow.received > before
         assert {processes.topology(node).cluster_id for node in processes.nodes.values()} == {identity}
+
+
+async def test_a_node_that_was_away_finds_its_cluster_or_its_end(cluster: Make) -> None:
+    """It comes back at other addresses, where nobody looks for it: it says so, and is one of them again. It is removed while it is away:
+    none of those who know would call it, and it ends all the same when it comes back, with --join or without."""
+    processes = cluster(nodes=3, flags=["--shards", "4"])
+    moved = processes.join("n4")
+    async with Client(processes.addresses) as client, traffic(client):
+        async def whole() -> bool:
+            return settled(await client.cluster.status(), "n1", "n2", "n3", "n4")
+        await until("there are four", whole)
+        assert moved.stop() == 0
+        before = moved.address, moved.peer_address
+        moved.address, moved.peer_address = (f"127.0.0.1:{port}" for port in free_ports(2))
+        moved.argv = [dict(zip(before, (moved.address, moved.peer_address), strict=True)).get(word, word) for word in moved.argv]
+        moved.start()
+
+        async def found() -> bool:
+            return client.topology.nodes.get("n4") == moved.address and await whole()
+        await until("n4 is back, elsewhere", found)
+
+        assert moved.stop() == 0
+        await client.cluster.remove("n4")
+
+        async def three() -> bool:
+            return settled(await client.cluster.status(), "n1", "n2", "n3")
+        await until("n4 is none of them", three)
+        moved.start()
+        await ended(moved)
+        join = moved.argv.index("--join")
+        del moved.argv[join:join + 2]
+        moved.log.unlink()
+        moved.start()
+        await ended(moved)
 
 
 async def test_replicas_are_in_different_zones(cluster: Make) -> None:

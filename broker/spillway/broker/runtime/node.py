@@ -140,8 +140,12 @@ class Node:
         self.store.forget(shard)
         self.topology_changed()
         if shard == META_GROUP:
-            log.warning("this node was removed from the cluster: it ends, and its data directory is of no more use")
-            self.on_removed()
+            self.removed_from_cluster()
+
+    def removed_from_cluster(self) -> None:
+        """This node is none of the cluster any more, for good."""
+        log.critical("this node was removed from the cluster: it ends, and its data directory is of no more use")
+        self.on_removed()
 
     @property
     def cluster_id(self) -> str:

@@ -40,8 +40,8 @@ class JoinRequest(_message.Message):
     replica_count: _builtins.int
     """Its setting; must be the cluster's."""
     inside: _builtins.bool
-    """It is a node of the cluster, and only says what is new about it: INVALID_ARGUMENT
-    if it is none any more.
+    """It is a node of the cluster, and only says what is new about it: NOT_FOUND if it
+    is none any more.
     """
     cluster_id: _builtins.str
     """Identity of the cluster that it is a node of; empty: not known. INVALID_ARGUMENT,
