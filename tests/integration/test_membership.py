@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cluster_process import ClusterProcesses, NodeProcess, free_ports
-from spillway.client import Client, InvalidArgument, NodeNotFound, NodeState
+from spillway.client import Client, InvalidArgument, NodeNotFound, NodeState, Unavailable
 from traffic import settled, traffic, until
 
 Make = Callable[..., ClusterProcesses]
@@ -54,6 +54,9 @@ async def test_a_cluster_grows_and_shrinks_under_load(cluster: Make) -> None:
         await client.cluster.remove("n2")
         await is_settled("n1", "n3", "n4", "n5")
         await ended(processes.nodes["n2"])
+        processes.nodes["n2"].start()
+        assert processes.nodes["n2"].wait() == 3
+        assert "node 'n2' was removed from cluster 'spillway'; its data is of no more use" in processes.nodes["n2"].text()
         before = flow.received
         processes.nodes["n3"].kill()
 
@@ -177,6 +180,26 @@ async def test_a_node_that_was_away_finds_its_cluster_or_its_end(cluster: Make) 
         moved.log.unlink()
         moved.start()
         await ended(moved)
+
+
+async def test_a_cluster_is_founded_with_more_nodes_than_voters(cluster: Make) -> None:
+    """Seven vote in the meta group; it takes in the eighth as a learner, also when that one starts again before it is."""
+    processes = cluster(nodes=8, flags=["--shards", "2"], start=False)
+    last = processes.nodes["n8"]
+    for node in processes.nodes.values():
+        node.start()
+    async with Client(processes.addresses) as client:
+        async def whole() -> bool:
+            try:
+                found = await client.cluster.status()
+            except Unavailable:  # eight processes start slowly on a small machine
+                return False
+            meta = found.groups[0]
+            return settled(found, *processes.nodes) and (len(meta.voters), meta.learners) == (7, ("n8",))
+        await until("all have the meta group", whole, 120)
+        assert last.stop() == 0
+        last.start()
+        await until("the last one is back", whole)
 
 
 async def test_replicas_are_in_different_zones(cluster: Make) -> None:

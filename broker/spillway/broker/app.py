@@ -12,10 +12,11 @@ import sys
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from spillway.broker.config import NodeConfig, is_loopback, members_of, split_address
+from spillway.broker.config import NodeConfig, is_loopback, members_of, meta_founders, split_address
 from spillway.broker.core import features
 from spillway.broker.datadir import claim, raise_format
 from spillway.broker.errors import ConfigError, DataDirError
+from spillway.broker.runtime.balance import META_GROUP
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.admin import AdminService
@@ -123,6 +124,10 @@ class App:
         self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export, self._unfit,
                                        self._foreign)
         self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store, joins=bool(config.join))
+        if self.journal.node.formed and not config.join and not self.host.has_replica(META_GROUP, meta_founders(config)):
+            self.close()
+            raise StoreRefused(f"node {config.node_id!r} was removed from cluster {config.cluster!r}; its data is of no more use: start it "
+                               "with --join and an empty data_dir")
         if not config.join and len(members) == 1 and self._blank() and features.known(config.feature_level_max).high >= features.MEMBERS:
             self.journal.change_node(cluster_id=secrets.token_hex(8))  # clients never hear of it without
         founded = {} if config.join else place(sorted(members), config.shards, min(config.replicas, len(members)))

@@ -12,8 +12,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 from spillway.broker.core import features
+from spillway.broker.core.directory import NODES_MAX
 from spillway.broker.errors import ConfigError
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
+from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
 
 
@@ -188,6 +190,8 @@ def validate(config: NodeConfig) -> NodeConfig:
     members = members_of(config)
     if config.peers and config.node_id not in members:
         raise ConfigError(f"peers does not name this node, {config.node_id!r}; it names {', '.join(sorted(members))}")
+    if len(members) > NODES_MAX:
+        raise ConfigError(f"peers names {len(members)} nodes; a cluster has up to {NODES_MAX}")
     return config
 
 
@@ -218,6 +222,13 @@ def members_of(config: NodeConfig) -> dict[str, Peer]:
             raise ConfigError(f"peers names node {node_id!r} twice")
         members[node_id] = Peer(node_id, peer, client)
     return members or {config.node_id: own_of(config)}
+
+
+def meta_founders(config: NodeConfig) -> list[str]:
+    """Node ids that the meta group is founded with on this node; none on one that the group's leader takes in later: it joins, or there are
+    more nodes than voters."""
+    founders = sorted(members_of(config))[:VOTERS_MAX]
+    return founders if config.node_id in founders and not config.join else []
 
 
 def split_address(name: str, address: str) -> tuple[str, int]:

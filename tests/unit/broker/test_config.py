@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from spillway.broker.config import NodeConfig, is_loopback, load, members_of, parser, split_address
+from spillway.broker.config import NodeConfig, is_loopback, load, members_of, meta_founders, parser, split_address
 from spillway.broker.errors import ConfigError
 from spillway.broker.main import EXIT_CONFIG, serve, show_config
 
@@ -130,6 +130,16 @@ def test_a_node_that_joins_says_where_it_is(flags: list[str], says: str | None) 
         load(flags, {})
     else:
         assert wrong(flags).startswith(says)
+
+
+def test_a_cluster_is_founded_with_as_many_nodes_as_it_may_have() -> None:
+    """Fourteen, seven of which found the meta group: the others are taken in."""
+    peers = [f"n{n:02}=p:{n}/c:{n}" for n in range(1, 16)]
+    assert wrong(["--node-id=n01", f"--peers={','.join(peers)}"]) == "flag --peers: peers names 15 nodes; a cluster has up to 14"
+    configs = [load([f"--node-id=n{n:02}", f"--peers={','.join(peers[:14])}"], {}) for n in (1, 7, 8, 14)]
+    seven = [f"n{n:02}" for n in range(1, 8)]
+    assert [meta_founders(config) for config in configs] == [seven, seven, [], []]
+    assert meta_founders(load(["--join=a:1"], {})) == []
 
 
 def test_a_wrong_value_that_is_overridden_by_a_right_one_is_still_refused() -> None:

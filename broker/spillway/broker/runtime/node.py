@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spillway.broker.config import NodeConfig, Peer, members_of
+from spillway.broker.config import NodeConfig, Peer, members_of, meta_founders
 from spillway.broker.core import features
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.directory import Hold
@@ -34,7 +34,6 @@ from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
 from spillway.cluster.clock import Clock, SystemClock
 from spillway.cluster.errors import StoreRefused
-from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
@@ -100,7 +99,7 @@ class Node:
         self._holds: dict[bytes, Hold] = {}  # operators' gates that the scheduler knows
         self._remote_holds: dict[bytes, int] = {}  # scope -> until, of gates that other nodes keep closed
         self.shares = Shares(self)
-        host.add_group(META_GROUP, [] if config.join else sorted(self.members)[:VOTERS_MAX], self.meta)
+        host.add_group(META_GROUP, meta_founders(config), self.meta)
         self.shards: dict[int, ShardRuntime] = {}
         for number in host.ended():
             store.forget(number)

@@ -157,7 +157,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             task.cancel()
         for connection in list(self._connections.values()):
             connection.close()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             await channel.close()
         await asyncio.gather(*dials, *self._tasks, return_exceptions=True)
 
