@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,6 @@ from spillway.cluster.raft.configuration import ChangeKind
 from spillway.cluster.steps import HandOver, next_step
 from spillway.contract.version import VERSION
 from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest, JoinResponse
-from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
 from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse, GroupStatus
 
 if TYPE_CHECKING:
@@ -246,7 +244,7 @@ class Balance:
                               replica_count=node.config.replicas, cluster_id=node.cluster_id)
         leader = node.host.leader_of(META_GROUP)[0]
         if leader is None or not self._in_touch(leader):
-            await self._call_around(request)
+            await self._call_around(forwarder, request)
             return
         if self._told_around:
             self._told_around = False
@@ -258,14 +256,15 @@ class Balance:
             else:
                 await forwarder.link(leader).member.Join(request, timeout=CALL_SECONDS)
 
-    async def _call_around(self, request: JoinRequest) -> None:
+    async def _call_around(self, forwarder: Forwarder, request: JoinRequest) -> None:
         """Asks some of those that may be nodes of the cluster, the next ones each time."""
         node = self._node
         there = list(dict.fromkeys((*node.config.join, *self._others().values(), *(
             m.peer_address for m in node.meta.directory.members.values() if m.node_id != node.config.node_id))))
         some = [there[(self._called_around + n) % len(there)] for n in range(min(len(there), CALLS_AROUND_MAX))]
         self._called_around += len(some)
-        for address, answer in zip(some, await asyncio.gather(*(_call_at(address, request) for address in some)), strict=True):
+        calls = (forwarder.join_at(address, request, CALL_AROUND_SECONDS) for address in some)
+        for address, answer in zip(some, await asyncio.gather(*calls), strict=True):
             if isinstance(answer, JoinResponse):
                 told = {m.node_id: m.peer_address for m in answer.members if not self._in_touch(m.node_id)
                         and (m.node_id not in self._named or node.members.get(m.node_id) != self._named[m.node_id])}
@@ -375,16 +374,20 @@ class Balance:
             return
         if not directory.members:
             founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
-            await node.meta.settle(node.founded, first=founders, cluster_id=node.cluster_id or secrets.token_hex(8))
+            await node.meta.settle(node.founded, first=founders, cluster_id=self._identity())
             return
         if not directory.cluster_id:  # it was founded by a version that made none
-            await node.meta.settle({}, cluster_id=node.cluster_id or secrets.token_hex(8))
+            await node.meta.settle({}, cluster_id=self._identity())
         changed = self._elsewhere(directory.members, now)
         if changed:
             log.info("%d shards belong elsewhere now", len(changed))
             await node.meta.settle(changed)
         if asks:
             await self._let_go(forwarder)
+
+    def _identity(self) -> str:
+        """Of the cluster, for ever: a new one, unless this node has founded it alone, or restored it."""
+        return self._node.cluster_id or f"{int(self._node.random() * (1 << 53)):016x}"
 
     def _levels(self) -> dict[str, features.Range | None]:
         """The levels at which the nodes can work, as they say; None: there is no connection. Those that are to go do not count."""
@@ -497,15 +500,6 @@ def check_addresses(new: ClusterMember, members: Iterable[d.Member]) -> None:
             if address == getattr(new, name):
                 raise RequestError(name, f"is {address}, and so is that of node {member.node_id!r}: choose another one, or remove that "
                                    "node first if it is gone for good")
-
-
-async def _call_at(address: str, request: JoinRequest) -> JoinResponse | grpc.aio.AioRpcError:
-    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        try:
-            answer: JoinResponse = await MemberServiceStub(channel).Join(request, timeout=CALL_AROUND_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            return error
-        return answer
 
 
 def check_departure(node_id: str, staying: list[str], replicas: int) -> None:

@@ -28,6 +28,7 @@ from spillway.broker.runtime.consumers import Sink
 from spillway.cluster.errors import WireInvalid
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
+from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
 from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
 from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
@@ -383,6 +384,17 @@ class Forwarder:
         if leader is None or leader == self.node.config.node_id:
             raise Unavailable("the meta group has no leader")
         return leader
+
+    async def join_at(self, address: str, request: JoinRequest, timeout: float) -> JoinResponse | grpc.aio.AioRpcError:
+        """What whoever is at an address answers; it need not be a node of the cluster."""
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        try:
+            answer: JoinResponse = await MemberServiceStub(channel).Join(request, timeout=timeout)
+            return answer
+        except grpc.aio.AioRpcError as error:
+            return error
+        finally:
+            await channel.close()
 
     async def ensure_destination(self, name: str) -> Destination | None:
         """The destination, created with defaults if need be, and known on this node; None if it is the source of a route, of
