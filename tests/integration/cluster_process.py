@@ -58,6 +58,11 @@ class NodeProcess:
         """A planned stop."""
         return self.kill(signal.SIGTERM)
 
+    def wait(self) -> int:
+        """Waits until it has ended by itself; returns the exit code."""
+        assert self.process is not None
+        return self.process.wait(START_SECONDS)
+
     @property
     def running(self) -> bool:
         """Whether the process lives."""

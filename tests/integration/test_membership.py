@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_process import ClusterProcesses, NodeProcess
-from spillway.client import Client, InvalidArgument, NodeNotFound, NodeState
+from cluster_process import ClusterProcesses, NodeProcess, free_ports
+from spillway.client import Client, InvalidArgument, NodeNotFound, NodeState, Unavailable
 from traffic import settled, traffic, until
 
 Make = Callable[..., ClusterProcesses]
@@ -53,6 +54,9 @@ async def test_a_cluster_grows_and_shrinks_under_load(cluster: Make) -> None:
         await client.cluster.remove("n2")
         await is_settled("n1", "n3", "n4", "n5")
         await ended(processes.nodes["n2"])
+        processes.nodes["n2"].start()
+        assert processes.nodes["n2"].wait() == 3
+        assert "node 'n2' was removed from cluster 'spillway'; its data is of no more use" in processes.nodes["n2"].text()
         before = flow.received
         processes.nodes["n3"].kill()
 
@@ -105,6 +109,97 @@ async def test_a_cluster_of_one_grows(cluster: Make) -> None:
         for node in ("n2", "n3", "n4"):
             processes.nodes[node].start()
         await until("all are back", left)
+
+
+async def test_a_founder_that_lost_its_disk_founds_no_second_cluster(cluster: Make) -> None:
+    """The first node of a cluster that grew is started without its disk, and without --join: it does not know that it was one of
+    several. The others tell it, and it ends; clients believe none of it. With --join it is one of them again."""
+    processes = cluster(nodes=1, flags=["--shards", "4"])
+    first = processes.nodes["n1"]
+    processes.join("n2")
+    processes.join("n3")
+    async with Client(processes.addresses) as client, traffic(client) as flow:
+        async def whole() -> bool:
+            return settled(await client.cluster.status(), "n1", "n2", "n3")
+        await until("there are three", whole)
+        identity = client.topology.cluster_id
+        assert identity
+        assert first.stop() == 0
+
+        async def led() -> bool:
+            return client.topology.ready and "n1" not in client.topology.leaders
+        await until("others lead", led)
+        shutil.rmtree(first.data_dir)
+        first.start()
+
+        async def ended() -> bool:
+            return not first.running
+        await until("the rogue ends", ended)
+        assert first.process is not None and first.process.returncode == 3
+        assert f"this node was one of cluster 'spillway' with the identity {identity}" in first.text()
+        assert "start it with --join and an empty data_dir" in first.text()
+        assert (client.topology.cluster_id, client.topology.nodes.keys()) == (identity, {"n1", "n2", "n3"})
+        shutil.rmtree(first.data_dir)
+        first.argv += ["--join", processes.nodes["n2"].peer_address]
+        first.start()
+        before = flow.received
+        await until("it is back", whole)
+        assert flow.received > before
+        assert {processes.topology(node).cluster_id for node in processes.nodes.values()} == {identity}
+
+
+async def test_a_node_that_was_away_finds_its_cluster_or_its_end(cluster: Make) -> None:
+    """It comes back at other addresses, where nobody looks for it: it says so, and is one of them again. It is removed while it is away:
+    none of those who know would call it, and it ends all the same when it comes back, with --join or without."""
+    processes = cluster(nodes=3, flags=["--shards", "4"])
+    moved = processes.join("n4")
+    async with Client(processes.addresses) as client, traffic(client):
+        async def whole() -> bool:
+            return settled(await client.cluster.status(), "n1", "n2", "n3", "n4")
+        await until("there are four", whole)
+        assert moved.stop() == 0
+        before = moved.address, moved.peer_address
+        moved.address, moved.peer_address = (f"127.0.0.1:{port}" for port in free_ports(2))
+        moved.argv = [dict(zip(before, (moved.address, moved.peer_address), strict=True)).get(word, word) for word in moved.argv]
+        moved.start()
+
+        async def found() -> bool:
+            return client.topology.nodes.get("n4") == moved.address and await whole()
+        await until("n4 is back, elsewhere", found)
+
+        assert moved.stop() == 0
+        await client.cluster.remove("n4")
+
+        async def three() -> bool:
+            return settled(await client.cluster.status(), "n1", "n2", "n3")
+        await until("n4 is none of them", three)
+        moved.start()
+        await ended(moved)
+        join = moved.argv.index("--join")
+        del moved.argv[join:join + 2]
+        moved.log.unlink()
+        moved.start()
+        await ended(moved)
+
+
+async def test_a_cluster_is_founded_with_more_nodes_than_voters(cluster: Make) -> None:
+    """Seven vote in the meta group; it takes in the eighth as a learner, also when that one starts again before it is."""
+    processes = cluster(nodes=8, flags=["--shards", "2"], start=False)
+    last = processes.nodes["n8"]
+    for node in processes.nodes.values():
+        node.start()
+    async with Client(processes.addresses) as client:
+        async def whole() -> bool:
+            try:
+                found = await client.cluster.status()
+            except Unavailable:  # eight processes start slowly on a small machine
+                return False
+            meta = found.groups[0]
+            return settled(found, *processes.nodes) and (len(meta.voters), meta.learners) == (7, ("n8",))
+        await until("all have the meta group", whole, 120)
+        assert last.stop() == 0
+        last.start()
+        await until("the last one is back", whole)
 
 
 async def test_replicas_are_in_different_zones(cluster: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 import signal
 import socket
 import sys
@@ -11,10 +12,11 @@ import sys
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from spillway.broker.config import NodeConfig, is_loopback, members_of, split_address
+from spillway.broker.config import NodeConfig, is_loopback, members_of, meta_founders, split_address
 from spillway.broker.core import features
 from spillway.broker.datadir import claim, raise_format
 from spillway.broker.errors import ConfigError, DataDirError
+from spillway.broker.runtime.balance import META_GROUP
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.admin import AdminService
@@ -119,8 +121,15 @@ class App:
             self.journal.close()
             raise
         peers = {m.node_id: m.peer_address for m in members.values() if m.node_id != config.node_id}
-        self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export, self._unfit)
+        self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export, self._unfit,
+                                       self._foreign)
         self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store, joins=bool(config.join))
+        if self.journal.node.formed and not config.join and not self.host.has_replica(META_GROUP, meta_founders(config)):
+            self.close()
+            raise StoreRefused(f"node {config.node_id!r} was removed from cluster {config.cluster!r}; its data is of no more use: start it "
+                               "with --join and an empty data_dir")
+        if not config.join and len(members) == 1 and self._blank() and features.known(config.feature_level_max).high >= features.MEMBERS:
+            self.journal.change_node(cluster_id=secrets.token_hex(8))  # clients never hear of it without
         founded = {} if config.join else place(sorted(members), config.shards, min(config.replicas, len(members)))
         self.node = Node(config, self.store, self.host, founded)
         self.node.keep_level = self._keep_level
@@ -138,11 +147,31 @@ class App:
         self.health = health.aio.HealthServicer()
         self._running: asyncio.Task[None] | None = None
 
+    def _blank(self) -> bool:
+        node = self.journal.node
+        return not (node.formed or node.recovering or node.cluster_id)
+
     def _hello(self) -> Hello:
         node = self.journal.node
         return Hello(protocol=PROTOCOL, cluster=node.cluster, node_id=node.node_id, incarnation=node.incarnation,
                      formed=node.formed, founders=node.founders, feature_min=self.node.features.low,
-                     feature_max=self.node.features.high, feature_level=self.node.meta.directory.level)
+                     feature_max=self.node.features.high, feature_level=self.node.meta.directory.level,
+                     cluster_id=self.node.cluster_id)
+
+    def _foreign(self, peer: Hello) -> str:
+        """Why a node is of another cluster than this one, though that has the same name; if this is the one that is wrong, it ends."""
+        ours, theirs = self.node.cluster_id, peer.cluster_id
+        if not theirs or not ours or theirs == ours:
+            return ""
+        identity = self.node.meta.directory.identity
+        cluster, own = self.config.cluster, self.config.node_id
+        # Who is called by its id by a cluster that it does not continue, and has nobody else, had lost its disk and did not know that.
+        if (peer.called == own and peer.formed and len(self.node.members) == 1 and theirs not in (identity.former if identity else ())):
+            self.host.fatal(StoreRefused(
+                f"this node was one of cluster {cluster!r} with the identity {theirs}, and has founded another one of that name: start it "
+                "with --join and an empty data_dir"))
+        return (f"node {peer.node_id!r} is of another cluster {cluster!r}: that one's identity is {theirs}, this one's {ours}. If it "
+                "belongs here, start it with --join and an empty data_dir")
 
     def _unfit(self, peer: Hello) -> str:
         """Why this node and a peer cannot be in one cluster; if this one is to blame, it ends."""
@@ -199,9 +228,14 @@ class App:
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                         raise ConfigError(f"the cluster does not take this node in: {error.details()}") from None
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        raise ConfigError(f"join has {address}, which is no peer address of a node that others can join; name a "
+                                          "--peer-listen of a node") from None
                     log.info("asked %s to join: %s", address, error.details())
                     await asyncio.sleep(JOIN_AGAIN_SECONDS)
                     continue
+            if answer.cluster_id:
+                self.journal.change_node(cluster_id=answer.cluster_id)
             self.transport.set_peers({m.node_id: m.peer_address for m in answer.members if m.node_id != config.node_id})
             return
 

@@ -12,8 +12,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 from spillway.broker.core import features
+from spillway.broker.core.directory import NODES_MAX
 from spillway.broker.errors import ConfigError
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
+from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
 
 
@@ -173,7 +175,12 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError("join and peers are both set; a cluster is founded with peers, and later nodes join")
     if config.advertise and config.peers:
         raise ConfigError("advertise and peers are both set; peers has this node's addresses already")
-    own_of(config)
+    own = own_of(config)
+    if config.join or config.advertise:
+        for name, address in (("peer_listen", own.peer_address), ("listen", own.client_address)):
+            if is_nowhere(address):
+                raise ConfigError(f"{'advertise' if config.advertise else name} has {address}, where no other node reaches this one; say "
+                                  "with advertise where they do: peerhost:port/clienthost:port")
     for name in ("zone", "host"):
         value = getattr(config, name)
         if len(value) > 63 or not all(c.isalnum() or c in "-_." for c in value):
@@ -183,6 +190,8 @@ def validate(config: NodeConfig) -> NodeConfig:
     members = members_of(config)
     if config.peers and config.node_id not in members:
         raise ConfigError(f"peers does not name this node, {config.node_id!r}; it names {', '.join(sorted(members))}")
+    if len(members) > NODES_MAX:
+        raise ConfigError(f"peers names {len(members)} nodes; a cluster has up to {NODES_MAX}")
     return config
 
 
@@ -215,12 +224,28 @@ def members_of(config: NodeConfig) -> dict[str, Peer]:
     return members or {config.node_id: own_of(config)}
 
 
+def meta_founders(config: NodeConfig) -> list[str]:
+    """Node ids that the meta group is founded with on this node; none on one that the group's leader takes in later: it joins, or there are
+    more nodes than voters."""
+    founders = sorted(members_of(config))[:VOTERS_MAX]
+    return founders if config.node_id in founders and not config.join else []
+
+
 def split_address(name: str, address: str) -> tuple[str, int]:
     """host and port of `host:port` or `[v6]:port`. Raises ConfigError naming the setting."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"{name} has {address!r}; write host:port")
     return host.strip("[]"), int(port)
+
+
+def is_nowhere(address: str) -> bool:
+    """Whether an address, valid as one to listen at, is none to be reached at from elsewhere."""
+    host, port = split_address("address", address)
+    try:
+        return port == 0 or ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -1,11 +1,13 @@
 """`spillway restore`: makes the data directory of a new cluster's first node from a backup. No node runs meanwhile.
 
 Everything of the backup is taken over but who the nodes were and where shards belonged: `serve` finds none, and says so anew, as when
-a cluster is founded. The directory counts only when all of it is there and synced (see `datadir`).
+a cluster is founded. The new cluster has an identity of its own, and says whose it continues. The directory counts only when all of it
+is there and synced (see `datadir`).
 """
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shutil
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from spillway.broker import datadir
 from spillway.broker.config import NodeConfig
-from spillway.broker.core.directory import Directory, names_nodes
+from spillway.broker.core.directory import Directory, names_nodes, succeeds
 from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.errors import ConfigError, DataDirError
 from spillway.broker.runtime.meta import DIRECTORY_ROWS
@@ -48,10 +50,11 @@ def restore_into(config: NodeConfig, backup: Path, manifest: Manifest) -> Path:
             store = StateStore(path / "state")
             try:
                 groups = [(group.group, asyncio.run(_install(store, backup, group))) for group in manifest.groups]
-                filled.level = _forget_nodes(store.group(META_GROUP), next(
+                cluster_id = secrets.token_hex(8)
+                filled.level = _forget_nodes(store.group(META_GROUP), cluster_id, next(
                     backup / group.name for group in manifest.groups if group.group == META_GROUP))
                 above = restored.jump(int(elapsed.total_seconds() * 1000))
-                restored.found(journal, groups, max(group.term for group in manifest.groups) + above, above)
+                restored.found(journal, groups, max(group.term for group in manifest.groups) + above, above, cluster_id)
                 store.sync_now()
                 store.rest()
             finally:
@@ -73,13 +76,14 @@ async def _install(store: StateStore, backup: Path, group: GroupFile) -> GroupRo
     return store.group(group.group)
 
 
-def _forget_nodes(rows: GroupRows, file: Path) -> int:
-    """They were others. Returns the feature level of the cluster that they were."""
+def _forget_nodes(rows: GroupRows, cluster_id: str, file: Path) -> int:
+    """They were others, of another cluster. Returns the feature level of the cluster that they were."""
     directory = Directory()
     try:
         directory.load(rows.scan(*DIRECTORY_ROWS))  # what does not decode is refused now rather than by `serve`
     except CorruptEntry as error:
         raise BackupInvalid(f"{file} cannot be restored: {error}") from None
     nodes = [key for key, _ in rows.scan(*DIRECTORY_ROWS) if names_nodes(key)]
-    rows.commit(rows.applied_index, rows.applied_term, [], nodes, [])
+    identity = [] if directory.identity is None else [succeeds(directory.identity, cluster_id)]
+    rows.commit(rows.applied_index, rows.applied_term, identity, nodes, [])
     return directory.level

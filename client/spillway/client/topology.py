@@ -22,6 +22,7 @@ log = logging.getLogger("spillway.client")
 
 REFRESH_SECONDS_MIN = 0.1  # between questions that failures cause
 ASK_SECONDS_MAX = 1.0
+FOREIGN_MAX = 100  # other clusters that are told of in the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Topology:
     leaders: tuple[str, ...] = ()  # node ids; "": none known
     terms: tuple[int, ...] = ()
     replicas: tuple[tuple[str, ...], ...] = ()
+    cluster_id: str = ""  # its identity, which the name is not; "": not known
 
     def leader_of(self, shard: int) -> str | None:
         """Address of the node that leads a shard, if one is known to."""
@@ -49,9 +51,18 @@ class Topology:
         return self.shard_count > 0 and all(leader in self.nodes for leader in self.leaders)
 
 
+def is_foreign(known: Topology, heard: pb.Topology) -> bool:
+    """Whether a node is of another cluster than the known one, and not of one that was restored from its backup. It may have that one's
+    name, and the address of one of its nodes: it lost its disk, and was started as if there were no cluster to come back to."""
+    ids = ("", heard.cluster_id, *heard.former_ids)
+    return bool(heard.cluster_id) and known.cluster_id not in ids
+
+
 def merged(old: Topology, heard: pb.Topology) -> Topology:
-    """What is known after a node said `heard`: its view, but for shards of which a later term is known already. Raises
-    InternalError for more shards than a cluster can have."""
+    """What is known after a node said `heard`: its view, but for shards of which a later term is known already. What a node of another
+    cluster says changes nothing. Raises InternalError for more shards than a cluster can have."""
+    if is_foreign(old, heard):
+        return old
     count = heard.shard_count
     if count > SHARDS_MAX:
         raise InternalError(f"a node says that there are {count} shards; there can be {SHARDS_MAX}")
@@ -70,7 +81,7 @@ def merged(old: Topology, heard: pb.Topology) -> Topology:
                 leaders[i], terms[i] = old.leaders[i], term
             elif term == terms[i] and not leaders[i]:
                 leaders[i] = old.leaders[i]  # a follower that has not heard from its leader yet
-    return Topology(heard.cluster, count, nodes, tuple(leaders), tuple(terms), tuple(replicas))
+    return Topology(heard.cluster, count, nodes, tuple(leaders), tuple(terms), tuple(replicas), heard.cluster_id or old.cluster_id)
 
 
 class TopologyWatch:
@@ -89,6 +100,7 @@ class TopologyWatch:
         self._refresh: asyncio.Task[None] | None = None
         self._refreshed = 0.0
         self._turn = 0
+        self._foreign: set[str] = set()  # identities of other clusters that were heard of
 
     def start(self) -> None:
         """Starts watching."""
@@ -139,7 +151,8 @@ class TopologyWatch:
                 response = await stub.GetTopology(pb.GetTopologyRequest(), timeout=ASK_SECONDS_MAX)
             except grpc.aio.AioRpcError:
                 continue
-            self._heard(response.topology)
+            if not self._heard(response.topology, address):
+                continue
             if self._watched == suspect and not alive and self._call is not None:
                 self._call.cancel()
             return
@@ -154,8 +167,11 @@ class TopologyWatch:
             reason = "the node ended it"
             try:
                 async for response in call:
+                    if not self._heard(response.topology, address):
+                        call.cancel()
+                        reason = "it is of another cluster"
+                        break
                     self._health.worked(address)
-                    self._heard(response.topology)
                     backoff.reset()
                     warned = False
             except grpc.aio.AioRpcError as error:
@@ -178,21 +194,30 @@ class TopologyWatch:
         order = [addresses[(self._turn + i) % len(addresses)] for i in range(len(addresses))]
         return next((a for a in order if self._health.is_up(a)), order[0])
 
-    def _heard(self, heard: pb.Topology) -> None:
-        if not heard.shard_count:
-            return  # the node has not joined yet
+    def _heard(self, heard: pb.Topology, address: str) -> bool:
+        """Takes in what a node says; false if it is of another cluster."""
         old = self.current
+        if is_foreign(old, heard):
+            self._health.failed(address)
+            if heard.cluster_id not in self._foreign and len(self._foreign) < FOREIGN_MAX:
+                self._foreign.add(heard.cluster_id)
+                log.error("%s is of another cluster %r, with the identity %s instead of %s: what it says is left out. If that is to be "
+                          "used now, start this client again", address, heard.cluster, heard.cluster_id, old.cluster_id)
+            return False
+        if not heard.shard_count:
+            return True  # the node has not joined yet
         try:
             new = merged(old, heard)
         except InternalError as error:
             log.error("%s; what it says is left out", error)
-            return
+            return True
         if new == old:
-            return
+            return True
         self.current = new
         self._changed.set()
         for listener in list(self._listeners):
             listener(old, new)
+        return True
 
 
 class Router:

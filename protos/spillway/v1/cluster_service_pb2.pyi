@@ -57,12 +57,20 @@ class Topology(_message.Message):
     SHARD_COUNT_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
+    FORMER_IDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """The cluster's name, from its configuration."""
     shard_count: _builtins.int
     """Number of shards, fixed for the cluster's life; they are numbered from 1.
     A queue's shard is 1 + (xxh3_64(destination 0x00 tenant 0x00 key) mod
-    shard_count), seed 0, the names in UTF-8.
+    shard_count), seed 0, the names in UTF-8. 0: the node joins, or has lost its
+    disk, and does not know yet who the others are; ask another one.
+    """
+    cluster_id: _builtins.str
+    """Identity of the cluster, made when it was founded, or restored from a backup;
+    empty while the node does not know it. Clients that know one do not believe a
+    node that says another: it is of another cluster, whatever the name.
     """
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
@@ -72,6 +80,12 @@ class Topology(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shard]:
         """One per shard, by number."""
 
+    @_builtins.property
+    def former_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Identities of the clusters whose backup this one was restored from, directly or
+        not, the latest first. Who knows one of them may go on with this cluster.
+        """
+
     def __init__(
         self,
         *,
@@ -79,10 +93,12 @@ class Topology(_message.Message):
         shard_count: _builtins.int = ...,
         nodes: _abc.Iterable[Global___Node] | None = ...,
         shards: _abc.Iterable[Global___Shard] | None = ...,
+        cluster_id: _builtins.str = ...,
+        former_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "nodes", b"nodes", "shard_count", b"shard_count", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "cluster_id", b"cluster_id", "former_ids", b"former_ids", "nodes", b"nodes", "shard_count", b"shard_count", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

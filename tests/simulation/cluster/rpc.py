@@ -425,7 +425,7 @@ class Channel:
 
     unary_stream = unary_unary
 
-    async def close(self) -> None:
+    async def close(self, grace: float | None = None) -> None:
         """As grpc.aio."""
 
 

@@ -42,6 +42,8 @@ class Host:
         self.term: dict[int, int] = {}  # of groups whose leader has changed
         self.leader: str | None = None  # of the groups that this node does not lead
         self.watchers: list[Callable[[int, str | None, int], None]] = []
+        self.cluster_id = ""
+        self.recovering = False
 
     def fatal(self, error: BaseException) -> None:
         """As RaftHost."""

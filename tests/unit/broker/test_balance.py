@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from node_world import Refused, World
 from several_nodes import PeersContext
@@ -15,12 +16,13 @@ from spillway.broker.core import directory as d
 from spillway.broker.core import features
 from spillway.broker.errors import NotFound, RequestError, Unavailable
 from spillway.broker.runtime import balance as balance_module
-from spillway.broker.runtime.balance import ASK_SECONDS, MOVES_MAX, Balance, check_departure, check_newcomer
+from spillway.broker.runtime.balance import ASK_SECONDS, MOVES_MAX, Balance, check_addresses, check_departure, check_newcomer
 from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.member import MemberService
 from spillway.cluster.placement import place
 from spillway.cluster.raft.configuration import Change, ChangeKind, Configuration
-from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
+from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest, JoinResponse
+from spillway.peer.v1.member_service_pb2_grpc import MemberServiceServicer, add_MemberServiceServicer_to_server
 from spillway.v1 import cluster_service_pb2 as pb
 
 
@@ -74,6 +76,28 @@ def test_who_may_leave(staying: str, dead: str, replicas: int, refused: str | No
         check_departure("a", list(staying), there, replicas)
 
 
+@pytest.mark.parametrize(("peer", "client", "refused"), [
+    ("p:2", "c:2", None), ("p:1", "c:2", "peer_address: is p:1, and so is that of node 'n1': choose another one, or remove that"),
+    ("p:2", "c:1", "client_address: is c:1")])
+def test_two_nodes_are_not_at_one_address(peer: str, client: str, refused: str | None) -> None:
+    """The others would take one for the other. A node may stay where it is, or was."""
+    members = [d.Member("n1", 1, "p:1", "c:1"), known()]
+    members[1] = msgspec.structs.replace(members[1], peer_address="p:4")
+    new = ClusterMember(node_id="n4", peer_address=peer, client_address=client)
+    if refused is None:
+        check_addresses(new, members)
+    else:
+        with pytest.raises(RequestError, match=refused):
+            check_addresses(new, members)
+
+
+def test_nobody_joins_whom_it_cannot_reach() -> None:
+    """A cluster of one that listens anywhere may not have said where that is; it can say so yet."""
+    new = ClusterMember(node_id="n4", peer_address="p:4", client_address="c:4")
+    with pytest.raises(Unavailable, match=r"'n1' says that it is at 0\.0\.0\.0:7071, where no other node reaches it"):
+        check_addresses(new, [d.Member("n1", 1, "0.0.0.0:7071", "c:1")])
+
+
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path)
@@ -102,6 +126,99 @@ async def test_who_is_a_member_already_needs_no_leader(world: World, said: dict[
     else:
         with pytest.raises(Refused, match="UNAVAILABLE: there is no leader"):
             await joining
+
+
+@pytest.mark.parametrize(("said", "refused"), [
+    ({"peer_address": "0.0.0.0:7071"}, "peer_address: is 0.0.0.0:7071, where no other node reaches it; start it with --advertise"),
+    ({"client_address": "[::]:7070"}, "client_address: is"), ({"client_address": "c:0"}, "client_address: is c:0")])
+async def test_a_node_that_is_nowhere_does_not_join(world: World, said: dict[str, str], refused: str) -> None:
+    """Others would look for it on their own machines."""
+    member = ClusterMember(**{"node_id": "n4", "peer_address": "p:1", "client_address": "c:1", **said})
+    with pytest.raises(Refused, match=f"INVALID_ARGUMENT: {refused}"):
+        await MemberService(world.node, world.forwarder).Join(JoinRequest(cluster="spillway", member=member), PeersContext())
+
+
+async def test_what_a_node_says_is_newer_than_what_the_operator_said_of_it(tmp_path: Path) -> None:
+    """The addresses in --peers win over those in the log when a node starts, as they may all have changed. A node that says another one
+    since, as it was removed and has joined at another machine, is there."""
+    world = World(tmp_path, peers=["n1=p:1/c:1", "n2=named:2/c:2"])
+    statuses: dict[int, Any] = {}
+    world.host.status_of = statuses.get  # type: ignore[attr-defined]
+    node, told = world.node, []
+    node.balance.joined = told.append
+    node.meta.directory.members.update(n1=d.Member("n1", 5, "p:1", "c:1"), n2=d.Member("n2", 5, "said:2", "c:2"))
+
+    def follow() -> None:
+        node.meta.directory.nodes_revision += 1
+        node.balance.follow()
+
+    follow()
+    statuses[0] = SimpleNamespace(log_last_index=9)
+    node.meta.directory.members["n2"] = d.Member("n2", 9, "logged:2", "c:2")  # of an entry from before it was started
+    follow()
+    assert told == [] and node.members["n2"].peer_address == "named:2"
+    node.meta.directory.members["n2"] = d.Member("n2", 10, "new:2", "c:2")
+    follow()
+    assert told == [{"n2": "new:2"}] and node.members["n2"].peer_address == "new:2"
+    world.store.close()
+
+
+class Elsewhere(MemberServiceServicer):
+    """A node that is asked."""
+
+    def __init__(self, answer: JoinResponse | tuple[grpc.StatusCode, str]) -> None:
+        self.answer = answer
+        self.asked: list[JoinRequest] = []
+
+    async def Join(self, request: JoinRequest, context: Any) -> JoinResponse:  # type: ignore[override]
+        self.asked.append(request)
+        if isinstance(self.answer, tuple):
+            await context.abort(*self.answer)
+        assert isinstance(self.answer, JoinResponse)
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [
+    JoinResponse(members=[ClusterMember(node_id="n1", peer_address="p:1"), ClusterMember(node_id="n2", peer_address="moved:2"),
+                          ClusterMember(node_id="n5", peer_address="p:5")]),
+    (grpc.StatusCode.NOT_FOUND, "node_id: none of this one"), (grpc.StatusCode.INVALID_ARGUMENT, "cluster_id: another one"),
+    (grpc.StatusCode.UNAVAILABLE, "no leader")])
+async def test_who_cannot_reach_the_leader_asks_others(tmp_path: Path, answer: JoinResponse | tuple[grpc.StatusCode, str]) -> None:
+    """They say where the nodes are, or that this one is none any more, and then it ends; nothing else ends it. Once there is a leader,
+    what the meta group says counts again."""
+    server = grpc.aio.server()
+    there = Elsewhere(answer)
+    add_MemberServiceServicer_to_server(there, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    world = World(tmp_path, join=["127.0.0.1:1", f"127.0.0.1:{port}"])
+    node = world.node
+    node.features = features.known()
+    world.host.present = set()  # type: ignore[attr-defined]
+    world.host.hello = lambda: SimpleNamespace(incarnation="i")  # type: ignore[attr-defined]
+    world.host.cluster_id = "x"
+    ended: list[bool] = []
+    told: list[dict[str, str]] = []
+    node.on_removed = lambda: ended.append(True)
+    node.balance.joined = told.append
+    node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"), n2=d.Member("n2", 1, "127.0.0.1:1", "c:2"))
+    node.meta.revision += 1
+    node.balance.follow()
+    told.clear()
+    await node.balance._introduce(world.forwarder)
+    await server.stop(None)
+    request, = there.asked
+    assert (request.inside, request.cluster_id, request.member.node_id) == (True, "x", "n1")
+    if isinstance(answer, JoinResponse):
+        assert told == [{"n2": "moved:2", "n5": "p:5"}] and not ended
+        node.meta.directory.members["n1"] = d.Member("n1", 1, node.own.peer_address, node.own.client_address, incarnation="i",
+                                                     feature_min=node.features.low, feature_max=node.features.high)
+        world.host.leader, world.host.present = "n2", {"n2"}  # type: ignore[attr-defined]
+        await node.balance._introduce(world.forwarder)
+        assert told[1:] == [{"n2": "127.0.0.1:1"}]
+    else:
+        assert told == [] and ended == [True] * (answer[0] is grpc.StatusCode.NOT_FOUND)
+    world.store.close()
 
 
 async def test_nobody_leaves_a_cluster_that_is_only_forming(world: World) -> None:
@@ -176,6 +293,7 @@ def balance(host: Host, homes: dict[int, str], members: dict[str, int], replicas
     """Of node n1, which leads all groups; nodes in `homes` are named by their digit."""
     directory = d.Directory()
     directory.level = features.MEMBERS
+    directory.identity = d.Identity("0123456789abcdef", 1)
     directory.members = {n: d.Member(n, 1, "p:1", "c:1", leaving=leaving) for n, leaving in members.items()}
     directory.homes = {shard: d.Home(shard, 1, tuple(f"n{n}" for n in nodes)) for shard, nodes in homes.items()}
     node: Any = SimpleNamespace(
@@ -378,3 +496,23 @@ async def test_a_drain_is_judged_by_who_is_there() -> None:
         await of.leave("n3", d.DRAINS)
     await of.leave("n4", d.GONE)
     assert put == [("n4", d.GONE)]
+
+
+@pytest.mark.parametrize("why", ["joins", "recovers"])
+async def test_a_node_that_does_not_know_the_others_yet_names_no_nodes(world: World, why: str) -> None:
+    """Its meta replica has not caught up: who believed that it is alone would forget all others. Those who watch hear when it knows."""
+    service = ClusterService(world.node, world.forwarder)
+    world.node.balance.follow()
+    assert service.topology().shard_count == 2
+    if why == "recovers":
+        world.host.recovering = True
+    else:
+        world.node.config = msgspec.structs.replace(world.node.config, join=["127.0.0.1:7071"])
+    world.node.balance.follow()
+    assert (service.topology().cluster, service.topology().shard_count, len(service.topology().nodes)) == ("spillway", 0, 0)
+    watching = asyncio.create_task(world.node.wait_topology(world.node.revision))
+    await asyncio.sleep(0)
+    world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"))
+    world.node.balance.follow()
+    await asyncio.wait_for(watching, 10)
+    assert service.topology().shard_count == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from spillway.broker.config import NodeConfig, is_loopback, load, members_of, parser, split_address
+from spillway.broker.config import NodeConfig, is_loopback, load, members_of, meta_founders, parser, split_address
 from spillway.broker.errors import ConfigError
 from spillway.broker.main import EXIT_CONFIG, serve, show_config
 
@@ -115,6 +115,31 @@ def test_a_wrong_value_is_refused_with_its_setting_and_source(name: str, text: s
                          (f"variable SPILLWAY_{name.upper()}: {name} ", wrong(env={"SPILLWAY_" + name.upper(): text})),
                          (f"file {file}: {name} ", wrong(["--config", str(file)]))):
         assert said.startswith(source) and says in said
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--join=a:1", "--peer-listen=0.0.0.0:7071"], "flag --peer-listen: peer_listen has 0.0.0.0:7071, where no other node"),
+    (["--join=a:1", "--listen=[::]:7070"], "flag --listen: listen has [::]:7070, where no other node reaches this one; say with advertise"),
+    (["--join=a:1", "--listen=127.0.0.1:0"], "flag --listen: listen has 127.0.0.1:0, where"),
+    (["--advertise=0.0.0.0:1/b:2"], "flag --advertise: advertise has 0.0.0.0:1, where no other node reaches"),
+    (["--join=a:1", "--peer-listen=0.0.0.0:7071", "--listen=0.0.0.0:7070", "--advertise=a:1/b:2"], None),
+    (["--listen=0.0.0.0:7070"], None)])
+def test_a_node_that_joins_says_where_it_is(flags: list[str], says: str | None) -> None:
+    """At "any address" others would look for it on their own machines."""
+    if says is None:
+        load(flags, {})
+    else:
+        assert wrong(flags).startswith(says)
+
+
+def test_a_cluster_is_founded_with_as_many_nodes_as_it_may_have() -> None:
+    """Fourteen, seven of which found the meta group: the others are taken in."""
+    peers = [f"n{n:02}=p:{n}/c:{n}" for n in range(1, 16)]
+    assert wrong(["--node-id=n01", f"--peers={','.join(peers)}"]) == "flag --peers: peers names 15 nodes; a cluster has up to 14"
+    configs = [load([f"--node-id=n{n:02}", f"--peers={','.join(peers[:14])}"], {}) for n in (1, 7, 8, 14)]
+    seven = [f"n{n:02}" for n in range(1, 8)]
+    assert [meta_founders(config) for config in configs] == [seven, seven, [], []]
+    assert meta_founders(load(["--join=a:1"], {})) == []
 
 
 def test_a_wrong_value_that_is_overridden_by_a_right_one_is_still_refused() -> None:

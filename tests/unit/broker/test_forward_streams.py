@@ -2,17 +2,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
+from spillway.broker.config import Peer
+from spillway.broker.core.scheduler import Consumer
+from spillway.broker.errors import Unavailable
 from spillway.broker.runtime import forward
 from spillway.broker.runtime.calls import Batch, Call
-from spillway.broker.runtime.forward import PeerLink
+from spillway.broker.runtime.consumers import Sink
+from spillway.broker.runtime.forward import Forwarder, LeaseProxy, PeerLink
+from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse
+from spillway.v1.cluster_service_pb2_grpc import ClusterServiceServicer, add_ClusterServiceServicer_to_server
 from spillway.v1.message_pb2 import ItemError
-from spillway.v1.queue_service_pb2 import ProduceResponse
+from spillway.v1.queue_service_pb2 import ProduceResponse, Subscribe
+from spillway.v1.queue_service_pb2_grpc import QueueServiceServicer, add_QueueServiceServicer_to_server
 
 
 async def test_what_is_sent_over_a_closed_link_fails() -> None:
@@ -100,3 +107,103 @@ async def test_an_answer_that_nobody_asked_for_ends_the_stream() -> None:
     sending.send(b"", (None, 1, other))  # on a new one, which ends
     await asyncio.wait_for(other.call.done, 5)
     assert other.call.errors
+
+
+class Leader(QueueServiceServicer, ClusterServiceServicer):
+    """Another node, over a real connection."""
+
+    def __init__(self) -> None:
+        self.leases = 0
+        self.leased = asyncio.Event()
+        self.answer = asyncio.Event()
+        self.asked = asyncio.Event()
+        self.server = grpc.aio.server()
+        add_QueueServiceServicer_to_server(self, self.server)
+        add_ClusterServiceServicer_to_server(self, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+
+    async def Lease(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        """A stream that never ends."""
+        await context.read()
+        self.leases += 1
+        self.leased.set()
+        await asyncio.Event().wait()
+
+    async def GetNodeStatus(self, request: Any, context: Any) -> GetNodeStatusResponse:  # type: ignore[override]
+        """When it is told to."""
+        self.asked.set()
+        await self.answer.wait()
+        return GetNodeStatusResponse(node="n2")
+
+
+async def moved(node: Any, to: Leader) -> None:
+    """The other node is elsewhere now."""
+    node.members = {"n1": None, "n2": Peer("n2", to.address, "")}
+    for follow in node.on_members:
+        follow()
+
+
+@pytest.fixture
+async def leaders() -> AsyncIterator[tuple[Leader, Leader]]:
+    both = Leader(), Leader()
+    for leader in both:
+        await leader.server.start()
+    yield both
+    for leader in both:
+        await leader.server.stop(None)
+
+
+def a_node() -> Any:
+    """That calls it."""
+    return SimpleNamespace(config=SimpleNamespace(node_id="n1"), members={}, on_members=[], leader_of=lambda shard: "n2",
+                           scheduler=SimpleNamespace(subscribe=lambda consumer, patterns: None))
+
+
+async def test_who_waits_for_an_answer_of_a_node_that_moves_gets_it(leaders: tuple[Leader, Leader]) -> None:
+    """To close its link cancels what waits there, and with it the task that does: the balance, for one, would end for good."""
+    here, there = leaders
+    node = a_node()
+    forwarder = Forwarder(node)
+    await moved(node, here)
+    asking = asyncio.ensure_future(forwarder.link("n2").cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=30))
+    await asyncio.wait_for(here.asked.wait(), 30)
+    await moved(node, there)
+    await asyncio.sleep(0.1)
+    here.answer.set()
+    assert (await asking).node == "n2"
+    await forwarder.close()
+
+
+async def test_leases_of_a_node_that_moves_are_asked_for_where_it_is(leaders: tuple[Leader, Leader],
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream over the former link is cancelled, not the task that reads it; that one ends when it is told to."""
+    monkeypatch.setattr(forward, "LINK_GRACE_SECONDS", 0.1)
+    here, there = leaders
+    node = a_node()
+    forwarder = Forwarder(node)
+    await moved(node, here)
+    consumer = Consumer("c")
+    proxy = LeaseProxy(forwarder, Subscribe(destinations=["d"]), consumer, Sink(consumer), lambda consumer, messages, size: None)
+    proxy.start()
+    await asyncio.wait_for(here.leased.wait(), 30)
+    await moved(node, there)
+    await asyncio.wait_for(there.leased.wait(), 30)
+    task = proxy._leases["n2"]
+    proxy.stop()
+    await asyncio.wait((task,), timeout=30)
+    assert task.cancelled()
+    await forwarder.close()
+
+
+async def test_a_node_that_stops_makes_no_links() -> None:
+    """What is passed on then fails as if there were no leader; nobody meets a closed channel."""
+    node = a_node()
+    node.members = {"n2": Peer("n2", "127.0.0.1:1", "")}
+    forwarder = Forwarder(node)
+    forwarder.link("n2")
+    await forwarder.close()
+    with pytest.raises(Unavailable, match="this node stops"):
+        forwarder.link("n2")
+    leaders: list[str | None] = []
+    forwarder._with_leader(1, leaders.append)
+    assert leaders == [None]

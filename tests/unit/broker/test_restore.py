@@ -56,7 +56,7 @@ async def backup(tmp_path: Path) -> Path:
     world = World(tmp_path / "old")
     world.host.lead()
     founding = Settle("x", 1, (Home(1, 0, ("a", "b")), Home(2, 0, ("b", "c"))),
-                      tuple(Member(n, 0, f"{n}:1", f"{n}:2") for n in "abc"), first=True)
+                      tuple(Member(n, 0, f"{n}:1", f"{n}:2") for n in "abc"), first=True, cluster_id="old")
     world.node.meta.apply(1, 1, encode_command([founding]))
     world.host.indexes[0] = 1
     world.know("d")
@@ -124,6 +124,8 @@ def test_a_directory_is_made_that_serve_takes(backup: Path, tmp_path: Path, caps
     assert sum(len(shard.leases) for shard in shards) == 1
     meta = MetaRuntime("n9", store.group(0), lambda: None)
     assert not meta.directory.members and not meta.directory.homes
+    assert meta.directory.identity is not None and meta.directory.identity.former == ("old",)
+    assert meta.directory.cluster_id == node.cluster_id != ""
     store.close()
     journal.close()
 
@@ -239,7 +241,7 @@ async def test_a_log_that_would_begin_too_high_is_refused(tmp_path: Path) -> Non
     store = StateStore(tmp_path / "state")
     journal = JournalStore(tmp_path / "log", "c", "n")
     with pytest.raises(StoreRefused, match="group 1 would begin at entry"):
-        restored.found(journal, [(1, store.group(1))], 1, restored.INDEX_MAX + 1)
+        restored.found(journal, [(1, store.group(1))], 1, restored.INDEX_MAX + 1, "i")
     assert not journal.node.formed
     store.close()
     journal.close()

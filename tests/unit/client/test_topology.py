@@ -48,6 +48,25 @@ def test_another_cluster_replaces_everything() -> None:
     assert merged(known, heard(("b", 1), cluster="y")).leaders == ("b",)
 
 
+def test_a_cluster_of_the_same_name_is_not_believed() -> None:
+    """A node that lost its disk may found one at a known address: what it says is left out. An identity that is not said, or not known
+    yet, is no other one, and a cluster that was restored from a backup of the known one is its heir."""
+    known = merged(Topology(), heard(("a", 3)))
+    named = heard(("b", 4))
+    named.cluster_id = "i"
+    known = merged(known, named)
+    assert (known.cluster_id, known.leaders) == ("i", ("b",))
+    known = merged(known, heard(("c", 5)))
+    assert (known.cluster_id, known.leaders) == ("i", ("c",))
+    other = heard(("a", 30), nodes="a")
+    other.cluster_id = "j"
+    assert merged(known, other) is known
+    other.former_ids.append("i")
+    heir = merged(known, other)
+    assert (heir.cluster_id, heir.leaders) == ("j", ("a",))
+    assert merged(heir, named) is heir
+
+
 def test_health_avoids_for_longer_and_longer() -> None:
     """Failures that come together are one; an answer clears them."""
     now = 0.0

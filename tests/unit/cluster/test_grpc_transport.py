@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from spillway.cluster import exports
-from spillway.cluster.errors import SnapshotBroken
+from spillway.cluster.errors import PeerRefused, SnapshotBroken
 from spillway.cluster.snapshots import Position
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport import grpc as transport
@@ -196,3 +196,58 @@ async def test_who_is_refused_for_its_versions_learns_who_refuses() -> None:
         await low.close()
         await high.close()
         await server.stop(None)
+
+
+async def test_a_node_that_is_not_called_calls_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node with the lower id looks for the other one where it was: the connection comes about by the other one, which says whom it
+    calls; and once there is one, nobody calls again."""
+    monkeypatch.setattr(transport, "LONELY_SECONDS", 0.2)
+    up = asyncio.Event()
+    epochs: list[int] = []
+
+    def connected(peer: str, epoch: int, said: Hello) -> None:
+        assert said.called == "a"
+        epochs.append(epoch)
+        up.set()
+
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    a = GrpcTransport(lambda: hello("a"), "c", "a", {"b": "127.0.0.1:1"}, None)
+    b = GrpcTransport(lambda: hello("b"), "c", "b", {"a": f"127.0.0.1:{port}"}, None)
+    a.add_to_server(server)
+    await server.start()
+    a.start(Handlers(connected, lambda *_: None, lambda *_: None))
+    b.start(Handlers(lambda *_: None, lambda *_: None, lambda *_: None))
+    try:
+        await asyncio.wait_for(up.wait(), LONG)
+        await asyncio.sleep(0.6)  # a call more would have come meanwhile
+        assert len(epochs) == 1
+    finally:
+        await b.close()
+        await a.close()
+        await server.stop(None)
+
+
+async def test_who_is_of_another_cluster_of_the_same_name_is_refused() -> None:
+    """Even before it is asked whether it is a member: it may have been one, and have come back as something else."""
+    node = GrpcTransport(lambda: hello("a"), "c", "a", {}, None, foreign=lambda of: f"{of.cluster_id} is another one")
+    with pytest.raises(PeerRefused, match="j is another one"):
+        node._open("", Hello(protocol=PROTOCOL, cluster="c", node_id="b", cluster_id="j"))
+
+
+async def test_a_peer_that_moved_is_called_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel to where it was is closed, and so is that of a peer that is gone: they would be used, or stay, for ever."""
+    node = GrpcTransport(lambda: hello("c"), "c", "c", {"a": "127.0.0.1:1", "b": "127.0.0.1:1", "d": "127.0.0.1:1"}, None)
+    node.start(Handlers(lambda *_: None, lambda *_: None, lambda *_: None))
+    try:
+        kept, moved, gone = node.channel("a"), node.channel("b"), node.channel("d")
+        node.set_peers({"a": "127.0.0.1:1", "b": "127.0.0.1:2"})
+        assert node.channel("a") is kept and node.channel("b") is not moved
+        with pytest.raises(KeyError):
+            node.channel("d")
+        await asyncio.gather(*node._tasks)
+        for channel in (moved, gone):
+            with pytest.raises(grpc.aio.UsageError, match="closed"):
+                await channel.unary_unary("/x")(b"")
+    finally:
+        await node.close()

@@ -279,3 +279,23 @@ def test_what_nodes_and_homes_are_has_a_revision_of_its_own() -> None:
     assert not grows(8, d.Raise("node", 7, 2))
     directory.load(iter(()))
     assert directory.nodes_revision > seen[-1], "a snapshot may have brought anything"
+
+
+def test_a_cluster_gets_its_identity_once() -> None:
+    """With the first word on who its nodes are, or later if it was founded by a version that made none; it stays, and is a row. One that
+    is made from a backup has another, and says whose it continues."""
+    directory = d.Directory()
+    founding = d.Settle("node", 7, (), (member("a"),), first=True, cluster_id="i")
+    _, puts, _ = directory.apply(1, d.encode_command([founding]))
+    assert directory.cluster_id == "i"
+    assert apply(directory, 2, founding, d.Settle("node", 7, (), cluster_id="j")) == [d.EXISTS, d.OK]
+    assert directory.identity == d.Identity("i", 1)
+    again = d.Directory()
+    again.load(iter(puts))
+    assert again.identity == directory.identity
+    again.load(iter([d.succeeds(d.Identity("i", 1, ("h",)), "k")]))
+    assert again.identity == d.Identity("k", 1, ("i", "h"))
+    older = founded("a")
+    assert older.cluster_id == ""
+    assert apply(older, 2, d.Settle("node", 7, (), cluster_id="i")) == [d.OK]
+    assert older.cluster_id == "i"

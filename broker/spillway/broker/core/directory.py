@@ -1,5 +1,5 @@
-"""The replicated state of the meta group: destinations with their policy, routes, what operators have stopped, the cluster's nodes,
-where each shard belongs, and the feature level. Pure; small enough to be kept whole.
+"""The replicated state of the meta group: destinations with their policy, routes, what operators have stopped, the cluster's identity
+and nodes, where each shard belongs, and the feature level. Pure; small enough to be kept whole.
 
 A command is a list of changes, each with the identity of whoever asked; `apply` answers each with a Change that tells what
 became of it, so that the node that asked can tell its caller.
@@ -20,12 +20,13 @@ from spillway.broker.core.policy import Nack, Policy
 DESTINATIONS_MAX = 100_000  # each costs about 1 KiB on every node
 ROUTES_MAX = 10_000
 HOLDS_MAX = 100_000
+FORMER_IDS_MAX = 8  # clients do not run through more restores
 NODES_MAX = 14  # all have a replica of the meta group: seven may vote in it, and seven learn
 STAYS, DRAINS, GONE = range(3)  # Member.leaving
 OK, EXISTS, MISSING, ETAG, FULL, TAKEN, UNKNOWN_TARGET, CYCLE = range(8)  # outcomes of a change
 FOR_EVER = 0  # Hold.until of a pause
 # First bytes of rows; names have no control characters, so a destination's row is its name.
-_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL = b"\x01r", b"\x01h", b"\x01n", b"\x01s", b"\x01l"
+_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL, _IDENTITY = b"\x01r", b"\x01h", b"\x01n", b"\x01s", b"\x01l", b"\x01i"
 _KIND = b"\x01"
 
 
@@ -135,6 +136,14 @@ class Level(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     revision: Number
 
 
+class Identity(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
+    """Which cluster this is: another one may have its name."""
+
+    cluster_id: Name
+    revision: Number
+    former: tuple[Name, ...] = ()  # of the clusters whose backup it comes from, the latest first
+
+
 class PutV1(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=1):
     """PutDestination as version 1 wrote it."""
 
@@ -211,13 +220,15 @@ class DropMember(msgspec.Struct, array_like=True, forbid_unknown_fields=True, ta
 
 
 class Settle(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=8):
-    """Says where shards belong; those that are not named stay. With `first`, only if nothing has been said so far."""
+    """Says where shards belong; those that are not named stay. With `first`, only if nothing has been said so far. It makes the
+    cluster's identity, if it has none."""
 
     origin: str
     number: int
     homes: tuple[Home, ...]
     members: tuple[Member, ...] = ()  # with `first`
     first: bool = False
+    cluster_id: str = ""
 
 
 class Raise(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=9):
@@ -243,6 +254,7 @@ _decode_route = msgspec.msgpack.Decoder(Route).decode
 _decode_hold = msgspec.msgpack.Decoder(Hold).decode
 _decode_member = msgspec.msgpack.Decoder(Member).decode
 _decode_home = msgspec.msgpack.Decoder(Home).decode
+_decode_identity = msgspec.msgpack.Decoder(Identity).decode
 _decode_level = msgspec.msgpack.Decoder(Level).decode
 _decode_kinds = msgspec.msgpack.Decoder(list[_Kind]).decode
 
@@ -272,14 +284,21 @@ class Directory:
         self.members: dict[str, Member] = {}
         self.homes: dict[int, Home] = {}
         self.level = LEVEL_MIN
+        self.identity: Identity | None = None
         self.nodes_revision = 0
         """Grows whenever members or homes change, and may when they do not: caches compare it. Not stored, and each node's own."""
+
+    @property
+    def cluster_id(self) -> str:
+        """The cluster's identity; empty if it has none yet."""
+        return self.identity.cluster_id if self.identity else ""
 
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
         """Replaces everything by stored rows. Raises CorruptEntry."""
         self.destinations, self.routes, self.holds, self.members, self.homes = {}, {}, {}, {}, {}
         self.level = LEVEL_MIN
         self.nodes_revision += 1
+        self.identity = None
         for key, value in rows:
             try:
                 if key.startswith(_ROUTE):
@@ -297,6 +316,8 @@ class Directory:
                     self.homes[home.shard] = home
                 elif key == _LEVEL:
                     self.level = _decode_level(value).level
+                elif key == _IDENTITY:
+                    self.identity = _decode_identity(value)
                 elif key.startswith(_KIND):
                     raise ValueError("it is of a kind that this version does not know")
                 else:
@@ -472,7 +493,7 @@ class Directory:
         else:
             change.outcome = EXISTS
 
-    def _settle(self, c: Settle, index: int, change: Change) -> list[Member | Home]:
+    def _settle(self, c: Settle, index: int, change: Change) -> list[Member | Home | Identity]:
         if c.first and self.members:
             change.outcome = EXISTS
             return []
@@ -482,12 +503,22 @@ class Directory:
         self.nodes_revision += 1
         members = [msgspec.structs.replace(member, revision=index) for member in c.members] if c.first else []
         self.members.update({member.node_id: member for member in members})
-        return [*members, *self._put_homes(c.homes, index)]
+        made: list[Identity] = []
+        if c.cluster_id and self.identity is None:
+            self.identity = Identity(c.cluster_id, index)
+            made.append(self.identity)
+        return [*made, *members, *self._put_homes(c.homes, index)]
 
 
 def names_nodes(key: bytes) -> bool:
     """Whether a row says who a node is, or where a shard belongs: what a cluster made from a backup must not believe."""
     return key.startswith((_MEMBER, _HOME))
+
+
+def succeeds(old: Identity, cluster_id: str) -> tuple[bytes, bytes]:
+    """The row of a cluster's identity that is made from a backup of another one."""
+    former = (old.cluster_id, *old.former)[:FORMER_IDS_MAX]
+    return _IDENTITY, _encode(Identity(cluster_id, old.revision, former))
 
 
 def _newer_command(command: bytes) -> str:
@@ -503,12 +534,14 @@ def _newer(key: bytes, value: bytes) -> str:
     """The same of a row."""
     version = version_of(value)
     newest = 1 if key.startswith(_KIND) else 2
-    if key.startswith(_KIND) and not key.startswith((_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL)):
+    if key.startswith(_KIND) and not key.startswith((_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL, _IDENTITY)):
         return RUN_NEWER
     return f". It has version {version}, and this node reads up to {newest}{RUN_NEWER}" if version is not None and version > newest else ""
 
 
-def _row_key(record: Member | Home) -> bytes:
+def _row_key(record: Member | Home | Identity) -> bytes:
+    if isinstance(record, Identity):
+        return _IDENTITY
     return _MEMBER + record.node_id.encode() if isinstance(record, Member) else _HOME + record.shard.to_bytes(4, "big")
 
 

@@ -20,7 +20,7 @@ class Level(NamedTuple):
 
 LEVELS = {
     1: Level("0.1.0", "everything that was there before levels were"),
-    2: Level("0.2.0", "nodes join, drain and leave: the meta group's commands 6 to 9, and rows of nodes, homes and the level"),
+    2: Level("0.2.0", "nodes join, drain and leave: the meta group's commands 6 to 9, and rows of nodes, homes, level and identity"),
 }
 LEVEL_MIN, LEVEL_MAX = 1, 2  # at which this version can work; a node of LEVEL_MIN reads all that the cluster writes there
 MEMBERS = 2  # the level of changes of the nodes

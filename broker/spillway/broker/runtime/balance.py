@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import grpc
 import msgspec
-from spillway.broker.config import Peer, members_of
+from spillway.broker.config import Peer, is_nowhere, members_of
 from spillway.broker.core import directory as d
 from spillway.broker.core import features
 from spillway.broker.errors import BrokerError, NotFound, RequestError, Unavailable
@@ -23,7 +23,7 @@ from spillway.cluster.placement import Site, place
 from spillway.cluster.raft.configuration import ChangeKind, Configuration
 from spillway.cluster.steps import HandOver, next_step
 from spillway.contract.version import VERSION
-from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest
+from spillway.peer.v1.member_service_pb2 import ClusterMember, JoinRequest, JoinResponse
 from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse, GroupStatus
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ ASK_SECONDS = 2.0  # between questions about what other nodes have
 CALL_SECONDS = 2.0  # a node that does not answer in that time is not reachable
 HAND_OVER_SECONDS = 0.5  # between two: each makes a shard wait for a moment
 MOVES_MAX = 2  # groups led by one node that take in a new replica at a time: each may be a copy of a whole shard
+CALLS_AROUND_MAX = 3  # at once, to look for the cluster
+CALL_AROUND_SECONDS = 1.0  # the balance waits for them
 META_GROUP = 0
 FORMING = "the cluster is only forming; try again"
 
@@ -47,7 +49,11 @@ class Balance:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._revision = -1  # of the nodes that are followed
-        self._named = members_of(node.config) if node.config.peers else {}  # what the operator says of addresses counts
+        self._informed = False
+        self._named = members_of(node.config) if node.config.peers else {}  # where nodes are, as the operator says
+        self._logged: int | None = None  # last entry of the meta group's log when this node started
+        self._called_around = 0  # addresses of others that were called for want of the meta group's leader
+        self._told_around = False  # the transport has addresses that others told, not those of the directory
         self._seen: dict[str, float] = {}  # when another node was connected last
         self._asked_at = -1e9
         self._handed_at = -1e9
@@ -70,22 +76,41 @@ class Balance:
     def follow(self) -> None:
         """Takes note of who the nodes are, when that may have changed."""
         node = self._node
+        if self._informed != node.knows_members:
+            self._informed = node.knows_members
+            node.topology_changed()
+        if self._logged is None and self._named and (meta := node.host.status_of(META_GROUP)) is not None:
+            self._logged = meta.log_last_index
         if self._revision == node.meta.directory.nodes_revision:
             return  # whoever watches the topology is not woken by what else the meta group says, as by each new destination
         self._revision = node.meta.directory.nodes_revision
         known = node.meta.directory.members
+        if (cluster_id := node.meta.directory.cluster_id) and cluster_id != node.host.cluster_id:
+            node.host.keep_cluster(cluster_id)
         if not known:
             return
-        members = {m.node_id: self._named.get(m.node_id) or Peer(m.node_id, m.peer_address, m.client_address) for m in known.values()}
+        members = {m.node_id: self._where(m) for m in known.values()}
         if members != node.members:
             came, left = members.keys() - node.members.keys(), node.members.keys() - members.keys()
             if came or left:
                 log.info("the nodes are %s%s%s", ", ".join(sorted(members)), f"; new: {', '.join(sorted(came))}" if came else "",
                          f"; gone: {', '.join(sorted(left))}" if left else "")
             node.members = members
-            self.joined({peer.node_id: peer.peer_address for peer in members.values() if peer.node_id != node.config.node_id})
+            self.joined(self._others())
             node.members_changed()
         node.topology_changed()
+
+    def _where(self, member: d.Member) -> Peer:
+        """Where a node is: as the operator has said to this one, until that one has said something since this one was started."""
+        named = self._named.get(member.node_id)
+        if named is not None and (self._logged is None or member.revision <= self._logged):
+            return named
+        return Peer(member.node_id, member.peer_address, member.client_address)
+
+    def _others(self) -> dict[str, str]:
+        """Node ids and peer addresses of all other nodes."""
+        node = self._node
+        return {peer.node_id: peer.peer_address for peer in node.members.values() if peer.node_id != node.config.node_id}
 
     def leaving(self, node_id: str) -> bool:
         """Whether a node is to have no replicas."""
@@ -238,18 +263,50 @@ class Balance:
                              feature_min=node.features.low, feature_max=node.features.high)
 
     async def _introduce(self, forwarder: Forwarder) -> None:
-        """Tells the meta group what is new about this node."""
+        """Tells the meta group what is new about this node. Where its leader cannot be reached, it may be that others look for this node
+        where it was once, or this one for them, or that it was removed: others that answer know."""
         node = self._node
         known = node.meta.directory.members.get(node.config.node_id)
+        if known is None:
+            return
         mine = self.introduction()
-        if known is not None and said_of(known) != mine:
-            request = JoinRequest(cluster=node.config.cluster, member=mine, inside=True, shard_count=node.config.shards,
-                                  replica_count=node.config.replicas)
+        request = JoinRequest(cluster=node.config.cluster, member=mine, inside=True, shard_count=node.config.shards,
+                              replica_count=node.config.replicas, cluster_id=node.cluster_id)
+        leader = node.host.leader_of(META_GROUP)[0]
+        if leader is None or not self._in_touch(leader):
+            await self._call_around(forwarder, request)
+            return
+        if self._told_around:
+            self._told_around = False
+            self.joined(self._others())
+        if said_of(known) != mine:
             leader = forwarder.meta_leader()
             if leader == node.config.node_id:
                 await self.join(request)
             else:
                 await forwarder.link(leader).member.Join(request, timeout=CALL_SECONDS)
+
+    async def _call_around(self, forwarder: Forwarder, request: JoinRequest) -> None:
+        """Asks some of those that may be nodes of the cluster, the next ones each time."""
+        node = self._node
+        there = list(dict.fromkeys((*node.config.join, *self._others().values(), *(
+            m.peer_address for m in node.meta.directory.members.values() if m.node_id != node.config.node_id))))
+        some = [there[(self._called_around + n) % len(there)] for n in range(min(len(there), CALLS_AROUND_MAX))]
+        self._called_around += len(some)
+        calls = (forwarder.join_at(address, request, CALL_AROUND_SECONDS) for address in some)
+        for address, answer in zip(some, await asyncio.gather(*calls), strict=True):
+            if isinstance(answer, JoinResponse):
+                told = {m.node_id: m.peer_address for m in answer.members if not self._in_touch(m.node_id)
+                        and (m.node_id not in self._named or node.members.get(m.node_id) != self._named[m.node_id])}
+                self._told_around = True
+                self.joined({**self._others(), **told})
+                return
+            if answer.code() is grpc.StatusCode.NOT_FOUND:
+                log.info("asked %s: %s", address, answer.details())
+                node.removed_from_cluster()
+                return
+            log.log(logging.WARNING if answer.code() is grpc.StatusCode.INVALID_ARGUMENT else logging.DEBUG,
+                    "the meta group's leader is not in reach; asked %s: %s", address, answer.details())
 
     def knows(self, request: JoinRequest) -> bool:
         """Whether a node that asks to join is one of the cluster already, and there is nothing new about it. The meta group may have no
@@ -257,6 +314,7 @@ class Balance:
         config = self._node.config
         known = self._node.meta.directory.members.get(request.member.node_id)
         return (known is not None and known.leaving != d.GONE and said_of(known) == request.member
+                and request.cluster_id in ("", self._node.cluster_id)
                 and (request.cluster, request.shard_count, request.replica_count) == (config.cluster, config.shards, config.replicas))
 
     # -- the meta group's leader ---------------------------------------------------------------------------------
@@ -274,9 +332,13 @@ class Balance:
         self.check_members_change()
         if not directory.members:
             raise Unavailable(FORMING)
-        known = directory.members.get(new.node_id)
         if request.cluster != config.cluster:
             raise RequestError("cluster", f"this is cluster {config.cluster!r}, not {request.cluster!r}; join the other one")
+        if request.cluster_id not in ("", node.cluster_id):
+            raise RequestError("cluster_id", f"is {request.cluster_id}, and this is another cluster {config.cluster!r}, {node.cluster_id}")
+        if request.inside and new.node_id not in directory.members:
+            await node.meta.barrier()  # who is told that it was removed ends: a leader that was deposed must not say so
+        known = directory.members.get(new.node_id)
         for setting, theirs, ours in (("shards", request.shard_count, config.shards), ("replicas", request.replica_count, config.replicas)):
             if theirs != ours:
                 raise RequestError(setting, f"is {theirs}, and {ours} in this cluster, for ever; start the node with --{setting} {ours}")
@@ -284,6 +346,8 @@ class Balance:
             raise RequestError("feature_max", why)
         there = node.host.hello() if new.node_id == config.node_id else node.host.hello_of(new.node_id)
         check_newcomer(new, request.formed, request.inside, known, None if there is None else there.incarnation)
+        if not request.inside:
+            check_addresses(new, directory.members.values())
         if known is None or said_of(known) != new:
             leaving = d.STAYS if known is None else known.leaving
             await self._put_member(
@@ -347,8 +411,10 @@ class Balance:
             return
         if not directory.members:
             founders = [d.Member(p.node_id, 0, p.peer_address, p.client_address) for p in node.members.values()]
-            await node.meta.settle(node.founded, first=founders)
+            await node.meta.settle(node.founded, first=founders, cluster_id=self._identity())
             return
+        if not directory.cluster_id:  # it was founded by a version that made none
+            await node.meta.settle({}, cluster_id=self._identity())
         given = directory.nodes_revision, frozenset(m.node_id for m in self._there(directory.members, now))
         if given == self._placed:
             return
@@ -358,6 +424,10 @@ class Balance:
             await node.meta.settle(changed)
         else:
             self._placed = given
+
+    def _identity(self) -> str:
+        """Of the cluster, for ever: a new one, unless this node has founded it alone, or restored it."""
+        return self._node.cluster_id or f"{int(self._node.random() * (1 << 53)):016x}"
 
     def _levels(self) -> dict[str, features.Range | None]:
         """The levels at which the nodes can work, as they say; None: there is no connection. Those that are to go do not count."""
@@ -437,11 +507,12 @@ def said_of(member: d.Member) -> ClusterMember:
 
 def check_newcomer(new: ClusterMember, formed: bool, inside: bool, known: d.Member | None, running: str | None) -> None:
     """Whether a node may be one of this cluster; see JoinRequest. `known`: what is known under its id; `running`: the store of the node
-    of that id that runs, as far as is known. Raises RequestError with what to do."""
+    of that id that runs, as far as is known. Raises RequestError with what to do; NotFound for one that takes itself for a member."""
     if known is None:
         if formed or inside:
-            raise RequestError("node_id", f"node {new.node_id!r} has the data of a cluster, and is no node of this one: it is another "
-                               "cluster's, or was removed. Start it with an empty data_dir")
+            refusal = NotFound if inside else RequestError
+            raise refusal("node_id", f"node {new.node_id!r} has the data of a cluster, and is no node of this one: it is another "
+                          "cluster's, or was removed. Start it with an empty data_dir")
         return
     if running is not None and running != new.incarnation:
         raise RequestError("node_id", f"a node {new.node_id!r} is running already; choose another node_id")
@@ -450,6 +521,22 @@ def check_newcomer(new: ClusterMember, formed: bool, inside: bool, known: d.Memb
     if formed and known.incarnation not in ("", new.incarnation):
         raise RequestError("node_id", f"node {new.node_id!r} of this cluster has other data; start it with its own data_dir, or an empty "
                            "one")
+
+
+def check_addresses(new: ClusterMember, members: Iterable[d.Member]) -> None:
+    """Whether a node that joins and those that are there can reach each other. Raises RequestError if it says that it is where another one
+    is; Unavailable if one of these does not say where it is, which it may do yet."""
+    for member in members:
+        if member.node_id == new.node_id:
+            continue
+        for name in ("peer_address", "client_address"):
+            address = getattr(member, name)
+            if is_nowhere(address):
+                raise Unavailable(f"node {member.node_id!r} says that it is at {address}, where no other node reaches it; start it again "
+                                  "with --advertise peerhost:port/clienthost:port")
+            if address == getattr(new, name):
+                raise RequestError(name, f"is {address}, and so is that of node {member.node_id!r}: choose another one, or remove that "
+                                   "node first if it is gone for good")
 
 
 def check_departure(node_id: str, staying: list[str], there: Collection[str], replicas: int) -> None:

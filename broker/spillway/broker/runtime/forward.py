@@ -28,6 +28,7 @@ from spillway.broker.runtime.consumers import Sink
 from spillway.cluster.errors import WireInvalid
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
+from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
 from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
 from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
@@ -57,6 +58,7 @@ Answer = TypeVar("Answer", ProduceResponse, AckResponse, LeaseResponse)
 
 LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a leader
 LEADER_POLL_SECONDS = 0.02
+LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
 NOT_LEADER = "leader"  # field of an ItemError between nodes: refused before anything was done
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
@@ -148,12 +150,12 @@ class PeerLink:
         self.copies = _Stream(self, "Produce", _produced, _produce_lost)
         self.ack = _Stream(self, "Ack", _acked, _acks_lost)
 
-    async def close(self) -> None:
-        """Ends all calls."""
+    async def close(self, grace: float | None = None) -> None:
+        """Ends all calls; those that are answered within `grace` seconds are not cancelled."""
         self.produce.stop()
         self.copies.stop()
         self.ack.stop()
-        await self.channel.close()
+        await self.channel.close(grace)
 
 
 class Forwarder:
@@ -164,6 +166,7 @@ class Forwarder:
         self._links: dict[str, PeerLink] = {}
         self._leaderless: dict[int, deque[Callable[[str | None], None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         # Takes in a ProduceRequest of another node: (stream, bytes) -> Call or an awaitable of one. The peers' service sets it.
         self.local: Callable[[int, bytes], Any]
         node.pass_on = self._pass_on
@@ -171,7 +174,9 @@ class Forwarder:
         node.on_members.append(self._follow_members)
 
     def link(self, node_id: str) -> PeerLink:
-        """The link to another node. Raises Unavailable if it is none of the cluster."""
+        """The link to another node. Raises Unavailable if it is none of the cluster, or this one stops."""
+        if self._closed:
+            raise Unavailable("this node stops")
         link = self._links.get(node_id)
         if link is None:
             member = self.node.members.get(node_id)
@@ -186,7 +191,7 @@ class Forwarder:
         for node_id, link in list(self._links.items()):
             if node_id not in members or members[node_id].peer_address != link.address:
                 del self._links[node_id]
-                self._go(link.close())
+                self._go(link.close(LINK_GRACE_SECONDS))
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -195,14 +200,18 @@ class Forwarder:
 
     async def close(self) -> None:
         """Ends all links."""
-        for task in self._tasks:
+        self._closed = True
+        for task in list(self._tasks):
             task.cancel()
-        for link in self._links.values():
+        for link in list(self._links.values()):
             await link.close()
 
     def _with_leader(self, shard: int, act: Callable[[str | None], None]) -> None:
         """Calls `act` with the shard's leader (not this node), now or as soon as there is one, else with None. In order
         per shard."""
+        if self._closed:
+            act(None)
+            return
         waiting = self._leaderless.get(shard)
         if waiting is not None:
             waiting.append(act)
@@ -376,6 +385,17 @@ class Forwarder:
             raise Unavailable("the meta group has no leader")
         return leader
 
+    async def join_at(self, address: str, request: JoinRequest, timeout: float) -> JoinResponse | grpc.aio.AioRpcError:
+        """What whoever is at an address answers; it need not be a node of the cluster."""
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        try:
+            answer: JoinResponse = await MemberServiceStub(channel).Join(request, timeout=timeout)
+            return answer
+        except grpc.aio.AioRpcError as error:
+            return error
+        finally:
+            await channel.close()
+
     async def ensure_destination(self, name: str) -> Destination | None:
         """The destination, created with defaults if need be, and known on this node; None if it is the source of a route, of
         which this node had not heard. Raises Unavailable or RequestError."""
@@ -502,6 +522,13 @@ def _ack_failed(item: _Acks, why: str) -> None:
     call.release()
 
 
+def _raise_own_cancellation() -> None:
+    """After a CancelledError of a call: raises it if it is the task that was cancelled, not the call, because its link was closed."""
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise asyncio.CancelledError
+
+
 class LeaseProxy:
     """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged."""
 
@@ -603,6 +630,8 @@ class LeaseProxy:
                 await call.write(LeaseRequest(credit=Credit(messages=messages, bytes=size)).SerializeToString())
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
                 pass  # the reader sees the end of the stream
+            except asyncio.CancelledError:
+                _raise_own_cancellation()
 
     async def _lease(self, peer: str) -> None:
         subscribe = Subscribe()
@@ -633,6 +662,8 @@ class LeaseProxy:
                     wait = LEADER_POLL_SECONDS
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
                 pass
+            except asyncio.CancelledError:
+                _raise_own_cancellation()
             except WireInvalid as error:
                 log.warning("a lease stream to node %s is opened again: %s", peer, error)
             finally:

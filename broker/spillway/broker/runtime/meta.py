@@ -123,12 +123,12 @@ class MetaRuntime:
         if change.outcome == d.TAKEN:
             raise RequestError("node_id", f"{change.why} belongs on node {node_id!r}; drain it first")
 
-    async def settle(self, homes: Mapping[int, Sequence[str]], first: Sequence[Member] = ()) -> bool:
-        """Says where shards belong, and with `first` who the nodes are; false if that was said before, or names a node that is none.
-        Raises Unavailable."""
+    async def settle(self, homes: Mapping[int, Sequence[str]], first: Sequence[Member] = (), cluster_id: str = "") -> bool:
+        """Says where shards belong, with `first` who the nodes are, and with `cluster_id` which cluster this is, if it has no identity;
+        false if the nodes were said before, or a shard belongs on one that is none. Raises Unavailable."""
         self._require(features.MEMBERS)
         rows = _homes(homes)
-        change = await self._change(lambda number: d.Settle(self.node_id, number, rows, tuple(first), bool(first)))
+        change = await self._change(lambda number: d.Settle(self.node_id, number, rows, tuple(first), bool(first), cluster_id))
         return change.outcome == d.OK
 
     async def raise_level(self, level: int) -> None:

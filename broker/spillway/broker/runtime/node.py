@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spillway.broker.config import NodeConfig, Peer, members_of
+from spillway.broker.config import NodeConfig, Peer, members_of, meta_founders
 from spillway.broker.core import features
 from spillway.broker.core import scheduler as sched
 from spillway.broker.core.directory import Hold
@@ -34,7 +34,6 @@ from spillway.broker.runtime.timers import Timers
 from spillway.broker.runtime.wire import run_parts
 from spillway.cluster.clock import Clock, SystemClock
 from spillway.cluster.errors import StoreRefused
-from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.state_store import StateStore
 from spillway.contract.hashing import shard_of
@@ -100,7 +99,7 @@ class Node:
         self._holds: dict[bytes, Hold] = {}  # operators' gates that the scheduler knows
         self._remote_holds: dict[bytes, int] = {}  # scope -> until, of gates that other nodes keep closed
         self.shares = Shares(self)
-        host.add_group(META_GROUP, [] if config.join else sorted(self.members)[:VOTERS_MAX], self.meta)
+        host.add_group(META_GROUP, meta_founders(config), self.meta)
         self.shards: dict[int, ShardRuntime] = {}
         for number in host.ended():
             store.forget(number)
@@ -140,13 +139,27 @@ class Node:
         self.store.forget(shard)
         self.topology_changed()
         if shard == META_GROUP:
-            log.warning("this node was removed from the cluster: it ends, and its data directory is of no more use")
-            self.on_removed()
+            self.removed_from_cluster()
+
+    def removed_from_cluster(self) -> None:
+        """This node is none of the cluster any more, for good."""
+        log.critical("this node was removed from the cluster: it ends, and its data directory is of no more use")
+        self.on_removed()
+
+    @property
+    def cluster_id(self) -> str:
+        """Identity of the cluster, which its name is not; empty while it is not known."""
+        return self.meta.directory.cluster_id or self.host.cluster_id
 
     @property
     def placement(self) -> dict[int, list[str]]:
         """Where shards belong: shard -> node ids, the preferred leader first."""
         return self.balance.homes()
+
+    @property
+    def knows_members(self) -> bool:
+        """Whether `members` is more than itself on a node that joins, or recovers what it lost."""
+        return bool(self.meta.directory.members) or not (self.config.join or self.host.recovering)
 
     def members_changed(self) -> None:
         """`members` is another one."""

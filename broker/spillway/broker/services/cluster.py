@@ -55,7 +55,11 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
 
     def _build_topology(self) -> pb.Topology:
         node = self.node
-        out = pb.Topology(cluster=node.config.cluster, shard_count=node.config.shards)
+        identity = node.meta.directory.identity
+        out = pb.Topology(cluster=node.config.cluster, cluster_id=node.cluster_id, former_ids=identity.former if identity else ())
+        if not node.knows_members:
+            return out
+        out.shard_count = node.config.shards
         out.nodes.extend(self._nodes())
         for shard, replicas in sorted(node.placement.items()):
             out.shards.add(shard=shard, leader=node.leader_of(shard) or "", replicas=replicas,

@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from spillway.broker.config import split_address
+from spillway.broker.config import is_nowhere, split_address
 from spillway.broker.errors import BrokerError, ConfigError, RequestError
 from spillway.broker.runtime.balance import said_of
 from spillway.broker.runtime.forward import Forwarder
@@ -45,7 +45,7 @@ class MemberService(member_service_pb2_grpc.MemberServiceServicer):
         return self._members()
 
     def _members(self) -> pb.JoinResponse:
-        return pb.JoinResponse(members=map(said_of, self.node.meta.directory.members.values()))
+        return pb.JoinResponse(members=map(said_of, self.node.meta.directory.members.values()), cluster_id=self.node.cluster_id)
 
 
 def _check(request: pb.JoinRequest) -> None:
@@ -54,9 +54,12 @@ def _check(request: pb.JoinRequest) -> None:
         raise RequestError("node_id", f"is {member.node_id[:80]!r}; use 1 to {NAME_LENGTH_MAX} letters, digits, '-', '_' or '.'")
     for name in ("peer_address", "client_address"):
         try:
-            split_address(name, getattr(member, name))
+            split_address(name, address := getattr(member, name))
         except ConfigError as error:
             raise RequestError(name, str(error)) from None
+        if is_nowhere(address):
+            raise RequestError(name, f"is {address}, where no other node reaches it; start it with "
+                               "--advertise peerhost:port/clienthost:port")
     for name in ("zone", "host", "incarnation"):
         if len(getattr(member, name)) > NAME_LENGTH_MAX:
             raise RequestError(name, f"has {len(getattr(member, name))} characters; at most {NAME_LENGTH_MAX}")

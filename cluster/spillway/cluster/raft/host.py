@@ -265,6 +265,23 @@ class RaftHost:
             self.wake(group)
         return done
 
+    @property
+    def recovering(self) -> bool:
+        """This node has lost its disk, or joins, and has not caught up with all its groups."""
+        return self.store.node.recovering
+
+    @property
+    def cluster_id(self) -> str:
+        """Identity of the cluster, as noted; empty while it is not known."""
+        return self.store.node.cluster_id
+
+    def keep_cluster(self, cluster_id: str) -> None:
+        """Notes which cluster this is, durably, in the next turn."""
+        def keep() -> None:
+            if self.store.node.cluster_id != cluster_id:
+                self.store.change_node(cluster_id=cluster_id)
+        self._enqueue("", 0, keep)
+
     def hello(self) -> Hello:
         """What this node says of itself when a connection begins."""
         node = self.store.node

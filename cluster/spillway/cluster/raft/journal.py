@@ -1,6 +1,6 @@
 """The durable log: entries, term and vote of every group of a node in one store, one batch and one sync per turn.
 
-    FF FF FF FF N             node row: format, cluster, node id, incarnation, formed, recovering, founders (msgpack)
+    FF FF FF FF N             node row: format, cluster, node id, incarnation, formed, recovering, founders, cluster id (msgpack)
     FF FF FF FF W             number of the last write (8 bytes); see `SyncMark`
     <group> H                 hard state: term (8 bytes), vote
     <group> E <index>         entry: term (8 bytes), command
@@ -232,6 +232,8 @@ class NodeRow(msgspec.Struct, frozen=True):
     """Groups whose replica ended, and what is left of it may not all be gone."""
     founders: dict[str, str] = {}
     """Members' incarnations when the cluster formed; empty on a node that recovered."""
+    cluster_id: str = ""
+    """Identity of the cluster, which its name is not; empty: not known yet."""
 
 
 class JournalStore:

@@ -24,9 +24,9 @@ def jump(elapsed_ms: int) -> int:
     return max(0, elapsed_ms) + DAY_MS
 
 
-def found(store: JournalStore, groups: Iterable[tuple[int, GroupRows]], term: int, above: int) -> None:
+def found(store: JournalStore, groups: Iterable[tuple[int, GroupRows]], term: int, above: int, cluster_id: str) -> None:
     """Founds the logs of states that came from a backup: each `above` entries above its state, all in a term; this node is the only
-    member. Durable on return, once the states are synced. Raises StoreRefused if an index is beyond any, StorageFailed."""
+    member of a new cluster. Durable on return, once the states are synced. Raises StoreRefused if an index is beyond any, StorageFailed."""
     node_id = store.node.node_id
     configuration = Configuration.of([node_id])
     for number, rows in groups:
@@ -40,4 +40,4 @@ def found(store: JournalStore, groups: Iterable[tuple[int, GroupRows]], term: in
         journal.restart(index, term, (index, configuration))
         journal.admit(store.node.incarnation)
     store.write()
-    store.change_node(formed=True, founders={node_id: store.node.incarnation})
+    store.change_node(formed=True, founders={node_id: store.node.incarnation}, cluster_id=cluster_id)

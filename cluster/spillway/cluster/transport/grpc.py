@@ -1,4 +1,9 @@
-"""Peers over gRPC: one bidirectional stream for each pair of nodes; the node with the lower id calls."""
+"""Peers over gRPC: one bidirectional stream for each pair of nodes; the node with the lower id calls.
+
+If it does not call for some seconds, the other one does, now and then: the address where the one with the lower id looks for it may be
+of yesterday, and a node that founded another cluster instead of coming back to this one calls nobody. Two calls at a time do no harm:
+the later connection closes the earlier one.
+"""
 from __future__ import annotations
 
 import asyncio
@@ -32,6 +37,7 @@ RECONNECT_SECONDS_MAX = 0.5
 REFUSED_LOG_SECONDS, REFUSED_LOG_MAX = 60.0, 100
 SNAPSHOT_SILENCE_SECONDS = 15.0  # whoever sends one says something every second
 HELLO = "spillway-hello-bin"  # trailing metadata of a refused call: who refuses
+LONELY_SECONDS = 5.0  # without a connection: then the node with the higher id calls, too
 SILENCE_SECONDS = 1.5  # a peer that says nothing for so long (claims come every second) is gone
 OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
            ("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1),
@@ -84,20 +90,23 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     """A PeerTransport. Add it to the peers' server with `add_to_server`."""
 
     def __init__(self, hello: Any, cluster: str, node_id: str, peers: dict[str, str], export: Any,
-                 unfit: Callable[[Hello], str] = lambda hello: "") -> None:
+                 unfit: Callable[[Hello], str] = lambda hello: "", foreign: Callable[[Hello], str] = lambda hello: "") -> None:
         """`hello()` gives the Hello to send; `peers` maps node ids to host:port; `export(group, peer, position)` is an async
-        generator of snapshot chunks; `unfit(hello)` says why there can be no connection to a member, or nothing."""
+        generator of snapshot chunks; `unfit(hello)` says why there can be no connection to a member, or nothing; `foreign(hello)`
+        says why whoever is there is of another cluster, in spite of its name, or nothing."""
         self._hello = hello
         self._cluster = cluster
         self._node_id = node_id
         self._peers = peers
         self._export = export
         self._unfit = unfit
+        self._foreign = foreign
         self._handlers: Handlers | None = None
         self._connections: dict[str, _Connection] = {}
         self._epoch = 0
         self._dials: dict[str, asyncio.Task[None]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # that close channels
         self._refused: dict[str, float] = {}  # what was said of refused peers -> when
         self._closing = False
 
@@ -120,6 +129,10 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             if peers.get(peer) != address:
                 if (dial := self._dials.pop(peer, None)) is not None:
                     dial.cancel()
+                if (channel := self._channels.pop(peer, None)) is not None:
+                    closing = asyncio.get_running_loop().create_task(channel.close())
+                    self._tasks.add(closing)
+                    closing.add_done_callback(self._tasks.discard)
                 if (connection := self._connections.get(peer)) is not None:
                     self._close(connection)
         for peer in peers:
@@ -127,7 +140,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                 self._start_dial(peer)
 
     def _start_dial(self, peer: str) -> None:
-        if self._node_id < peer and not self._closing:
+        if self._node_id != peer and not self._closing:
             self._dials[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
 
     def send(self, peer: str, epoch: int, frame: bytes) -> None:
@@ -144,9 +157,9 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             task.cancel()
         for connection in list(self._connections.values()):
             connection.close()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             await channel.close()
-        await asyncio.gather(*dials, return_exceptions=True)
+        await asyncio.gather(*dials, *self._tasks, return_exceptions=True)
 
     def channel(self, peer: str) -> grpc.aio.Channel:
         """A channel to a peer, made anew after it broke. Raises KeyError if it is none any more."""
@@ -163,6 +176,8 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             raise PeerRefused(f"node {hello.node_id!r} speaks peer protocol {hello.protocol}, this one {PROTOCOL}")
         if hello.cluster != self._cluster:
             raise PeerRefused(f"node {hello.node_id!r} is of cluster {hello.cluster!r}, not {self._cluster!r}")
+        if why := self._foreign(hello):
+            raise PeerRefused(why)
         if hello.node_id not in self._peers or (peer and hello.node_id != peer):
             raise PeerRefused(f"node {hello.node_id!r} is not {peer or 'a member of this cluster'!r}")
         if why := self._unfit(hello):
@@ -219,13 +234,25 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         finally:
             self._close(connection)
 
+    async def _await_loneliness(self, peer: str) -> None:
+        """Until a peer that should call has not for a while."""
+        since = asyncio.get_running_loop().time()
+        while (left := since + LONELY_SECONDS - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(left)
+            if peer in self._connections:
+                since = asyncio.get_running_loop().time()
+
     async def _dial(self, peer: str) -> None:
         wait = 0.02
         while True:
+            if self._node_id > peer:
+                await self._await_loneliness(peer)
             call: Any = None
             try:
                 call = peer_service_pb2_grpc.PeerServiceStub(self.channel(peer)).Exchange()
-                await call.write(ExchangeRequest(hello=self._hello()))
+                hello = self._hello()
+                hello.called = peer
+                await call.write(ExchangeRequest(hello=hello))
                 async with asyncio.timeout(SILENCE_SECONDS):
                     first = await call.read()
                 if first is not grpc.aio.EOF:

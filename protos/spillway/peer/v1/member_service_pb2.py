@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%spillway/peer/v1/member_service.proto\x12\x10spillway.peer.v1\"\x9b\x01\n\x0bJoinRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12/\n\x06member\x18\x02 \x01(\x0b\x32\x1f.spillway.peer.v1.ClusterMember\x12\x0e\n\x06\x66ormed\x18\x03 \x01(\x08\x12\x13\n\x0bshard_count\x18\x04 \x01(\r\x12\x15\n\rreplica_count\x18\x05 \x01(\r\x12\x0e\n\x06inside\x18\x06 \x01(\x08\"@\n\x0cJoinResponse\x12\x30\n\x07members\x18\x01 \x03(\x0b\x32\x1f.spillway.peer.v1.ClusterMember\"\xa9\x01\n\rClusterMember\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x14\n\x0cpeer_address\x18\x02 \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x03 \x01(\t\x12\x0c\n\x04zone\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\x13\n\x0b\x66\x65\x61ture_min\x18\x07 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x08 \x01(\r2V\n\rMemberService\x12\x45\n\x04Join\x12\x1d.spillway.peer.v1.JoinRequest\x1a\x1e.spillway.peer.v1.JoinResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%spillway/peer/v1/member_service.proto\x12\x10spillway.peer.v1\"\xaf\x01\n\x0bJoinRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12/\n\x06member\x18\x02 \x01(\x0b\x32\x1f.spillway.peer.v1.ClusterMember\x12\x0e\n\x06\x66ormed\x18\x03 \x01(\x08\x12\x13\n\x0bshard_count\x18\x04 \x01(\r\x12\x15\n\rreplica_count\x18\x05 \x01(\r\x12\x0e\n\x06inside\x18\x06 \x01(\x08\x12\x12\n\ncluster_id\x18\x07 \x01(\t\"T\n\x0cJoinResponse\x12\x30\n\x07members\x18\x01 \x03(\x0b\x32\x1f.spillway.peer.v1.ClusterMember\x12\x12\n\ncluster_id\x18\x02 \x01(\t\"\xa9\x01\n\rClusterMember\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x14\n\x0cpeer_address\x18\x02 \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x03 \x01(\t\x12\x0c\n\x04zone\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\x13\n\x0b\x66\x65\x61ture_min\x18\x07 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x08 \x01(\r2V\n\rMemberService\x12\x45\n\x04Join\x12\x1d.spillway.peer.v1.JoinRequest\x1a\x1e.spillway.peer.v1.JoinResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spillway.peer.v1.member_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOINREQUEST']._serialized_start=60
-  _globals['_JOINREQUEST']._serialized_end=215
-  _globals['_JOINRESPONSE']._serialized_start=217
-  _globals['_JOINRESPONSE']._serialized_end=281
-  _globals['_CLUSTERMEMBER']._serialized_start=284
-  _globals['_CLUSTERMEMBER']._serialized_end=453
-  _globals['_MEMBERSERVICE']._serialized_start=455
-  _globals['_MEMBERSERVICE']._serialized_end=541
+  _globals['_JOINREQUEST']._serialized_end=235
+  _globals['_JOINRESPONSE']._serialized_start=237
+  _globals['_JOINRESPONSE']._serialized_end=321
+  _globals['_CLUSTERMEMBER']._serialized_start=324
+  _globals['_CLUSTERMEMBER']._serialized_end=493
+  _globals['_MEMBERSERVICE']._serialized_start=495
+  _globals['_MEMBERSERVICE']._serialized_end=581
 # @@protoc_insertion_point(module_scope)

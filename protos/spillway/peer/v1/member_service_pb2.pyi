@@ -30,6 +30,7 @@ class JoinRequest(_message.Message):
     SHARD_COUNT_FIELD_NUMBER: _builtins.int
     REPLICA_COUNT_FIELD_NUMBER: _builtins.int
     INSIDE_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """Name of the cluster that it wants to be in."""
     formed: _builtins.bool
@@ -39,8 +40,12 @@ class JoinRequest(_message.Message):
     replica_count: _builtins.int
     """Its setting; must be the cluster's."""
     inside: _builtins.bool
-    """It is a node of the cluster, and only says what is new about it: INVALID_ARGUMENT
-    if it is none any more.
+    """It is a node of the cluster, and only says what is new about it: NOT_FOUND if it
+    is none any more.
+    """
+    cluster_id: _builtins.str
+    """Identity of the cluster that it is a node of; empty: not known. INVALID_ARGUMENT,
+    for the field cluster_id, if it is another one.
     """
     @_builtins.property
     def member(self) -> Global___ClusterMember:
@@ -55,10 +60,11 @@ class JoinRequest(_message.Message):
         shard_count: _builtins.int = ...,
         replica_count: _builtins.int = ...,
         inside: _builtins.bool = ...,
+        cluster_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "formed", b"formed", "inside", b"inside", "member", b"member", "replica_count", b"replica_count", "shard_count", b"shard_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "cluster_id", b"cluster_id", "formed", b"formed", "inside", b"inside", "member", b"member", "replica_count", b"replica_count", "shard_count", b"shard_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -71,6 +77,9 @@ class JoinResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMBERS_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
+    cluster_id: _builtins.str
+    """Identity of the cluster; empty: not known yet."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterMember]:
         """All nodes, the caller included."""
@@ -79,10 +88,11 @@ class JoinResponse(_message.Message):
         self,
         *,
         members: _abc.Iterable[Global___ClusterMember] | None = ...,
+        cluster_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "members", b"members"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

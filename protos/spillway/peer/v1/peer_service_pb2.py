@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#spillway/peer/v1/peer_service.proto\x12\x10spillway.peer.v1\"I\n\x0f\x45xchangeRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.spillway.peer.v1.Hello\x12\x0e\n\x06\x66rames\x18\x02 \x03(\x0c\"J\n\x10\x45xchangeResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.spillway.peer.v1.Hello\x12\x0e\n\x06\x66rames\x18\x02 \x03(\x0c\"\x8b\x02\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x0e\n\x06\x66ormed\x18\x05 \x01(\x08\x12\x37\n\x08\x66ounders\x18\x06 \x03(\x0b\x32%.spillway.peer.v1.Hello.FoundersEntry\x12\x13\n\x0b\x66\x65\x61ture_min\x18\x07 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x08 \x01(\r\x12\x15\n\rfeature_level\x18\t \x01(\r\x1a/\n\rFoundersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\x14\x46\x65tchSnapshotRequest\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\x34\n\x08position\x18\x03 \x01(\x0b\x32\".spillway.peer.v1.SnapshotPosition\"c\n\x10SnapshotPosition\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x10\n\x08last_key\x18\x05 \x01(\x0c\"&\n\x15\x46\x65tchSnapshotResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x32\xc8\x01\n\x0bPeerService\x12U\n\x08\x45xchange\x12!.spillway.peer.v1.ExchangeRequest\x1a\".spillway.peer.v1.ExchangeResponse(\x01\x30\x01\x12\x62\n\rFetchSnapshot\x12&.spillway.peer.v1.FetchSnapshotRequest\x1a\'.spillway.peer.v1.FetchSnapshotResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#spillway/peer/v1/peer_service.proto\x12\x10spillway.peer.v1\"I\n\x0f\x45xchangeRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.spillway.peer.v1.Hello\x12\x0e\n\x06\x66rames\x18\x02 \x03(\x0c\"J\n\x10\x45xchangeResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.spillway.peer.v1.Hello\x12\x0e\n\x06\x66rames\x18\x02 \x03(\x0c\"\xaf\x02\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x0e\n\x06\x66ormed\x18\x05 \x01(\x08\x12\x37\n\x08\x66ounders\x18\x06 \x03(\x0b\x32%.spillway.peer.v1.Hello.FoundersEntry\x12\x13\n\x0b\x66\x65\x61ture_min\x18\x07 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x08 \x01(\r\x12\x15\n\rfeature_level\x18\t \x01(\r\x12\x12\n\ncluster_id\x18\n \x01(\t\x12\x0e\n\x06\x63\x61lled\x18\x0b \x01(\t\x1a/\n\rFoundersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\x14\x46\x65tchSnapshotRequest\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\x34\n\x08position\x18\x03 \x01(\x0b\x32\".spillway.peer.v1.SnapshotPosition\"c\n\x10SnapshotPosition\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x10\n\x08last_key\x18\x05 \x01(\x0c\"&\n\x15\x46\x65tchSnapshotResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x32\xc8\x01\n\x0bPeerService\x12U\n\x08\x45xchange\x12!.spillway.peer.v1.ExchangeRequest\x1a\".spillway.peer.v1.ExchangeResponse(\x01\x30\x01\x12\x62\n\rFetchSnapshot\x12&.spillway.peer.v1.FetchSnapshotRequest\x1a\'.spillway.peer.v1.FetchSnapshotResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXCHANGERESPONSE']._serialized_start=132
   _globals['_EXCHANGERESPONSE']._serialized_end=206
   _globals['_HELLO']._serialized_start=209
-  _globals['_HELLO']._serialized_end=476
-  _globals['_HELLO_FOUNDERSENTRY']._serialized_start=429
-  _globals['_HELLO_FOUNDERSENTRY']._serialized_end=476
-  _globals['_FETCHSNAPSHOTREQUEST']._serialized_start=478
-  _globals['_FETCHSNAPSHOTREQUEST']._serialized_end=586
-  _globals['_SNAPSHOTPOSITION']._serialized_start=588
-  _globals['_SNAPSHOTPOSITION']._serialized_end=687
-  _globals['_FETCHSNAPSHOTRESPONSE']._serialized_start=689
-  _globals['_FETCHSNAPSHOTRESPONSE']._serialized_end=727
-  _globals['_PEERSERVICE']._serialized_start=730
-  _globals['_PEERSERVICE']._serialized_end=930
+  _globals['_HELLO']._serialized_end=512
+  _globals['_HELLO_FOUNDERSENTRY']._serialized_start=465
+  _globals['_HELLO_FOUNDERSENTRY']._serialized_end=512
+  _globals['_FETCHSNAPSHOTREQUEST']._serialized_start=514
+  _globals['_FETCHSNAPSHOTREQUEST']._serialized_end=622
+  _globals['_SNAPSHOTPOSITION']._serialized_start=624
+  _globals['_SNAPSHOTPOSITION']._serialized_end=723
+  _globals['_FETCHSNAPSHOTRESPONSE']._serialized_start=725
+  _globals['_FETCHSNAPSHOTRESPONSE']._serialized_end=763
+  _globals['_PEERSERVICE']._serialized_start=766
+  _globals['_PEERSERVICE']._serialized_end=966
 # @@protoc_insertion_point(module_scope)

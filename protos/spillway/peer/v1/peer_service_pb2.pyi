@@ -113,6 +113,8 @@ class Hello(_message.Message):
     FEATURE_MIN_FIELD_NUMBER: _builtins.int
     FEATURE_MAX_FIELD_NUMBER: _builtins.int
     FEATURE_LEVEL_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
+    CALLED_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Version of this protocol; others are refused."""
     cluster: _builtins.str
@@ -131,6 +133,14 @@ class Hello(_message.Message):
     """
     feature_level: _builtins.int
     """The cluster's feature level, as far as the node knows."""
+    cluster_id: _builtins.str
+    """Identity of the cluster, made when it was founded; empty: not known yet. Another
+    one is refused, though the name be the same.
+    """
+    called: _builtins.str
+    """Node that the caller means to call. One that founded a cluster of its own under
+    that id, instead of coming back to the caller's, learns it from this.
+    """
     @_builtins.property
     def founders(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The members' incarnations when it first did."""
@@ -147,10 +157,12 @@ class Hello(_message.Message):
         feature_min: _builtins.int = ...,
         feature_max: _builtins.int = ...,
         feature_level: _builtins.int = ...,
+        cluster_id: _builtins.str = ...,
+        called: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "feature_level", b"feature_level", "feature_max", b"feature_max", "feature_min", b"feature_min", "formed", b"formed", "founders", b"founders", "incarnation", b"incarnation", "node_id", b"node_id", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["called", b"called", "cluster", b"cluster", "cluster_id", b"cluster_id", "feature_level", b"feature_level", "feature_max", b"feature_max", "feature_min", b"feature_min", "formed", b"formed", "founders", b"founders", "incarnation", b"incarnation", "node_id", b"node_id", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -52,8 +52,9 @@ class PeerServiceServicer:
     """
 
     def Exchange(self, request_iterator, context):
-        """One stream for each pair of nodes; the one with the lower id calls. The first
-        message of each direction is a hello.
+        """One stream for each pair of nodes; the one with the lower id calls, the other one
+        too if it has not been called for some seconds. The first message of each
+        direction is a hello.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

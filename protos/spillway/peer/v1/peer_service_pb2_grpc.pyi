@@ -34,8 +34,9 @@ class PeerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PeerServiceAsyncStub: ...
     Exchange: _grpc.StreamStreamMultiCallable[_peer_service_pb2.ExchangeRequest, _peer_service_pb2.ExchangeResponse]
-    """One stream for each pair of nodes; the one with the lower id calls. The first
-    message of each direction is a hello.
+    """One stream for each pair of nodes; the one with the lower id calls, the other one
+    too if it has not been called for some seconds. The first message of each
+    direction is a hello.
     """
     FetchSnapshot: _grpc.UnaryStreamMultiCallable[_peer_service_pb2.FetchSnapshotRequest, _peer_service_pb2.FetchSnapshotResponse]
     """The state of one group, as of one moment."""
@@ -46,8 +47,9 @@ class PeerServiceAsyncStub(PeerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Exchange: _aio.StreamStreamMultiCallable[_peer_service_pb2.ExchangeRequest, _peer_service_pb2.ExchangeResponse]  # type: ignore[assignment]
-    """One stream for each pair of nodes; the one with the lower id calls. The first
-    message of each direction is a hello.
+    """One stream for each pair of nodes; the one with the lower id calls, the other one
+    too if it has not been called for some seconds. The first message of each
+    direction is a hello.
     """
     FetchSnapshot: _aio.UnaryStreamMultiCallable[_peer_service_pb2.FetchSnapshotRequest, _peer_service_pb2.FetchSnapshotResponse]  # type: ignore[assignment]
     """The state of one group, as of one moment."""
@@ -61,8 +63,9 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_peer_service_pb2.ExchangeRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_peer_service_pb2.ExchangeResponse], _abc.AsyncIterator[_peer_service_pb2.ExchangeResponse]]:
-        """One stream for each pair of nodes; the one with the lower id calls. The first
-        message of each direction is a hello.
+        """One stream for each pair of nodes; the one with the lower id calls, the other one
+        too if it has not been called for some seconds. The first message of each
+        direction is a hello.
         """
 
     @_abc_1.abstractmethod
