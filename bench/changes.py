@@ -15,7 +15,8 @@ from bench.history import Delivery, judge
 from bench.nodes import Nodes
 from bench.outage import Trace, outage
 
-QUEUES, PAYLOAD_BYTES, CREDIT = 200, 1024, 512
+QUEUES, PAYLOAD_BYTES = 200, 1024
+CREDIT = 4096  # more than a second of the load: with little credit the consumer, split over five nodes, is what limits
 REPLACE_SECONDS = 5
 CHANGE_SECONDS = 120.0
 CALM_SECONDS = 3.0  # before, between and after
