@@ -6,7 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from spillway.client import (
     SpillwayError,
     verify_backup,
 )
+from traffic import until
 
 Make = Callable[..., ClusterProcesses]
 SHARDS = 4
@@ -40,16 +41,6 @@ async def spillway(*arguments: str) -> tuple[int, str, str]:
                                                    stderr=subprocess.PIPE)
     out, err = await asyncio.wait_for(process.communicate(), 60)
     return process.returncode or 0, out.decode(), err.decode()
-
-
-async def until(what: str, condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
-    """Polls a cluster until a condition holds."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not await condition():
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise AssertionError(f"not within {seconds} s: {what}") from None
 
 
 def settled(found: ClusterStatus, *node_ids: str) -> bool:

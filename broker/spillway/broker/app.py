@@ -33,8 +33,8 @@ from spillway.cluster.snapshots import Position
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.grpc import PROTOCOL, GrpcTransport
 from spillway.contract.limits import FRAME_BYTES_MAX
-from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
-from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub, add_MemberServiceServicer_to_server
+from spillway.peer.v1.member_service_pb2 import JoinRequest
+from spillway.peer.v1.member_service_pb2_grpc import add_MemberServiceServicer_to_server
 from spillway.peer.v1.peer_service_pb2 import Hello
 from spillway.peer.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
 from spillway.v1 import admin_service_pb2, cluster_service_pb2, queue_service_pb2
@@ -222,18 +222,16 @@ class App:
         request = JoinRequest(cluster=config.cluster, member=self.node.balance.introduction(),
                               formed=self.journal.node.formed, shard_count=config.shards, replica_count=config.replicas)
         for address in itertools.cycle(config.join):
-            async with grpc.aio.insecure_channel(address) as channel:
-                try:
-                    answer: JoinResponse = await MemberServiceStub(channel).Join(request, timeout=JOIN_SECONDS)
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                        raise ConfigError(f"the cluster does not take this node in: {error.details()}") from None
-                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                        raise ConfigError(f"join has {address}, which is no peer address of a node that others can join; name a "
-                                          "--peer-listen of a node") from None
-                    log.info("asked %s to join: %s", address, error.details())
-                    await asyncio.sleep(JOIN_AGAIN_SECONDS)
-                    continue
+            answer = await self.forwarder.join_at(address, request, JOIN_SECONDS)
+            if isinstance(answer, grpc.aio.AioRpcError):
+                if answer.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                    raise ConfigError(f"the cluster does not take this node in: {answer.details()}")
+                if answer.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise ConfigError(f"join has {address}, which is no peer address of a node that others can join; name a "
+                                      "--peer-listen of a node")
+                log.info("asked %s to join: %s", address, answer.details())
+                await asyncio.sleep(JOIN_AGAIN_SECONDS)
+                continue
             if answer.cluster_id:
                 self.journal.change_node(cluster_id=answer.cluster_id)
             self.transport.set_peers({m.node_id: m.peer_address for m in answer.members if m.node_id != config.node_id})

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from spillway.broker.errors import Unavailable
 from spillway.broker.runtime.balance import META_GROUP
 from spillway.cluster.errors import StorageFailed
 from spillway.cluster.snapshots import Exporter
+from spillway.contract.version import VERSION
 from spillway.v1.cluster_service_pb2 import BackupCluster, BackupResponse
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.node import Node
 
-VERSION = version("spillway")
 BARRIER_SECONDS = 5.0
 EXPORTS_MAX = 4  # at a time: each pins the files of its moment, and reads at the rate of an export
 STALL_SECONDS = 60.0  # whoever takes no chunk for so long pins them no longer
