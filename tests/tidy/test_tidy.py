@@ -142,6 +142,15 @@ def test_the_client_needs_no_storage_engine_and_no_consensus_library() -> None:
     assert not done.returncode, done.stderr
 
 
+def test_a_node_starts_without_what_only_terminals_need() -> None:
+    """A node that starts takes its processor time from the others of its machine: libraries for terminals once took half of it."""
+    code = ("import sys, spillway.broker.main\n"
+            "heavy = {'rich', 'typer', 'click', 'prompt_toolkit', 'pygments', 'aiohttp'} & set(sys.modules)\n"
+            "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
 def fields(descriptor: Descriptor) -> dict[str, tuple[int, int, bool]]:
     """name -> (number, wire type, repeated) of a message's fields."""
     length = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE)

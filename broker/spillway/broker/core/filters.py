@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
-import cel
+from spillway.broker.core.expressions import compile_expression
 
 FILTER_BYTES_MAX = 4096
 DEPTH_MAX = 32  # brackets within brackets; the evaluator recurses
@@ -362,7 +362,7 @@ def _regex_cost(literal: str) -> int:
 
 def _compile(text: str) -> Any:
     try:
-        return cel.compile(text)
+        return compile_expression(text)
     except _OWN_SIGNALS:
         raise
     except BaseException as error:  # a panic of the parser is no Exception
