@@ -20,6 +20,7 @@ CREDIT = 4096  # more than a second of the load: with little credit the consumer
 REPLACE_SECONDS = 5
 CHANGE_SECONDS = 120.0
 CALM_SECONDS = 3.0  # before, between and after
+STATUS_SECONDS = 0.25  # between questions how far a change is: an answer costs every node something
 
 
 def measure(directory: Path, per_second: float) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def measure(directory: Path, per_second: float) -> dict[str, Any]:
             time.sleep(CALM_SECONDS)
             begin = time.monotonic()
             do()
-            poll(is_done, CHANGE_SECONDS, name)
+            poll(is_done, CHANGE_SECONDS, name, step=STATUS_SECONDS)
             spans.append((name, begin, time.monotonic()))
 
         begin = time.monotonic()
