@@ -222,8 +222,8 @@ class World:
 
     @property
     def changing(self) -> bool:
-        """Whether the members of groups change in this run."""
-        return bool(self.options.changes or self.options.drains)
+        """Whether the members of groups may change in this run: nodes replace by themselves who is away, if there are others."""
+        return bool(self.options.changes or self.options.drains or self.options.nodes > self.options.replicas)
 
     def failed(self, error: BaseException) -> None:
         """Something that must not happen did; the run ends."""

@@ -178,6 +178,13 @@ async def test_shards_that_are_not_counted_are_named(world: World) -> None:
         asked = service(world, leaders, peers)  # type: ignore[arg-type]
         found = await finish(world, asked.GetDestinationStats(pb.GetDestinationStatsRequest(name="d"), Context()))
         assert list(found.shards_missing) == missing
+    await world.forwarder.close()  # this node stops: no way leads to another one
+    asked = AdminService(world.node, world.forwarder)
+    world.node.leader_of = {1: "n2", 2: "n2"}.get  # type: ignore[method-assign, assignment]
+    found = await finish(world, asked.GetDestinationStats(pb.GetDestinationStatsRequest(name="d"), Context()))
+    assert list(found.shards_missing) == [1, 2]
+    found = await finish(world, asked.ListTopTenants(pb.ListTopTenantsRequest(destination="d"), Context()))
+    assert list(found.shards_missing) == [1, 2]
 
 
 async def test_a_node_counts_for_another_what_it_is_asked_for(world: World) -> None:

@@ -103,7 +103,7 @@ class Explain(Operations):
             return own
         leaders = self._leaders()
         answers = await asyncio.gather(*(
-            self.forwarder.link(n).admin.Explain(request, timeout=CALL_SECONDS) for n in leaders), return_exceptions=True)
+            self._at(n, "Explain", request, timeout=CALL_SECONDS) for n in leaders), return_exceptions=True)
         parts = [own, *(a for a in answers if isinstance(a, pb.ExplainResponse))]
         best = max(parts, key=lambda part: part.messages)
         total = pb.ExplainResponse()

@@ -80,7 +80,7 @@ class Gates(Operations):
                 plan.setdefault(leader, []).append(shard)
         missing = self._leaderless()
         results = await asyncio.gather(*(
-            self.forwarder.link(node).admin.UnparkDelivery(request, timeout=CALL_SECONDS, metadata=metadata_of(shards))
+            self._at(node, "UnparkDelivery", request, timeout=CALL_SECONDS, metadata=metadata_of(shards))
             for node, shards in plan.items()), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -115,7 +115,7 @@ class Gates(Operations):
                 for gate in self._operators_gates(request.destination):
                     _merge(found, gate)
                 pages: list[pb.ListGatesResponse] = await asyncio.gather(*(
-                    self.forwarder.link(node).admin.ListGates(request, timeout=CALL_SECONDS) for node in self._leaders()))
+                    self._at(node, "ListGates", request, timeout=CALL_SECONDS) for node in self._leaders()))
                 for page in pages:
                     for gate in page.gates:
                         _merge(found, gate)

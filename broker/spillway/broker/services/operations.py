@@ -362,8 +362,8 @@ class Operations:
                 response.shards_missing.extend(self._leaderless())
                 for node in self._leaders():
                     try:
-                        part = await self.forwarder.link(node).admin.ListTopTenants(wide, timeout=CALL_SECONDS)
-                    except grpc.aio.AioRpcError:
+                        part = await self._at(node, "ListTopTenants", wide, timeout=CALL_SECONDS)
+                    except (Unavailable, grpc.aio.AioRpcError):
                         response.shards_missing.extend(
                             s for s in range(1, self.node.config.shards + 1) if self.node.leader_of(s) == node)
                         continue
@@ -433,12 +433,16 @@ class Operations:
             led.append(runtime)
         return led
 
+    async def _at(self, node: str, method: str, request: Any, **options: Any) -> Any:
+        """The answer of another node's AdminService. Raises what it answers, or Unavailable if no way leads there: it has left the
+        cluster, or this node stops."""
+        return await getattr(self.forwarder.link(node).admin, method)(request, **options)
+
     async def _others(self, method: str, request: Any, plan: dict[str, list[int]]) -> AsyncIterator[Any]:
         """The answers of the other nodes of a plan, one after the other."""
         for node, shards in plan.items():
             if node != self.node.config.node_id:
-                yield await getattr(self.forwarder.link(node).admin, method)(
-                    request, timeout=LONG_CALL_SECONDS, metadata=metadata_of(shards))
+                yield await self._at(node, method, request, timeout=LONG_CALL_SECONDS, metadata=metadata_of(shards))
 
     def _refuse_from_peer(self, shard: int, leader: str) -> None:
         if self.peer:

@@ -5,7 +5,7 @@ import asyncio
 from typing import Any
 
 import grpc
-from spillway.broker.errors import BrokerError
+from spillway.broker.errors import BrokerError, Unavailable
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.services.operations import CALL_SECONDS, SHARDS_METADATA, Operations, metadata_of, parse_shards
 from spillway.broker.services.status import pass_on
@@ -46,7 +46,7 @@ class Stats(Operations):
             else:
                 remote.setdefault(leader, []).append(shard)
         calls = asyncio.gather(*(
-            self.forwarder.link(n).admin.GetDestinationStats(request, timeout=CALL_SECONDS, metadata=metadata_of(shards))
+            self._at(n, "GetDestinationStats", request, timeout=CALL_SECONDS, metadata=metadata_of(shards))
             for n, shards in remote.items()), return_exceptions=True)
         try:
             response.stats.CopyFrom(await self._own_stats(request.name, led))
@@ -57,7 +57,7 @@ class Stats(Operations):
             if isinstance(answer, pb.GetDestinationStatsResponse):
                 _add(response.stats, answer.stats)
                 response.shards_missing.extend(answer.shards_missing)
-            elif isinstance(answer, grpc.aio.AioRpcError):
+            elif isinstance(answer, grpc.aio.AioRpcError | Unavailable):
                 response.shards_missing.extend(shards)
             else:
                 raise answer
