@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from spillway.client import Destination, HttpTarget
+from spillway.client.connecting import from_arguments
+from spillway.client.contexts import Contexts, default_path
 from spillway.client.dispatcher import main
 from spillway.client.dispatcher.broker import ClientBroker
 from spillway.client.dispatcher.program import EXIT_USAGE, parser
@@ -169,13 +173,19 @@ async def test_consume() -> None:
                                      "lease_seconds": 40.0}), "closed"]
 
 
-def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flags have defaults that work on loopback; the address may come from the environment."""
+def test_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flags have defaults that work on loopback; the address may come from the environment, or a context."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("SPILLWAY_ADDRESS", raising=False)
     options = parser().parse_args([])
-    assert (options.address, options.destination, options.grace_seconds) == ("127.0.0.1:7070", [], 15.0)
+    assert (from_arguments(options).address, options.destination, options.grace_seconds) == (("127.0.0.1:7070",), [], 15.0)
     monkeypatch.setenv("SPILLWAY_ADDRESS", "a:1,b:2")
     options = parser().parse_args(["--destination", "crm.*", "--destination", "x"])
-    assert (options.address, options.destination) == ("a:1,b:2", ["crm.*", "x"])
+    assert (from_arguments(options).address, options.destination) == (("a:1", "b:2"), ["crm.*", "x"])
+    assert from_arguments(parser().parse_args(["--address", "c:3,d:4", "--address", "e:5"])).address == ("c:3", "d:4", "e:5")
+    assert main(["--context", "nowhere"]) == EXIT_USAGE
+    Contexts(default_path(os.environ)).add("prod", {"address": ["p:1"]})
+    assert from_arguments(parser().parse_args(["--context", "prod"])).address == ("p:1",)
 
 
 def test_useless_address(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,15 +6,16 @@ import sys
 
 import typer
 from spillway.client.cli import EXIT_FAILED
-from spillway.client.commands import backup, cluster, dead_letters, destinations, messages, operations, routes, status
+from spillway.client.commands import backup, cluster, contexts, dead_letters, destinations, messages, operations, routes, status
 
 app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Spillway: a replicated, fair, strictly ordered multi-tenant message queue.",
                   epilog="Installed extras add commands: serve and restore (spillway[broker]), dispatch (spillway[dispatch]).")
 for _part in (messages, status, operations, backup):
-    _part.add_to(app)
+    app.add_typer(_part.app)
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(contexts.app, name="context")
 app.add_typer(destinations.app, name="destination")
 app.add_typer(dead_letters.app, name="dead-letter")
 app.add_typer(routes.app, name="route")

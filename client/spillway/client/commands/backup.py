@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from spillway.client.commands.common import ADDRESS, Address, Format, Output, plain, plural, print_done, run_async, when
+from spillway.client.commands.common import HERE, Connection, Format, Output, command, connect, plain, plural, print_done, run_async, when
 
 if TYPE_CHECKING:
     from spillway.client import BackupProgress, Manifest
@@ -15,22 +15,21 @@ Directory = Annotated[Path, typer.Argument(help="Where the backup goes: a direct
 Verify = Annotated[bool, typer.Option("--verify", help="Check a backup that is there, to its last byte; no cluster is needed.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command()(backup)
+app = typer.Typer()
 
 
-def backup(directory: Directory, verify: Verify = False, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app)
+def backup(directory: Directory, verify: Verify = False, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Writes a backup of the whole cluster while it serves: what was acknowledged before is in it. `spillway restore` makes a new cluster
     of it."""
-    from spillway.client import Client, verify_backup
+    from spillway.client import verify_backup
 
     async def work() -> int:
         with _Bar() as bar:
             if verify:
                 found = verify_backup(directory, bar.show)
             else:
-                async with Client(address) as client:
+                async with connect(connection) as client:
                     found = await client.cluster.back_up(directory, on_progress=bar.show)
         _print(directory, found, verify, output)
         return 0

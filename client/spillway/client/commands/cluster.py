@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from spillway.client.cli import EXIT_UNAVAILABLE
 from spillway.client.commands.common import (
-    ADDRESS,
-    Address,
+    HERE,
+    Connection,
     Format,
     Output,
     Yes,
+    command,
     confirmed,
+    connect,
     plain,
     plural,
     print_done,
@@ -32,13 +34,11 @@ Wait = Annotated[float, typer.Option("--wait", parser=seconds, metavar="DURATION
 POLL_SECONDS = 0.5
 
 
-@app.command()
-def status(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app)
+def status(output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Shows nodes, shards, what moves, what is wrong and what to do about it. Exit code 4 if something is wrong."""
-    from spillway.client import Client
-
     async def show() -> int:
-        async with Client(address) as client:
+        async with connect(connection) as client:
             found = await client.cluster.status()
         if output is Output.JSON:
             print_json(plain(found))
@@ -63,19 +63,17 @@ def _print(found: ClusterStatus) -> None:
         print(f"wrong: {problem.what}\n  do:  {problem.remedy}")
 
 
-@app.command()
-def drain(node: NodeId, wait: Wait = 600.0, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app)
+def drain(node: NodeId, wait: Wait = 600.0, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Moves all replicas of a node to others, and waits until it has none. It stays in the cluster: see undrain, remove."""
-    _leave("drain", node, wait, output, address)
+    _leave("drain", node, wait, output, connection)
 
 
-@app.command()
-def undrain(node: NodeId, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app)
+def undrain(node: NodeId, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Undoes drain: the node gets its share of replicas again."""
-    from spillway.client import Client
-
     async def work() -> int:
-        async with Client(address) as client:
+        async with connect(connection) as client:
             await client.cluster.undrain(node)
         print_done(f"node {node} gets replicas again", output, node=node, state="active")
         return 0
@@ -83,18 +81,16 @@ def undrain(node: NodeId, output: Format = Output.TABLE, address: Address = ADDR
     run_async(work)
 
 
-@app.command()
-def remove(node: NodeId, wait: Wait = 600.0, yes: Yes = False, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app)
+def remove(node: NodeId, wait: Wait = 600.0, yes: Yes = False, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Drains a node, and then it is none of the cluster any more; also one that is dead for good. Cannot be undone."""
     confirmed(f"Remove node {node} from the cluster for good?", yes)
-    _leave("remove", node, wait, output, address)
+    _leave("remove", node, wait, output, connection)
 
 
-def _leave(what: str, node: str, wait: float, output: Output, address: list[str]) -> None:
-    from spillway.client import Client
-
+def _leave(what: str, node: str, wait: float, output: Output, connection: Connection) -> None:
     async def work() -> int:
-        async with Client(address) as client:
+        async with connect(connection) as client:
             await (client.cluster.drain(node) if what == "drain" else client.cluster.remove(node))
             left = await _wait(client, node, wait)
         if left:

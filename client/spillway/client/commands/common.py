@@ -1,19 +1,25 @@
 """What the commands share: options, running, printing."""
 from __future__ import annotations
 
-import asyncio
 import base64
 import dataclasses
 import enum
+import functools
+import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from spillway.client.cli import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_USAGE
+from spillway.client.cli import EXIT_DENIED, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_USAGE
+from spillway.client.connecting import ADDRESS, OPTIONS, Option, resolve
+from spillway.client.connecting import Connection as Connection  # commands have both from here
+from spillway.client.connecting import connect as connect
+from spillway.client.contexts import ContextError, Contexts, default_path
 
 if TYPE_CHECKING:
     from spillway.client import Admin
@@ -30,31 +36,106 @@ class Output(enum.StrEnum):
     JSON = "json"
 
 
-Address = Annotated[list[str], typer.Option("--address", "-a", envvar="SPILLWAY_ADDRESS", metavar="HOST:PORT",
-                                            help="A node of the cluster; may be given several times.")]
 Format = Annotated[Output, typer.Option("--output", "-o", help="Tables for people, JSON for programs.")]
 DestinationName = Annotated[str, typer.Argument(help="The destination.", metavar="DESTINATION")]
 TenantName = Annotated[str | None, typer.Argument(help="Only this tenant; '' is the one without a name.", metavar="TENANT")]
 KeyName = Annotated[str | None, typer.Argument(help="Only this key of the tenant.", metavar="KEY")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-ADDRESS = ["127.0.0.1:7070"]
+HERE = Connection()  # stands in signatures of commands; `command` puts there what the user gave
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+# -- defining ----------------------------------------------------------------------------------------------------
+
+
+def command(app: typer.Typer, name: str | None = None, *, examples: Sequence[str] = (), aliases: Sequence[str] = (),
+            **options: Any) -> Callable[[Function], Function]:
+    """Makes a function a command of `app`. If it has a parameter `connection`, it gets all options that say how to reach the cluster.
+    `examples` are whole lines that work on an empty cluster of one node, in their order; they stand below the help. `aliases` are
+    further names, which the help does not list."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
+
+    def made(function: Function) -> Function:
+        callback = _connected(function) if "connection" in inspect.signature(function).parameters else function
+        app.command(name, epilog=epilog, **options)(callback)
+        for alias in aliases:
+            app.command(alias, epilog=epilog, hidden=True, **options)(callback)
+        return function
+
+    return made
+
+
+def _connected(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the options of a connection instead of its parameter `connection`."""
+    signature = inspect.signature(function, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "connection"]
+
+    @functools.wraps(function)
+    def callback(ctx: typer.Context, **arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in ("context", *OPTIONS)}
+        # What comes from variables is left to `resolve`, which knows their place.
+        flags = {name: value for name, value in given.items() if _by_flag(ctx, name)}
+        function(**arguments, connection=connection_of(flags))
+
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context), *own, *_parameters()]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return callback
+
+
+@functools.cache
+def _parameters() -> tuple[inspect.Parameter, ...]:
+    """The options that say how to reach a cluster."""
+    address = OPTIONS["address"]
+    kinds: dict[str, Any] = {
+        "address": Annotated[list[str] | None, typer.Option("--address", "-a", envvar=Option.variable("address"), metavar=address.metavar,
+                                                            help=f"{address.help[:-1]} (default: {ADDRESS}).")],
+        "context": Annotated[str | None, typer.Option("--context", envvar="SPILLWAY_CONTEXT", metavar="NAME",
+                                                      help="Context that says how to reach the cluster; - is the previous one.")]}
+    for name, option in OPTIONS.items():
+        if name != "address":
+            kinds[name] = Annotated[str | None, typer.Option(Option.flag(name), envvar=Option.variable(name), metavar=option.metavar,
+                                                             help=option.help)]
+    return tuple(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in kinds.items())
+
+
+def _by_flag(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def contexts() -> Contexts:
+    """This user's contexts."""
+    return Contexts(default_path(os.environ))
+
+
+def connection_of(flags: Mapping[str, Any]) -> Connection:
+    """How to reach the cluster, by flags, variables and contexts. A wrong context is wrong usage."""
+    found = contexts()
+    try:
+        return resolve(flags, os.environ, found, flags.get("context"))
+    except ContextError as error:
+        raise typer.BadParameter(str(error), param_hint="--context") from None
 
 
 # -- running -----------------------------------------------------------------------------------------------------
 
 
-def run_async(command: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
+def run_async(work: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
     """Runs a command's coroutine, faster if uvloop is there, and exits; an error becomes a line and an exit code."""
-    from spillway.client.errors import InvalidArgument, NotFound, SpillwayError, Unavailable
+    import asyncio
+
+    from spillway.client.errors import InvalidArgument, NotFound, PermissionDenied, SpillwayError, Unavailable
 
     try:
         try:
             import uvloop
         except ImportError:
-            code = asyncio.run(command())
+            code = asyncio.run(work())
         else:
-            code = uvloop.run(command())
+            code = uvloop.run(work())
     except SpillwayError as error:
         print(f"spillway: {error}", file=sys.stderr)
         code = EXIT_FAILED
@@ -64,16 +145,16 @@ def run_async(command: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
             code = EXIT_NOT_FOUND
         elif isinstance(error, Unavailable):
             code = EXIT_UNAVAILABLE
+        elif isinstance(error, PermissionDenied):
+            code = EXIT_DENIED
     raise typer.Exit(code)
 
 
-def run_admin(address: list[str], command: Callable[[Admin], Coroutine[Any, Any, int]]) -> NoReturn:
+def run_admin(connection: Connection, work: Callable[[Admin], Coroutine[Any, Any, int]]) -> NoReturn:
     """As `run_async`, for a command that needs a client's admin calls."""
-    from spillway.client import Client
-
     async def connected() -> int:
-        async with Client(address) as client:
-            return await command(client.admin)
+        async with connect(connection) as client:
+            return await work(client.admin)
 
     run_async(connected)
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from spillway.client.commands.common import (
-    ADDRESS,
-    Address,
+    HERE,
+    Connection,
     DestinationName,
     DryRun,
     Format,
@@ -15,6 +15,7 @@ from spillway.client.commands.common import (
     Output,
     TenantName,
     Yes,
+    command,
     confirmed,
     plain,
     plural,
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Dead letters: messages that could not be delivered.")
 
 
-@app.command("list")
+@command(app, "list")
 def list_some(
     destination: DestinationName,
     tenant: TenantName = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="At most so many; 0: all.")] = 100,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Lists dead letters, oldest first for each shard."""
 
@@ -62,12 +63,12 @@ def list_some(
             print(f"there are more than {limit}: --limit shows them", file=sys.stderr)
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("purge")
+@command(app, "purge")
 def purge(destination: DestinationName, tenant: TenantName = None, yes: Yes = False, dry_run: DryRun = False,
-          output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+          output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Removes dead letters of a destination or a tenant for good."""
 
     async def work(admin: Admin) -> int:
@@ -79,10 +80,10 @@ def purge(destination: DestinationName, tenant: TenantName = None, yes: Yes = Fa
                    f"{scope(destination, tenant)}", output, dead_letters=count, dry_run=dry_run)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
-@app.command("redrive")
+@command(app, "redrive")
 def redrive(
     destination: DestinationName,
     tenant: TenantName = None,
@@ -90,7 +91,7 @@ def redrive(
     rate: Annotated[float, typer.Option(help="At most so many per second; 0.1 to 100,000.")] = 100.0,
     dry_run: DryRun = False,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Puts dead letters back at the head of their queues, in order. What is back stays so if it is interrupted."""
 
@@ -112,7 +113,7 @@ def redrive(
                    f"{scope(destination, tenant, key)}", output, redriven=count, dry_run=dry_run)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
 class _Bar:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from spillway.client.cli import EXIT_UNAVAILABLE
 from spillway.client.commands.common import (
-    ADDRESS,
-    Address,
+    HERE,
+    Connection,
     DestinationName,
     DryRun,
     Format,
     Output,
+    command,
     flat,
     masked,
     plain,
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Destinations: what consumers lease from.")
 
 
-@app.command("list")
-def list_all(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app, "list")
+def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists all destinations, by name."""
 
     async def show(admin: Admin) -> int:
@@ -48,16 +49,16 @@ def list_all(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
                  without_credentials(one.http.url) if one.http else "") for one in found])
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("show")
+@command(app, "show")
 def show_one(
     name: DestinationName,
     secrets: Annotated[bool, typer.Option("--secrets", help=(
         "Show signing secrets, values of headers and the URL's credentials, too."))] = False,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Shows one destination's policy and target."""
 
@@ -65,11 +66,11 @@ def show_one(
         print_one(masked(await admin.get_destination(name), secrets), output)
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("stats")
-def stats(name: DestinationName, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app, "stats")
+def stats(name: DestinationName, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Shows counts of one destination. Exit code 4 if shards did not answer."""
 
     async def show(admin: Admin) -> int:
@@ -77,10 +78,10 @@ def stats(name: DestinationName, output: Format = Output.TABLE, address: Address
         print_one(plain(found), output)
         return EXIT_UNAVAILABLE if found.shards_missing else 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("apply")
+@command(app, "apply")
 def apply(
     name: Annotated[str | None, typer.Argument(help="The destination.", metavar="DESTINATION")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE.toml", help=(
@@ -108,7 +109,7 @@ def apply(
     allow_private: Annotated[bool | None, typer.Option("--allow-private/--no-allow-private", help=(
         "Loopback, private and link-local addresses may be called, too."))] = None,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Creates a destination, or changes what is given and keeps the rest. With --file: makes destinations exactly as the file
     has them, defaults included, and says what changed."""
@@ -126,14 +127,14 @@ def apply(
     if file is not None:
         if name is not None or url is not None or policy or http:
             raise typer.BadParameter("a file says it all: give no name and no options of a policy", param_hint="--file")
-        _apply_file(file, dry_run, output, address)
+        _apply_file(file, dry_run, output, connection)
     if name is None:
         raise typer.BadParameter("give a name, or --file", param_hint="DESTINATION")
-    _apply_options(name, policy, url, http, dry_run, output, address)
+    _apply_options(name, policy, url, http, dry_run, output, connection)
 
 
 def _apply_options(name: str, policy: dict[str, Any], url: str | None, http: dict[str, Any], dry_run: bool, output: Output,
-                   address: list[str]) -> None:
+                   connection: Connection) -> None:
     from spillway.client import Destination, DestinationNotFound, HttpTarget, InvalidArgument
 
     async def apply_one(admin: Admin) -> int:
@@ -152,13 +153,13 @@ def _apply_options(name: str, policy: dict[str, Any], url: str | None, http: dic
         print_one(masked(new if dry_run else await admin.update_destination(new, create=True)), output)
         return 0
 
-    run_admin(address, apply_one)
+    run_admin(connection, apply_one)
 
 
 _OPTIONS = {"timeout": "--timeout", "concurrency_max": "--concurrency-max", "allow_private_addresses": "--allow-private"}
 
 
-def _apply_file(path: Path, dry_run: bool, output: Output, address: list[str]) -> None:
+def _apply_file(path: Path, dry_run: bool, output: Output, connection: Connection) -> None:
     from spillway.client import Destination, DestinationNotFound, InvalidArgument
     from spillway.client.policy_file import filled, in_file, load_destinations, other_tables
 
@@ -186,7 +187,7 @@ def _apply_file(path: Path, dry_run: bool, output: Output, address: list[str]) -
             print(f"{path} has routes, too: spillway route apply -f {path}", file=sys.stderr)
         return 0
 
-    run_admin(address, apply_all)
+    run_admin(connection, apply_all)
 
 
 def _report(name: str, created: bool, changes: dict[str, tuple[str, str]], dry_run: bool, output: Output) -> dict[str, Any]:

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from spillway.client.commands.common import ADDRESS, CONNECT_SECONDS, Address, Format, Output, plural, run_async, seconds, with_payload
+from spillway.client.commands.common import (
+    CONNECT_SECONDS,
+    HERE,
+    Connection,
+    Format,
+    Output,
+    command,
+    connect,
+    plural,
+    run_async,
+    seconds,
+    with_payload,
+)
 
 if TYPE_CHECKING:
     from spillway.client import Record
@@ -19,10 +31,7 @@ if TYPE_CHECKING:
 BATCH_RECORDS = 1000
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command()(produce)
-    app.command()(consume)
+app = typer.Typer()
 
 
 def _moment(text: str | datetime) -> datetime:
@@ -36,6 +45,7 @@ def _moment(text: str | datetime) -> datetime:
     return moment
 
 
+@command(app)
 def produce(
     destination: Annotated[str, typer.Argument(help="Where the messages go.")],
     tenant: Annotated[str, typer.Option(help="Whose messages.")] = "",
@@ -53,10 +63,10 @@ def produce(
         "deliver_at, ttl, dedup_id. Without it each line is a payload."))] = False,
     whole: Annotated[bool, typer.Option(help="The whole input is one message.")] = False,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Sends messages, one per line of input; returns when all are stored."""
-    from spillway.client import Client, Record
+    from spillway.client import Record
 
     template = Record(destination, b"", tenant, key, _headers(header or []), "", delay, deliver_at, ttl, dedup_id)
 
@@ -75,7 +85,7 @@ def produce(
 
     async def send() -> int:
         sent = 0
-        async with Client(address) as client:
+        async with connect(connection) as client:
             await client.wait_ready(CONNECT_SECONDS)
             async with client.producer() as producer:
                 for batch in _batches(records()):
@@ -90,6 +100,7 @@ def produce(
     run_async(send)
 
 
+@command(app)
 def consume(
     destination: Annotated[list[str], typer.Argument(help="Names, or patterns with '*'.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Stop after so many messages; 0: never.")] = 0,
@@ -97,13 +108,11 @@ def consume(
         "Give messages back instead of acknowledging them. Only the head of each queue is seen."))] = False,
     idle: Annotated[float, typer.Option(help="Stop after so many seconds without a message; 0: never.")] = 0.0,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Prints messages as they come, and acknowledges each once it is printed."""
-    from spillway.client import Client
-
     async def take() -> int:
-        async with Client(address) as client:
+        async with connect(connection) as client:
             await client.wait_ready(CONNECT_SECONDS)
             credit = min(count, 256) if count else 256
             async with client.consumer(destination, name="spillway consume", credit_messages=credit) as consumer:

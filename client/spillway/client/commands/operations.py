@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from spillway.client.cli import EXIT_UNAVAILABLE
 from spillway.client.commands.common import (
-    ADDRESS,
-    Address,
+    HERE,
+    Connection,
     DestinationName,
     DryRun,
     Format,
@@ -16,6 +16,7 @@ from spillway.client.commands.common import (
     Output,
     TenantName,
     Yes,
+    command,
     confirmed,
     plain,
     plural,
@@ -36,13 +37,11 @@ if TYPE_CHECKING:
 Reason = Annotated[str, typer.Option(help="Why, for people; up to 1024 bytes.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the commands."""
-    for command in (gates, pause, resume, park, unpark, explain, peek, purge, top):
-        app.command()(command)
+app = typer.Typer()
 
 
-def gates(destination: DestinationName, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app)
+def gates(destination: DestinationName, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists what is paused or parked in a destination: its own gate first, then by tenant."""
 
     async def show(admin: Admin) -> int:
@@ -57,11 +56,12 @@ def gates(destination: DestinationName, output: Format = Output.TABLE, address: 
                  str(one.step or ""), one.reason) for one in found])
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
+@command(app)
 def pause(destination: DestinationName, tenant: TenantName = None, reason: Reason = "", output: Format = Output.TABLE,
-          address: Address = ADDRESS) -> None:
+          connection: Connection = HERE) -> None:
     """Stops deliveries of a destination or a tenant until resumed. Leases that are out run on; producing goes on."""
 
     async def work(admin: Admin) -> int:
@@ -69,11 +69,12 @@ def pause(destination: DestinationName, tenant: TenantName = None, reason: Reaso
         print_done(f"paused {scope(destination, tenant)}", output, destination=destination, tenant=tenant, state="paused")
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
+@command(app)
 def resume(destination: DestinationName, tenant: TenantName = None, output: Format = Output.TABLE,
-           address: Address = ADDRESS) -> None:
+           connection: Connection = HERE) -> None:
     """Undoes pause. Succeeds if nothing was paused."""
 
     async def work(admin: Admin) -> int:
@@ -81,9 +82,10 @@ def resume(destination: DestinationName, tenant: TenantName = None, output: Form
         print_done(f"resumed {scope(destination, tenant)}", output, destination=destination, tenant=tenant, state="resumed")
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
+@command(app)
 def park(
     destination: DestinationName,
     tenant: TenantName = None,
@@ -91,7 +93,7 @@ def park(
         "For how long: 30s, 10m, 1h30m, or seconds; up to 7d."))] = 600.0,
     reason: Reason = "",
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """As pause, for a time."""
 
@@ -101,11 +103,12 @@ def park(
                    state="parked", seconds=duration)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
+@command(app)
 def unpark(destination: DestinationName, tenant: TenantName = None, output: Format = Output.TABLE,
-           address: Address = ADDRESS) -> None:
+           connection: Connection = HERE) -> None:
     """Ends a parking at once, an operator's or one after failures. A pause stays."""
 
     async def work(admin: Admin) -> int:
@@ -113,11 +116,12 @@ def unpark(destination: DestinationName, tenant: TenantName = None, output: Form
         print_done(f"unparked {scope(destination, tenant)}", output, destination=destination, tenant=tenant, state="unparked")
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
+@command(app)
 def explain(destination: DestinationName, tenant: TenantName = None, key: KeyName = None, output: Format = Output.TABLE,
-            address: Address = ADDRESS) -> None:
+            connection: Connection = HERE) -> None:
     """Says why a queue, a tenant or a destination is not moving, and when it will have drained."""
 
     async def show(admin: Admin) -> int:
@@ -128,16 +132,17 @@ def explain(destination: DestinationName, tenant: TenantName = None, key: KeyNam
             print(found.sentence)
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
+@command(app)
 def peek(
     destination: DestinationName,
     tenant: Annotated[str, typer.Argument(help="The queue's tenant; '' is the one without a name.")],
     key: Annotated[str, typer.Argument(help="The queue's key.")],
     limit: Annotated[int, typer.Option("--limit", "-n", help="At most so many messages; 1 to 100.")] = 10,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Shows the first messages of a queue, without taking them."""
 
@@ -156,11 +161,12 @@ def peek(
             print(f"{len(found.messages)} of {plural(found.total, 'message')}", file=sys.stderr)
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
+@command(app)
 def purge(destination: DestinationName, tenant: TenantName = None, key: KeyName = None, yes: Yes = False, dry_run: DryRun = False,
-          output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+          output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Removes the messages of a destination, a tenant or a queue for good. Dead letters stay."""
 
     async def work(admin: Admin) -> int:
@@ -174,14 +180,15 @@ def purge(destination: DestinationName, tenant: TenantName = None, key: KeyName 
                    queues=found.queues, dry_run=dry_run)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
+@command(app)
 def top(
     destination: DestinationName,
     limit: Annotated[int, typer.Option("--limit", "-n", help="At most so many tenants; 1 to 1000.")] = 10,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Lists the tenants with the most messages. Exit code 4 if shards did not answer."""
 
@@ -196,4 +203,4 @@ def top(
             print(f"spillway: incomplete: shards {', '.join(map(str, found.shards_missing))} did not answer", file=sys.stderr)
         return EXIT_UNAVAILABLE if found.shards_missing else 0
 
-    run_admin(address, show)
+    run_admin(connection, show)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from spillway.client.commands.common import (
-    ADDRESS,
-    Address,
+    HERE,
+    Connection,
     DryRun,
     Format,
     Output,
+    command,
     plain,
     print_done,
     print_json,
@@ -26,8 +27,8 @@ app = typer.Typer(no_args_is_help=True, help="Routes: copies of messages for sev
 Source = Annotated[str, typer.Argument(help="The name that producers use.")]
 
 
-@app.command("list")
-def list_all(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app, "list")
+def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists all routes, by source."""
 
     async def show(admin: Admin) -> int:
@@ -38,21 +39,21 @@ def list_all(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
             _print(found)
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("show")
-def show_one(source: Source, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app, "show")
+def show_one(source: Source, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Shows one route."""
 
     async def show(admin: Admin) -> int:
         _print_one(await admin.get_route(source), output)
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("create")
+@command(app, "create")
 def create(
     source: Source,
     target: Annotated[list[str], typer.Argument(help="Destinations, or sources of other routes, that get a copy.")],
@@ -61,7 +62,7 @@ def create(
     skip_over_budget: Annotated[bool, typer.Option("--skip-over-budget", help=(
         "Leave out a target that is over its budget, instead of refusing the message."))] = False,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Creates a route. Fails if the source has one."""
     from spillway.client import Route, RouteTarget
@@ -71,15 +72,15 @@ def create(
         _print_one(await admin.create_route(route), output)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
-@app.command("apply")
+@command(app, "apply")
 def apply(
     file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE.toml", help="Routes; see docs/policies.md.")],
     dry_run: DryRun = False,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Makes routes exactly as a file has them, and says what changed. Routes that are not in it stay."""
     from spillway.client import InvalidArgument, RouteNotFound
@@ -110,11 +111,11 @@ def apply(
                 print_json(done)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
-@app.command("delete")
-def delete(source: Source, output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app, "delete")
+def delete(source: Source, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Removes a route. Copies that were promised are still made."""
 
     async def work(admin: Admin) -> int:
@@ -122,7 +123,7 @@ def delete(source: Source, output: Format = Output.TABLE, address: Address = ADD
         print_done(f"deleted the route of {source!r}", output, source=source, state="deleted")
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
 def _print_one(route: Route, output: Output) -> None:

@@ -3,23 +3,21 @@ from __future__ import annotations
 
 import typer
 from spillway.client.cli import EXIT_UNAVAILABLE
-from spillway.client.commands.common import ADDRESS, Address, Format, Output, plural, print_json, print_table, run_async
+from spillway.client.commands.common import HERE, Connection, Format, Output, command, connect, plural, print_json, print_table, run_async
+
+app = typer.Typer()
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command()(status)
-
-
+@command(app)
 def status(
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Shows nodes and who leads which shard. Exit code 4 if a shard has no leader."""
-    from spillway.client import Client, Unavailable
+    from spillway.client import Unavailable
 
     async def show() -> int:
-        async with Client(address) as client:
+        async with connect(connection) as client:
             try:
                 topology = await client.wait_ready(2.0)
             except Unavailable:

@@ -4,13 +4,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-from spillway.client.client import Client
+from spillway.client.connecting import Connection, add_arguments, connect, from_arguments
+from spillway.client.contexts import ContextError
 from spillway.client.dispatcher.broker import ClientBroker
 from spillway.client.dispatcher.dispatcher import GRACE_SECONDS, Dispatcher
 from spillway.client.dispatcher.status import HOST, status_server
@@ -27,8 +27,7 @@ def parser() -> argparse.ArgumentParser:
         prog="spillway dispatch",
         description="Deliver messages over HTTP: to all destinations that have a URL, or to those named. Any number of"
                     " dispatchers may run; none gets what another has leased.")
-    out.add_argument("--address", metavar="HOST:PORT[,...]", default=os.environ.get("SPILLWAY_ADDRESS", "127.0.0.1:7070"),
-                     help="nodes to start from (default: %(default)s; variable SPILLWAY_ADDRESS)")
+    add_arguments(out)
     out.add_argument("--destination", metavar="NAME", action="append", default=[],
                      help="only this destination; '*' stands for anything; may be repeated (default: all)")
     out.add_argument("--name", default="", help="of this dispatcher, for people")
@@ -41,11 +40,11 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-async def dispatch(addresses: Sequence[str], patterns: Sequence[str], name: str, grace_seconds: float,
+async def dispatch(connection: Connection, patterns: Sequence[str], name: str, grace_seconds: float,
                    status_port: int | None = None) -> None:
-    """Dispatches until SIGTERM or SIGINT. Raises SpillwayError if the addresses are of no use, OSError if the port for
+    """Dispatches until SIGTERM or SIGINT. Raises SpillwayError if the connection is of no use, OSError if the port for
     the status is."""
-    async with Client(addresses) as client, AsyncExitStack() as stack:
+    async with connect(connection) as client, AsyncExitStack() as stack:
         dispatcher = Dispatcher(ClientBroker(client, name), patterns, grace_seconds)
         if status_port is not None:
             port = await stack.enter_async_context(status_server(dispatcher.status, status_port))
@@ -77,12 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    addresses = [address.strip() for address in options.address.split(",") if address.strip()]
+    try:
+        connection = from_arguments(options)
+    except ContextError as error:
+        log.error("%s", error)
+        return EXIT_USAGE
     try:
         with asyncio.Runner(loop_factory=_event_loop) as runner:
-            runner.run(dispatch(addresses, options.destination, options.name, options.grace_seconds, options.status_port))
+            runner.run(dispatch(connection, options.destination, options.name, options.grace_seconds, options.status_port))
     except SpillwayError as e:
-        log.error("cannot dispatch from %s: %s", options.address, e)
+        log.error("cannot dispatch from %s: %s", ", ".join(connection.address), e)
         return EXIT_USAGE
     except (OSError, OverflowError) as e:
         log.error("cannot serve the status on port %s: %s", options.status_port, e)
