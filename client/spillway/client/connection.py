@@ -22,7 +22,7 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.keepalive_time_ms", 60_000),  # a server answers faster pings with GOAWAY
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 250),  # a node that has started again leads a second later
     ("grpc.enable_retries", 0),  # they stop at the first response header: streams resume by themselves here
     ("grpc.use_local_subchannel_pool", 1),  # else kinds would share a connection
 ]

@@ -8,6 +8,7 @@ the way is ready again at once instead of when its lease expires.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import itertools
 import logging
@@ -76,8 +77,10 @@ class _Stream:
         self.owed_bytes = 0
         self._credit = asyncio.Event()
         self._again = asyncio.Event()  # subscribe anew
+        self._now = asyncio.Event()  # do not wait any longer before the next try
         self._closing = False
         self._call: _Call | None = None
+        self._backoff = Backoff(0.05, 2.0)
         self._loop = asyncio.get_running_loop()
         consumer.credits.add(self, self._loop.time())  # at once, so that the first split sees all nodes
         self.task = asyncio.create_task(self._run(), name=f"spillway lease {address}")
@@ -96,6 +99,15 @@ class _Stream:
         self.consumer.delivering.discard(self.number)
         self._again.set()
 
+    def hurry(self) -> None:
+        """Tries again at once, as for the first time: the node leads something since a moment ago, so it is up, however often it could
+        not be reached before."""
+        if not self.open:
+            if self.failing_since is not None:
+                self.failing_since = self._loop.time()
+            self._backoff.reset()
+            self._now.set()
+
     async def close(self) -> None:
         """Takes what is still coming, for a moment, then ends the stream."""
         self._closing = True
@@ -111,8 +123,7 @@ class _Stream:
         await asyncio.gather(self.task, return_exceptions=True)
 
     async def _run(self) -> None:
-        consumer = self.consumer
-        backoff = Backoff(0.05, 2.0)
+        consumer, backoff = self.consumer, self._backoff
         while True:
             self._again.clear()
             started = self._loop.time()
@@ -136,7 +147,10 @@ class _Stream:
                 consumer.stream_failed(self, ended)
                 pause = backoff.next()
             if pause:
-                await asyncio.sleep(pause)
+                self._now.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._now.wait()
             consumer.credits.add(self, self._loop.time())
 
     async def _serve(self) -> SpillwayError | str:
@@ -374,8 +388,13 @@ class Consumer:
         return pb.LeaseRequest(subscribe=subscribe)
 
     def _topology_changed(self, old: Topology, new: Topology) -> None:
+        changed = old.shard_count == new.shard_count
+        if changed:
+            for node in {after for before, after in zip(old.leaders, new.leaders, strict=True) if before != after}:
+                if node in self._streams:
+                    self._streams[node].hurry()
         self._subscribe_everywhere(new)
-        if old.shard_count == new.shard_count:
+        if changed:
             for before, after in zip(old.leaders, new.leaders, strict=True):
                 # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
                 # The old leader's stream, too, begins anew: what is on its way there would be taken for lost, and come.

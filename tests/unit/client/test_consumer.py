@@ -25,6 +25,7 @@ from spillway.client import (
     StaleLease,
     Throttled,
 )
+from spillway.client.retry import Backoff
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import message_pb2 as m
 from spillway.v1 import queue_service_pb2 as q
@@ -575,6 +576,34 @@ async def test_a_leader_that_cannot_be_reached_is_leased_from_through_another_no
                 run = await consumer.next_run(5)
                 assert run is not None
                 await run.ack()
+
+
+async def test_a_node_that_is_back_is_leased_from_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it leads again: it is not waited for as after its last failure, and no other node is asked to stand in meanwhile, for which
+    all streams would have to begin anew."""
+    class Patient(Backoff):
+        def next(self) -> float:
+            return 60.0
+
+    monkeypatch.setattr("spillway.client.consumer.FORWARD_SECONDS", 0.3)
+    monkeypatch.setattr("spillway.client.consumer.Backoff", Patient)
+    async with serving(2) as (cluster, client), client.consumer("d") as consumer:
+        await until(lambda: consumer.state is ConsumerState.CONSUMING)
+        stream = consumer._streams["n2"]
+        for shard in range(1, 5):
+            await cluster.move(shard, "n1")
+        await cluster.nodes["n2"].stop()
+        await until(lambda: stream.failing_since is not None)
+        await asyncio.sleep(0.4)  # longer than a leader may be unreachable
+        await cluster.nodes["n2"].start()
+        for shard in range(1, 5):
+            await cluster.move(shard, "n2")
+        await send(client, 8, keys=8)
+        for _ in range(8):
+            run = await consumer.next_run(5)
+            assert run is not None
+            await run.ack()
+        assert all(s.local_only for node in cluster.nodes.values() for s in node.subscriptions)
 
 
 async def test_a_refused_subscription_is_raised() -> None:
