@@ -241,9 +241,9 @@ class App:
         """Stops without losing anything: leaderships first, then clients' streams, whose work the new leaders do, then the rest."""
         log.info("stopping")
         await self.health.enter_graceful_shutdown()
-        self.node.stopping = True
-        self.queue.drain()
+        self.node.stopping = True  # nothing more is granted
         await self.host.hand_over()
+        self.queue.drain()  # what had been granted is on its way by now: who left earlier would miss it
         await self.server.stop(STOP_GRACE_SECONDS if len(self.node.members) > 1 else PEER_GRACE_SECONDS)
         await self.host.stop(0)
         assert self._running is not None

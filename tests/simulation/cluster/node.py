@@ -340,8 +340,8 @@ class SimNode:
     async def stop_gently(self) -> None:
         """As `app.App.stop`."""
         self.node.stopping = True
-        self.queue.drain()
         await self.host.hand_over()
+        self.queue.drain()
         await self.host.stop(0)
         await self.forwarder.close()
         await self.node.stop()
