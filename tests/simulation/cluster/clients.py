@@ -100,11 +100,12 @@ class Producer(Client):
         self.numbers: dict[int, int] = {}
         self.pending: deque[Sent] = deque()
         self.serial = 0
+        self.waiting = False  # for answers
 
     @property
     def done(self) -> bool:
         """Everything is acknowledged, or given up."""
-        return not self.left and not self.pending
+        return not self.left and not self.pending and not self.waiting
 
     def _new(self, count: int) -> None:
         rnd, world = self.rnd, self.world
@@ -126,22 +127,24 @@ class Producer(Client):
     async def run(self) -> None:
         """Until all is sent."""
         rnd = self.rnd
-        while not self.done:
+        while self.left or self.pending:
             call = self.channel().stream_stream("/spillway.v1.QueueService/Produce")()
             try:
                 for _ in range(rnd.choice((3, 10, 40))):
-                    if self.done:
+                    if not self.left and not self.pending:
                         break
                     if not self.world.calm:
                         await asyncio.sleep(rnd.expovariate(1 / self.world.options.pause))
                     if not self.pending or (self.producer_id and len(self.pending) < 20):
                         self._new(rnd.choice((1, 1, 3, 12)))
+                    self.waiting = True
                     if not await self._send(call):
                         await asyncio.sleep(rnd.uniform(0.02, 0.3))
                         break
             except BROKEN:
                 await asyncio.sleep(rnd.uniform(0.01, 0.5))
             finally:
+                self.waiting = False
                 call.cancel()
 
     async def _send(self, call: Any) -> bool:

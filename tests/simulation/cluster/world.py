@@ -372,8 +372,10 @@ class World:
 
     def _at_rest(self) -> bool:
         self._reconcile()
-        return self.operator.finished and self.drainer.finished and all(p.done for p in self.producers) and not any(
-            queue.left for o in self.observers.values() for queue in o.naive.queues.values())
+        return self.operator.finished and self.drainer.finished and all(p.done for p in self.producers) and self._empty()
+
+    def _empty(self) -> bool:
+        return not any(queue.left for o in self.observers.values() for queue in o.naive.queues.values())
 
     def _heal(self) -> None:
         """Faults end; a minority may stay away. Everything must be delivered, and then be the same everywhere."""
@@ -399,7 +401,8 @@ class World:
     def _same(self) -> bool:
         self.faults.replace_damaged()
         self._reconcile()
-        return self._settled() and all(
+        # Not empty: something whose producer had given it up was stored late.
+        return self._empty() and self._settled() and all(
             n.whole and all(r.applied >= self.observers[s].last for s, r in n.node.shards.items()) for n in self.nodes.values())
 
     def _reconcile(self) -> None:
