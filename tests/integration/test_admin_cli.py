@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import re
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from spillway.client import (
     RouteTarget,
     StallCause,
     TenantPolicy,
-    cli,
     sync,
 )
 from spillway.client.policy_file import filled
@@ -44,18 +42,10 @@ def node(cluster: Make) -> str:
 
 
 @pytest.fixture
-def run(node: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(node: str, command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """(exit code, stdout, stderr) of one command; `stdin` is what it reads."""
     monkeypatch.setenv("SPILLWAY_ADDRESS", node)
-
-    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capsys.readouterr()
-        code = cli.main(list(arguments))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return command_line
 
 
 def done(result: tuple[int, str, str]) -> Any:

@@ -1,7 +1,9 @@
 """The repository keeps its own rules."""
 from __future__ import annotations
 
+import ast
 import configparser
+import importlib
 import re
 import shutil
 import subprocess
@@ -27,6 +29,12 @@ TYPED = ("spillway/v1", "spillway/peer", "spillway/contract", "spillway/client",
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
     """A program of the environment, from the repository's root."""
     return subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def succeeds(code: str) -> None:
+    """A fresh interpreter runs it without an error."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def test_the_namespace_has_no_package_file() -> None:
@@ -135,20 +143,27 @@ def test_the_wheels_programs_exist(wheel: zipfile.ZipFile) -> None:
 
 def test_the_client_needs_no_storage_engine_and_no_consensus_library() -> None:
     """spillway.client imports where neither rocksdict nor pysyncobj is installed."""
-    code = ("import sys; sys.modules['rocksdict'] = sys.modules['pysyncobj'] = None\n"
+    succeeds("import sys; sys.modules['rocksdict'] = sys.modules['pysyncobj'] = None\n"
             "import spillway.client, spillway.client.sync, spillway.client.cli\n"
             "assert not [m for m in sys.modules if m.startswith(('spillway.broker', 'spillway.cluster'))]")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+
+
+def test_the_clients_names_are_where_they_are_looked_for() -> None:
+    """What type checkers see of `spillway.client` is what it loads when asked, and all that it exports."""
+    module = importlib.import_module("spillway.client")
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {name.name: part.module for part in block.body if isinstance(part, ast.ImportFrom) for name in part.names}
+    assert seen == module._HOME_OF
+    assert sorted(seen) == sorted(module.__all__)
+    assert [name for name in seen if not hasattr(module, name)] == []
 
 
 def test_a_node_starts_without_what_only_terminals_need() -> None:
     """A node that starts takes its processor time from the others of its machine: libraries for terminals once took half of it."""
-    code = ("import sys, spillway.broker.main\n"
+    succeeds("import sys, spillway.broker.main\n"
             "heavy = {'rich', 'typer', 'click', 'prompt_toolkit', 'pygments', 'aiohttp'} & set(sys.modules)\n"
             "assert not heavy, heavy")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
 
 
 def fields(descriptor: Descriptor) -> dict[str, tuple[int, int, bool]]:

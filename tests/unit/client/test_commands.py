@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ import grpc
 import pytest
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
-from spillway.client import cli
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1 import message_pb2 as m
 
@@ -53,16 +51,9 @@ def state(cluster: FakeCluster) -> AdminState:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(command_line: Run) -> Run:
     """(exit code, stdout, stderr) of one command; `stdin` is what it reads."""
-    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capsys.readouterr()
-        code = cli.main(list(arguments))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return command_line
 
 
 def asked(state: AdminState, kind: type) -> list[Any]:

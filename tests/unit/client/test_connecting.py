@@ -1,7 +1,6 @@
 """How to reach a cluster: which source wins, and what is kept of contexts."""
 from __future__ import annotations
 
-import io
 import json
 import stat
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from spillway.client import InvalidArgument, cli
+from spillway.client import InvalidArgument
 from spillway.client.connecting import ADDRESS, OPTIONS, Connection, Option, connect, resolve
 from spillway.client.contexts import KEYS, ContextError, Contexts, default_path
 
@@ -29,20 +28,12 @@ def contexts(tmp_path: Path) -> Contexts:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(command_line: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """(exit code, stdout, stderr) of one command of a user without contexts."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     for name in ("SPILLWAY_CONTEXT", *map(Option.variable, OPTIONS)):
         monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capsys.readouterr()
-        code = cli.main(list(arguments))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return command_line
 
 
 def test_without_anything_it_is_this_machine(tmp_path: Path) -> None:

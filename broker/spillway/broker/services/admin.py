@@ -140,8 +140,7 @@ class AdminService(Explain, Gates, Routes, Stats, admin_service_pb2_grpc.AdminSe
             forwarded = pb.ListDeadLettersRequest()
             forwarded.CopyFrom(request)
             forwarded.page_token = token(shard.to_bytes(4, "big") + after)
-            page: pb.ListDeadLettersResponse = await self.forwarder.link(leader).admin.ListDeadLetters(
-                forwarded, timeout=CALL_SECONDS)
+            page: pb.ListDeadLettersResponse = await self._at(leader, "ListDeadLetters", forwarded, timeout=CALL_SECONDS)
             return page
         response = pb.ListDeadLettersResponse()
         bytes_left = PAGE_BYTES_MAX

@@ -54,7 +54,7 @@ class Explain(Operations):
                 "safe and wait."))
         if leader != node.config.node_id:
             self._refuse_from_peer(shard, leader)
-            answer: pb.ExplainResponse = await self.forwarder.link(leader).admin.Explain(request, timeout=CALL_SECONDS)
+            answer: pb.ExplainResponse = await self._at(leader, "Explain", request, timeout=CALL_SECONDS)
             return answer
         runtime = node.shards[shard]
         now = node.now_ms()

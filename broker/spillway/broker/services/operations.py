@@ -58,8 +58,7 @@ class Operations:
             leader = await self.forwarder.await_leader(shard)
             if leader != self.node.config.node_id:
                 self._refuse_from_peer(shard, leader)
-                answer: pb.PeekMessagesResponse = await self.forwarder.link(leader).admin.PeekMessages(
-                    request, timeout=CALL_SECONDS)
+                answer: pb.PeekMessagesResponse = await self._at(leader, "PeekMessages", request, timeout=CALL_SECONDS)
                 return answer
             return _peek(self.node.shards[shard], name, request.limit or PEEK_DEFAULT)
         except (BrokerError, grpc.aio.AioRpcError) as error:
