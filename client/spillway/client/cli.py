@@ -1,8 +1,7 @@
 """`spillway`: produce, consume, look, and start what other packages plug in.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or a refused argument; 3 no such destination, route or node; 4 the cluster cannot be
-reached, or (status) is not healthy; 5 not allowed; 130 interrupted. docs/cli.md has them all. Results go to standard output,
-everything else to standard error.
+reached, or (status) is not healthy; 5 not allowed. Results go to standard output, everything else to standard error.
 
 Commands of the entry-point group `spillway.commands` parse their own arguments: `spillway serve --help` reaches them.
 Heavy modules are imported by the commands that need them, so that completion and help stay fast.
@@ -16,7 +15,7 @@ import sys
 GROUP = "spillway.commands"
 # Where commands come from when they are missing.
 EXTRAS = {"serve": "broker", "config": "broker", "restore": "broker", "dispatch": "dispatch"}
-EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_DENIED, EXIT_INTERRUPTED = 1, 2, 3, 4, 5, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_DENIED = 1, 2, 3, 4, 5
 
 
 def main(argv: list[str] | None = None) -> int:

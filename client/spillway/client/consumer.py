@@ -388,19 +388,17 @@ class Consumer:
         return pb.LeaseRequest(subscribe=subscribe)
 
     def _topology_changed(self, old: Topology, new: Topology) -> None:
-        changed = old.shard_count == new.shard_count
-        if changed:
-            for node in {after for before, after in zip(old.leaders, new.leaders, strict=True) if before != after}:
-                if node in self._streams:
-                    self._streams[node].hurry()
+        moves: set[tuple[str, str]] = set()
+        if old.shard_count == new.shard_count:
+            moves = {move for move in zip(old.leaders, new.leaders, strict=True) if move[0] != move[1]}
+        for _, after in moves:
+            if after in self._streams:
+                self._streams[after].hurry()
         self._subscribe_everywhere(new)
-        if changed:
-            for before, after in zip(old.leaders, new.leaders, strict=True):
-                # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
-                # The old leader's stream, too, begins anew: what is on its way there would be taken for lost, and come.
-                if before != after:
-                    self._moved.update(node for node in (before, after) if node in self._streams)
-            self._resubscribe_soon()
+        # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
+        # The old leader's stream, too, begins anew: what is on its way there would be taken for lost, and come.
+        self._moved.update(node for move in moves for node in move if node in self._streams)
+        self._resubscribe_soon()
 
     def _resubscribe_soon(self) -> None:
         if self._moved and self._resubscribe_timer is None and not self._closed:

@@ -103,9 +103,14 @@ class Producer(Client):
         self.waiting = False  # for answers
 
     @property
+    def unsent(self) -> bool:
+        """Something is to be sent, for the first time or again."""
+        return bool(self.left or self.pending)
+
+    @property
     def done(self) -> bool:
         """Everything is acknowledged, or given up."""
-        return not self.left and not self.pending and not self.waiting
+        return not self.unsent and not self.waiting
 
     def _new(self, count: int) -> None:
         rnd, world = self.rnd, self.world
@@ -127,11 +132,11 @@ class Producer(Client):
     async def run(self) -> None:
         """Until all is sent."""
         rnd = self.rnd
-        while self.left or self.pending:
+        while self.unsent:
             call = self.channel().stream_stream("/spillway.v1.QueueService/Produce")()
             try:
                 for _ in range(rnd.choice((3, 10, 40))):
-                    if not self.left and not self.pending:
+                    if not self.unsent:
                         break
                     if not self.world.calm:
                         await asyncio.sleep(rnd.expovariate(1 / self.world.options.pause))

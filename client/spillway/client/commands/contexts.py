@@ -24,7 +24,7 @@ from spillway.client.connecting import OPTIONS, addresses
 from spillway.client.contexts import ContextError
 
 app = typer.Typer(no_args_is_help=True, help=(
-    "Contexts: names for how to reach a cluster. Flags win over what a context says; see docs/cli.md."))
+    "Contexts: names for how to reach a cluster. Flags win over what a context says."))
 Name = Annotated[str, typer.Argument(help="The context.", metavar="NAME")]
 HIDDEN = "…"
 Secrets = Annotated[bool, typer.Option("--secrets", help="Show the token, too.")]
