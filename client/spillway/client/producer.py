@@ -229,6 +229,9 @@ class Producer:
         self._room = in_flight_bytes_max
         self._room_max = in_flight_bytes_max
         self._room_waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._granted = 0  # of those who waited for room, who have it and have not gone on yet: nobody may overtake them
+        self._early = 0  # sends that came before the first topology and have not gone on yet
+        self._entrance = asyncio.Lock()  # where they wait, in the order of their calls
         self._flushes: list[tuple[dict[_Lane, int], asyncio.Future[None]]] = []
         self._hurry = 0  # flushes under way: nothing lingers
         self._closed = False
@@ -376,11 +379,8 @@ class Producer:
             log.warning("%r closed with records unacknowledged", self)
         finally:
             self._router.watch.forget(self._topology_changed)
-            for size, waiter in self._room_waiters:
-                self._room -= size  # as if granted: each gives it back when it finds the producer closed
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._room_waiters.clear()
+            while self._room_waiters:
+                self._grant()  # each gives it back when it finds the producer closed
             for lane in self._lanes.values():
                 if lane.timer is not None:
                     lane.timer.cancel()
@@ -400,19 +400,27 @@ class Producer:
         return secrets.token_hex(16) if self._name is None else f"{self._name}-{secrets.token_hex(8)}"
 
     async def _ready(self, deadline: float | None) -> None:
+        """Returns when a topology is known, to callers in the order of their calls. Raises Closed or SendTimeout."""
+        if not self._closed and (self._early or not self._router.watch.current.shard_count):
+            self._early += 1
+            try:
+                async with asyncio.timeout_at(deadline), self._entrance:
+                    if not self._closed:
+                        await self._known()
+            except TimeoutError:
+                raise SendTimeout("no node could be reached in time", outcome_unknown=False) from None
+            finally:
+                self._early -= 1
         if self._closed:
             raise Closed("the producer is closed")
-        if not self._router.watch.current.shard_count:
-            known = asyncio.ensure_future(self._router.watch.known())
-            try:
-                await asyncio.wait((known, self._ending), return_when=asyncio.FIRST_COMPLETED,
-                                   timeout=None if deadline is None else max(deadline - self._loop.time(), 0))
-            finally:
-                known.cancel()
-            if self._closed:
-                raise Closed("the producer is closed")
-            if not self._router.watch.current.shard_count:
-                raise SendTimeout("no node could be reached in time", outcome_unknown=False)
+
+    async def _known(self) -> None:
+        """Returns when a topology is known, or the producer closed."""
+        known = asyncio.ensure_future(self._router.watch.known())
+        try:
+            await asyncio.wait((known, self._ending), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            known.cancel()
 
     def _encode(self, record: Record) -> tuple[_Lane, bytes]:
         destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id = record
@@ -465,7 +473,7 @@ class Producer:
 
     def _take_room(self, size: int) -> bool:
         """Takes `size` bytes of the buffer if nobody waits for them; a record larger than the buffer goes alone."""
-        if self._room_waiters or (size > self._room and self._room < self._room_max):
+        if self._room_waiters or self._granted or (size > self._room and self._room < self._room_max):
             return False
         self._room -= size
         return True
@@ -490,22 +498,28 @@ class Producer:
             if turn in self._room_waiters:
                 self._room_waiters.remove(turn)
             else:
+                self._granted -= 1
                 self._room += size  # granted at the same moment
             self._wake_senders()
             raise
+        self._granted -= 1
         if self._closed:
             self._room += size
             raise Closed("the producer is closed")
+        self._wake_senders()  # who came meanwhile, and is behind this one
+
+    def _grant(self) -> None:
+        """Gives the first who waits for room what it wants. If it was cancelled and has not heard of it, it gives it back itself."""
+        size, waiter = self._room_waiters.popleft()
+        self._room -= size
+        self._granted += 1
+        if not waiter.done():
+            waiter.set_result(None)
 
     def _wake_senders(self) -> None:
         waiters = self._room_waiters
         while waiters and (waiters[0][0] <= self._room or self._room >= self._room_max):
-            size, waiter = waiters.popleft()
-            self._room -= size
-            if not waiter.done():
-                waiter.set_result(None)
-            else:
-                self._room += size
+            self._grant()
 
     # -- inner: routing ------------------------------------------------------------------------------------------
 

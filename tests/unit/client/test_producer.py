@@ -21,6 +21,7 @@ from spillway.client import (
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import message_pb2 as m
 
+from tests.unit.client.fake_broker import FakeCluster
 from tests.unit.client.serving import serving, until
 
 
@@ -58,6 +59,52 @@ async def test_records_go_straight_to_their_leaders() -> None:
                 for record in request.records:
                     assert cluster.leaders[shard("d", record.key)] == node.name
         assert sum(len(r.records) for n in cluster.nodes.values() for r in n.requests) == 200
+
+
+async def test_sends_before_the_first_topology_are_not_overtaken() -> None:
+    """By one that is made just as it arrives, before they have gone on."""
+    async with asyncio.timeout(20):
+        cluster = await FakeCluster().start()
+        async with Client(cluster.addresses) as client, client.producer() as producer:
+            sends = [asyncio.ensure_future(producer.send("d", b"%d" % i)) for i in range(10)]
+
+            def arrived(old: object, new: object) -> None:
+                if len(sends) == 10:
+                    sends.extend(asyncio.ensure_future(producer.send("d", b"%d" % i)) for i in range(10, 20))
+
+            client._router.watch.listen(arrived)
+            await until(lambda: len(sends) == 20)
+            await asyncio.gather(*sends)
+            assert cluster.stored("d") == [b"%d" % i for i in range(20)]
+        await cluster.stop()
+
+
+async def test_sends_that_wait_for_the_buffer_are_not_overtaken() -> None:
+    """By one that is made in the moment in which there is room for both."""
+    async with serving() as (cluster, client), client.producer(in_flight_bytes_max=3000) as producer:
+        async def one_after_the_other() -> None:
+            await producer.send("d", b"0" + bytes(2700))
+            await producer.send("d", b"2")
+
+        first = asyncio.ensure_future(one_after_the_other())
+        await asyncio.sleep(0)
+        await asyncio.gather(producer.send("d", b"1" + bytes(200)), first)
+        assert [payload[:1] for payload in cluster.stored("d")] == [b"0", b"1", b"2"]
+
+
+async def test_a_send_that_is_cancelled_in_its_moment_gives_the_room_back_once() -> None:
+    """When room comes for one that was cancelled and has not heard of it."""
+    async with serving() as (_, client), client.producer(in_flight_bytes_max=3000) as producer:
+        first = asyncio.ensure_future(producer.send("d", bytes(2700)))
+        second = asyncio.ensure_future(producer.send("d", bytes(2700)))
+        await until(lambda: producer._room_waiters)
+        second.cancel()
+        producer._room += 3000
+        producer._wake_senders()
+        producer._room -= 3000
+        await asyncio.wait((first, second))
+        await producer.flush()
+        assert producer._room == producer._room_max
 
 
 async def test_while_a_request_is_in_flight_the_next_fills() -> None:
