@@ -300,7 +300,7 @@ class Faults:
             if link.lost:
                 link.reset()
         away: list[SimNode] = []
-        if all(node.whole for node in world.nodes.values()) and self.rnd.random() < 0.5:
+        if all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
             for node in self.rnd.sample(list(world.nodes.values()), (len(world.names) - 1) // 2):
                 if self._can_do_without([*away, node]):
                     away.append(node)

@@ -246,9 +246,9 @@ class World:
 
     def may_wipe(self, node: SimNode) -> bool:
         """Whether the others can bring a node with empty disks up to date."""
-        return len(self.names) > 1 and all(self._remembers(n) for n in self.nodes.values() if n is not node)
+        return len(self.names) > 1 and all(self.remembers(n) for n in self.nodes.values() if n is not node)
 
-    def _remembers(self, node: SimNode) -> bool:
+    def remembers(self, node: SimNode) -> bool:
         """Whether a node has all that counts on it: it takes part, and so do its replicas of all groups that it votes in. A node that lost
         its disk and is an ordinary one again may not have got them all back."""
         def votes(shard: int) -> bool:
@@ -260,7 +260,7 @@ class World:
     def forgetful(self) -> bool:
         """Whether a node may have forgotten something."""
         may = not self.options.faults.keys().isdisjoint(("wipe", "flipped_bit"))
-        return may and not all(self._remembers(n) for n in self.nodes.values())
+        return may and not all(self.remembers(n) for n in self.nodes.values())
 
     def voters(self) -> list[list[str]]:
         """Of all groups, by every configuration that may count."""
