@@ -1,7 +1,7 @@
 """`spillway`: produce, consume, look, and start what other packages plug in.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or a refused argument; 3 no such destination, route or node; 4 the cluster cannot be
-reached, or (status) is not healthy; 5 not allowed; 130 interrupted. docs/cli.md has them all. Results go to standard output,
+reached, or (status) is not healthy; 5 not allowed; 130 interrupted. EXIT_CODES says what they mean. Results go to standard output,
 everything else to standard error.
 
 Commands of the entry-point group `spillway.commands` parse their own arguments: `spillway serve --help` reaches them.
@@ -14,6 +14,16 @@ import sys
 from typing import NamedTuple
 
 GROUP = "spillway.commands"
+EXIT_CODES = {
+    0: "done",
+    1: "failed: not confirmed, not stored, a conflict, a backup that is damaged",
+    2: "wrong usage, or an argument that the cluster refuses; the message names it",
+    3: "what was asked for does not exist: a destination, a route, a node, a dead letter",
+    4: "the cluster cannot be reached or did not answer in time; or it answered that something is wrong (`status`, `cluster status`) or "
+       "only a part of it did (`top`, `tenant list`, `destination stats`)",
+    5: "the caller may not do this",
+    130: "interrupted",
+}
 
 
 class Plugged(NamedTuple):
@@ -21,14 +31,18 @@ class Plugged(NamedTuple):
 
     extra: str  # where it comes from when it is missing
     help: str
+    examples: tuple[str, ...]
 
 
 PLUGGED = {
-    "serve": Plugged("broker", "Runs a node (needs spillway[broker])."),
-    "dev": Plugged("broker", "Runs a node to try things with: everything in a temporary directory, ready to use."),
-    "config": Plugged("broker", "Prints the settings that serve would take, and checks them."),
-    "restore": Plugged("broker", "Makes the data directory of a new cluster's first node from a backup."),
-    "dispatch": Plugged("dispatch", "Delivers messages over HTTP (needs spillway[dispatch])."),
+    "serve": Plugged("broker", "Runs a node.", ("spillway serve --data-dir ./data", "spillway serve --config node.toml")),
+    "dev": Plugged("broker", "Runs a node to try things with: everything in a temporary directory, ready to use.",
+                   ("spillway dev", "spillway dev --data-dir ./try --shards 8")),
+    "config": Plugged("broker", "Prints the settings that serve would take, and checks them.", ("spillway config --shards 32",)),
+    "restore": Plugged("broker", "Makes the data directory of a new cluster's first node from a backup.",
+                       ("spillway restore ./backup-1 --data-dir ./restored --node-id n1",)),
+    "dispatch": Plugged("dispatch", "Delivers messages to the URLs of their destinations, over HTTP.",
+                        ("spillway dispatch", "spillway dispatch --destination 'crm*' --status-port 7080")),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_DENIED, EXIT_INTERRUPTED = 1, 2, 3, 4, 5, 130
 
@@ -61,7 +75,13 @@ def run_plugged(name: str, argv: list[str]) -> int | None:
         if (error.name or "").startswith("spillway") or name not in PLUGGED:
             raise
         return _missing(f"spillway {name}", PLUGGED[name].extra, error)
-    code = command(argv)
+    try:
+        code = command(argv)
+    except SystemExit as exit_:
+        if exit_.code or name not in PLUGGED or not {"-h", "--help"}.intersection(argv):
+            raise
+        print("\nexamples:", *PLUGGED[name].examples, sep="\n  ")  # below the command's own help
+        code = 0
     return code if isinstance(code, int) else 0
 
 

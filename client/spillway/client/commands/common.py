@@ -64,7 +64,7 @@ def command(app: typer.Typer, name: str | None = None, *, examples: Sequence[str
     """Makes a function a command of `app`. If it has a parameter `connection`, it gets all options that say how to reach the cluster.
     `examples` are whole lines that work on an empty cluster of one node, in their order; they stand below the help. `aliases` are
     further names, which the help does not list."""
-    epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
+    epilog = examples_text(examples)
 
     def made(function: Function) -> Function:
         callback = _connected(function) if "connection" in inspect.signature(function).parameters else function
@@ -74,6 +74,11 @@ def command(app: typer.Typer, name: str | None = None, *, examples: Sequence[str
         return function
 
     return made
+
+
+def examples_text(examples: Sequence[str]) -> str | None:
+    """What stands below a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
 
 
 def _connected(function: Callable[..., None]) -> Callable[..., None]:
@@ -103,6 +108,7 @@ def _parameters() -> tuple[inspect.Parameter, ...]:
         "address": Annotated[list[str] | None, typer.Option("--address", "-a", envvar=Option.variable("address"), metavar=address.metavar,
                                                             help=f"{address.help[:-1]} (default: {ADDRESS}).")],
         "context": Annotated[str | None, typer.Option("--context", envvar="SPILLWAY_CONTEXT", metavar="NAME",
+                                                      autocompletion=context_names,
                                                       help="Context that says how to reach the cluster; - is the previous one.")]}
     for name, option in OPTIONS.items():
         if name != "address":
@@ -119,6 +125,14 @@ def _by_flag(ctx: typer.Context, name: str) -> bool:
 def contexts() -> Contexts:
     """This user's contexts."""
     return Contexts(default_path(os.environ))
+
+
+def context_names(incomplete: str) -> list[str]:
+    """Names of contexts that begin so, for the shell."""
+    try:
+        return [name for name in sorted(contexts().all) if name.startswith(incomplete)]
+    except ContextError:
+        return []
 
 
 def connection_of(flags: Mapping[str, Any]) -> Connection:

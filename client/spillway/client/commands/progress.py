@@ -17,7 +17,8 @@ class Bar:
 
         count = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
         self._progress = Progress(TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[note]}"),
-                                  TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+                                  TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                                  redirect_stdout=False)  # what is printed meanwhile belongs to standard output
         self._task = self._progress.add_task(what, total=total, note="")
 
     def __enter__(self) -> Self:
