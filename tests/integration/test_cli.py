@@ -288,6 +288,28 @@ def test_waiting_for_a_healthy_cluster_ends(run: Run) -> None:
     assert code == 4 and "spillway: " in err
 
 
+def test_a_monitor_is_told_how_bad_it_is(run: Run, node: str) -> None:
+    """By exit code, in its own language."""
+    fill(node, "check.a", {"acme": 3})
+    assert run("destination", "apply", "check.b")[0] == 0
+    mine = ("check", "--filter", "check.*")
+    code, out, _ = run(*mine)
+    assert code == 0 and out == "ok: 2 destinations looked at, 0 findings\n"
+    found = done(run(*mine, "-o", "json"))
+    assert (found["status"], found["findings"], found["destinations"]["check.a"]["messages"]) == ("ok", [], 3)
+    assert found["destinations"]["check.b"] == {"oldest_age": 0.0, "messages": 0, "dead_letters": 0}
+    code, out, _ = run(*mine, "--backlog-warning", "3", "--backlog-critical", "4", "--format", "nagios")
+    assert code == 1 and re.fullmatch(
+        r"SPILLWAY WARNING - check\.a: 3 messages wait \| age_max=\d+s;;;0 backlog_max=3;3;4;0 dead_max=0;;;0\n", out), out
+    code, out, _ = run(*mine, "--age-critical", "1ms", "--backlog-warning", "1")
+    assert code == 2 and out.startswith("critical: ") and "its oldest message is" in out and "3 messages wait" in out
+    code, out, _ = run(*mine, "--dead-warning", "1", "--format", "prometheus")
+    assert code == 0 and "spillway_check_status 0\n" in out and 'spillway_check_messages{destination="check.a"} 3\n' in out
+    assert 'spillway_check_dead_letters{destination="check.b"} 0\n' in out
+    code, out, _ = run("check", "-a", f"127.0.0.1:{free_ports(1)[0]}", "--format", "nagios")
+    assert code == 3 and out.startswith("SPILLWAY UNKNOWN - ")
+
+
 # -- benchmarks ----------------------------------------------------------------------------------------------------
 
 

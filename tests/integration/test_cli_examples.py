@@ -1,21 +1,25 @@
-"""Every example in the help of a command does what it says, against real nodes: typed into a shell as it stands there."""
+"""Every example in the help of a command does what it says, against real nodes: as it stands there. A line that needs a shell gets one;
+others are run in this process, which takes a tenth of the time."""
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from cluster_process import ClusterProcesses, free_ports
-from spillway.client import AlreadyExists, Record, sync
+from spillway.client import AlreadyExists, Record, cli, sync
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "policies.md").read_text()
@@ -81,10 +85,26 @@ class World:
         env = self.env | {"SPILLWAY_LISTEN": f"127.0.0.1:{ports[0]}", "SPILLWAY_PEER_LISTEN": f"127.0.0.1:{ports[1]}"}
         if GOES_ON.search(line):
             return self._start(line, env)
+        if line.startswith("spillway ") and not set(line) & set("|<>&;$`\\"):
+            return self._run(line, env)
         done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=self.directory, env=env, capture_output=True, text=True,
                               timeout=SECONDS_MAX, check=False, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         return None
+
+    def _run(self, line: str, env: dict[str, str]) -> None:
+        """Runs a line in this process, as a shell would."""
+        out = io.TextIOWrapper(io.BytesIO(), write_through=True)  # `consume` writes bytes
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
+            for name in [*os.environ]:
+                if name not in env:
+                    patch.delenv(name)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            patch.chdir(self.directory)
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+            code = cli.main(shlex.split(line)[1:])
+        assert code == 0, f"{line}\n{out.buffer.getvalue().decode()}"  # type: ignore[attr-defined]
 
     def _start(self, line: str, env: dict[str, str]) -> None:
         """Starts a line that goes on, until it works; and ends it."""

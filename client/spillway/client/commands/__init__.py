@@ -10,6 +10,7 @@ from spillway.client.cli import EXIT_FAILED
 from spillway.client.commands import (
     backup,
     bench,
+    check,
     cluster,
     completion,
     contexts,
@@ -29,7 +30,7 @@ app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pr
                   help="Spillway: a replicated, fair, strictly ordered multi-tenant message queue.",
                   epilog="docs/cli.md has every command, the exit codes, and how contexts work.")
 # In the order in which people come to need them.
-for _part in (plugged, messages, status, top, operations):
+for _part in (plugged, messages, status, check, top, operations):
     app.add_typer(_part.app)
 for _name, _group in (("destination", destinations.app), ("tenant", tenants.app), ("route", routes.app), ("dead-letter", dead_letters.app),
                       ("cluster", cluster.app)):
