@@ -6,10 +6,10 @@ ARGS ?=
 ALONE := tests/hostile tests/integration tests/torture tests/upgrade
 TOGETHER := $(filter-out $(ALONE) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-.PHONY: help run demo test sim torture fuzz lint protos bench clean venv dev
+.PHONY: help run demo test sim torture fuzz lint protos cli-page screenshots bench clean venv dev
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 venv:
 	@scripts/bootstrap.sh broker,dispatch,cli
@@ -44,6 +44,12 @@ lint: dev  ## ruff, mypy --strict, import contracts, generated code
 
 protos: dev  ## regenerate the code of protos/
 	@$(PY) scripts/protos.py
+
+cli-page: dev  ## docs/cli.md from the commands and their help
+	@$(PY) scripts/cli_page.py
+
+screenshots: dev  ## what commands print of a running cluster, into docs/cli.md
+	@$(PY) scripts/screenshots.py
 
 bench: venv  ## all benchmarks (ARGS="a b --quick" to choose)
 	@$(PY) -m bench $(ARGS)

@@ -1,4 +1,4 @@
-"""`spillway serve`, `config` and `restore`: entry points of the broker."""
+"""`spillway serve`, `dev`, `config` and `restore`: entry points of the broker."""
 from __future__ import annotations
 
 import asyncio
@@ -6,18 +6,20 @@ import gc
 import logging
 import resource
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from spillway.broker.app import serve_until_stopped
-from spillway.broker.config import load, parser, settings
+from spillway.broker.config import NodeConfig, load, parser, settings
 from spillway.broker.errors import BrokerError
 from spillway.broker.restore import check, restore_into
 from spillway.cluster.errors import ClusterError
 from spillway.contract.backup import BackupInvalid, read_manifest
 
 EXIT_CONFIG = 2  # a wrong setting: do not restart without changing it
+DEV_SHARDS = 4  # enough to see that there are several
 EXIT_DATA = 3  # the data directory or the disk: look before restarting
 
 
@@ -35,6 +37,28 @@ def serve(argv: list[str]) -> int:
     except BrokerError as error:
         print(f"spillway serve: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    return _run(config)
+
+
+def dev(argv: list[str]) -> int:
+    """Runs a node to try things with: as `serve`, but everything is in a temporary directory, which goes when it ends, unless one is
+    given; few shards, and little in the log. Returns the exit code."""
+    flags = parser("spillway dev", "Run a node to try things with: everything in a temporary directory, which goes when it ends, unless "
+                   "--data-dir says where. Takes the settings of serve.")
+    found = vars(flags.parse_args(argv))
+    with tempfile.TemporaryDirectory(prefix="spillway-dev-") as directory:
+        try:
+            config = settings(found, defaults={"data_dir": directory, "shards": DEV_SHARDS, "replicas": 1, "log_level": "warning"})
+        except BrokerError as error:
+            print(f"spillway dev: {error}", file=sys.stderr)
+            return EXIT_CONFIG
+        if config.data_dir == directory:
+            print("spillway dev: everything is temporary; --data-dir keeps it", file=sys.stderr)
+        return _run(config)
+
+
+def _run(config: NodeConfig) -> int:
+    """Runs a node until SIGTERM or SIGINT. Returns the exit code."""
     logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Request-sized garbage dies by reference count, and full collections of millions of queue objects would stall the

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -22,6 +22,7 @@ from spillway.client.connecting import connect as connect
 from spillway.client.contexts import ContextError, Contexts, default_path
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from spillway.client import Admin
 
 CONNECT_SECONDS = 10.0
@@ -36,6 +37,15 @@ class Output(enum.StrEnum):
     JSON = "json"
 
 
+class Stream(enum.StrEnum):
+    """How results are printed that come one after the other."""
+
+    TABLE = "table"
+    JSON = "json"  # as jsonl, but for what ends after one result
+    JSONL = "jsonl"
+
+
+StreamFormat = Annotated[Stream, typer.Option("--output", "-o", help="Text for people, JSON for programs: one object a line.")]
 Format = Annotated[Output, typer.Option("--output", "-o", help="Tables for people, JSON for programs.")]
 DestinationName = Annotated[str, typer.Argument(help="The destination.", metavar="DESTINATION")]
 TenantName = Annotated[str | None, typer.Argument(help="Only this tenant; '' is the one without a name.", metavar="TENANT")]
@@ -54,7 +64,7 @@ def command(app: typer.Typer, name: str | None = None, *, examples: Sequence[str
     """Makes a function a command of `app`. If it has a parameter `connection`, it gets all options that say how to reach the cluster.
     `examples` are whole lines that work on an empty cluster of one node, in their order; they stand below the help. `aliases` are
     further names, which the help does not list."""
-    epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
+    epilog = examples_text(examples)
 
     def made(function: Function) -> Function:
         callback = _connected(function) if "connection" in inspect.signature(function).parameters else function
@@ -64,6 +74,11 @@ def command(app: typer.Typer, name: str | None = None, *, examples: Sequence[str
         return function
 
     return made
+
+
+def examples_text(examples: Sequence[str]) -> str | None:
+    """What stands below a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
 
 
 def _connected(function: Callable[..., None]) -> Callable[..., None]:
@@ -93,6 +108,7 @@ def _parameters() -> tuple[inspect.Parameter, ...]:
         "address": Annotated[list[str] | None, typer.Option("--address", "-a", envvar=Option.variable("address"), metavar=address.metavar,
                                                             help=f"{address.help[:-1]} (default: {ADDRESS}).")],
         "context": Annotated[str | None, typer.Option("--context", envvar="SPILLWAY_CONTEXT", metavar="NAME",
+                                                      autocompletion=context_names,
                                                       help="Context that says how to reach the cluster; - is the previous one.")]}
     for name, option in OPTIONS.items():
         if name != "address":
@@ -109,6 +125,14 @@ def _by_flag(ctx: typer.Context, name: str) -> bool:
 def contexts() -> Contexts:
     """This user's contexts."""
     return Contexts(default_path(os.environ))
+
+
+def context_names(incomplete: str) -> list[str]:
+    """Names of contexts that begin so, for the shell."""
+    try:
+        return [name for name in sorted(contexts().all) if name.startswith(incomplete)]
+    except ContextError:
+        return []
 
 
 def connection_of(flags: Mapping[str, Any]) -> Connection:
@@ -169,6 +193,16 @@ def seconds(text: str | float) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
+def size_of(text: str | int) -> int:
+    """The value of an option that is a size: "10MiB", "1GB", or bytes."""
+    from spillway.client.policy_file import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def confirmed(question: str, yes: bool) -> None:
     """Asks on standard error, unless `yes`. Ends the command with exit code 1 for anything but a yes."""
     if yes:
@@ -225,6 +259,34 @@ def preview(payload: bytes) -> str:
     return text if len(text) <= PREVIEW_CHARACTERS else text[:PREVIEW_CHARACTERS - 1] + "…"
 
 
+def size(count: float) -> str:
+    """Bytes as people read them: "0 B", "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            break
+        count /= 1024
+    else:
+        unit = "TiB"
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def span(length: float) -> str:
+    """A length of time as people read it, in two units at most: "0.4s", "12s", "3m 20s", "4d 2h"."""
+    if length < 10:
+        return f"{length:.1f}s"
+    whole = round(length)
+    for big, small, of in (("d", "h", 86_400), ("h", "m", 3600), ("m", "s", 60)):
+        if whole >= of:
+            rest = whole % of // {"h": 3600, "m": 60, "s": 1}[small]
+            return f"{whole // of}{big} {rest}{small}" if rest else f"{whole // of}{big}"
+    return f"{whole}s"
+
+
+def now() -> str:
+    """This moment, as JSON has it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def when(moment: datetime | None, otherwise: str = "") -> str:
     """A moment in local time, to the second."""
     return otherwise if moment is None else moment.astimezone().isoformat(" ", "seconds")
@@ -275,6 +337,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def print_line(value: Any) -> None:
+    """A value as JSON has it, on one line, at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
 def print_one(value: dict[str, Any], output: Output) -> None:
     """One thing: its fields below one another."""
     if output is Output.JSON:
@@ -293,14 +360,20 @@ def print_done(sentence: str, output: Output, **fields: Any) -> None:
 
 def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Rows below a head, each on one line however long."""
-    from rich import box
     from rich.console import Console
+
+    Console(soft_wrap=True, width=LINE_CHARACTERS_MAX).print(table(head, rows))
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: Sequence[str] = ()) -> Table:
+    """As `print_table`, for what is drawn in another way. Columns of `numbers` are flush right."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in head:
-        table.add_column(name, no_wrap=True)
+        out.add_column(name, no_wrap=True, justify="right" if name in numbers else "left")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # as it is: brackets are no markup
-    Console(soft_wrap=True, width=LINE_CHARACTERS_MAX).print(table)
+        out.add_row(*(Text(cell) for cell in row))  # as it is: brackets are no markup
+    return out

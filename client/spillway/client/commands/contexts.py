@@ -14,6 +14,7 @@ from spillway.client.commands.common import (
     Yes,
     command,
     confirmed,
+    context_names,
     contexts,
     print_done,
     print_json,
@@ -24,8 +25,9 @@ from spillway.client.connecting import OPTIONS, addresses
 from spillway.client.contexts import ContextError
 
 app = typer.Typer(no_args_is_help=True, help=(
-    "Contexts: names for how to reach a cluster. Flags win over what a context says."))
-Name = Annotated[str, typer.Argument(help="The context.", metavar="NAME")]
+    "Contexts: names for how to reach a cluster. Flags win over what a context says; see docs/cli.md."))
+New = Annotated[str, typer.Argument(help="The context.", metavar="NAME")]
+Name = Annotated[str, typer.Argument(help="The context.", metavar="NAME", autocompletion=context_names)]
 HIDDEN = "…"
 Secrets = Annotated[bool, typer.Option("--secrets", help="Show the token, too.")]
 
@@ -33,7 +35,7 @@ Secrets = Annotated[bool, typer.Option("--secrets", help="Show the token, too.")
 @command(app, "add", examples=("spillway context add local -a 127.0.0.1:7070 --description 'my machine'",
                                "spillway context add staging -a n1.example:7070 -a n2.example:7070 --select"))
 def add(
-    name: Name,
+    name: New,
     address: Annotated[list[str], typer.Option("--address", "-a", metavar="HOST:PORT", help=OPTIONS["address"].help)],
     tls_ca: Annotated[str | None, typer.Option(metavar="FILE", help=OPTIONS["tls_ca"].help)] = None,
     tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help=OPTIONS["tls_cert"].help)] = None,
@@ -67,7 +69,8 @@ def add(
 
 
 @command(app, "select", examples=("spillway context select local", "spillway context select staging", "spillway context select -"))
-def select(name: Annotated[str, typer.Argument(help="The context; - is the previous one, '' is none.", metavar="NAME")],
+def select(name: Annotated[str, typer.Argument(help="The context; - is the previous one, '' is none.", metavar="NAME",
+                                                autocompletion=context_names)],
            output: Format = Output.TABLE) -> None:
     """Makes a context the one that commands take when nothing else says how to reach the cluster."""
     with _wrong_usage():
@@ -91,7 +94,7 @@ def ls(output: Format = Output.TABLE) -> None:
 
 @command(app, "show", examples=("spillway context show", "spillway context show staging -o json"))
 def show(name: Annotated[str | None, typer.Argument(help="The context; - is the previous one.", metavar="NAME",
-                                                    show_default="the selected one")] = None,
+                                                    show_default="the selected one", autocompletion=context_names)] = None,
          secrets: Secrets = False, output: Format = Output.TABLE) -> None:
     """Shows one context, and where it is kept."""
     with _wrong_usage():

@@ -28,6 +28,7 @@ from spillway.client.commands.common import (
     when,
     with_payload,
 )
+from spillway.client.commands.progress import Bar
 
 if TYPE_CHECKING:
     from spillway.client import Admin, DeadLetter
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Dead letters: messages that could not be delivered.")
 
 
-@command(app, "list")
+@command(app, "list", aliases=("ls",), examples=(
+    "spillway dead-letter list billing",
+    "spillway dead-letter list billing acme -n 0 -o json"))
 def list_some(
     destination: DestinationName,
     tenant: TenantName = None,
@@ -66,7 +69,9 @@ def list_some(
     run_admin(connection, show)
 
 
-@command(app, "purge")
+@command(app, "purge", examples=(
+    "spillway dead-letter purge billing acme --dry-run",
+    "spillway dead-letter purge billing --yes"))
 def purge(destination: DestinationName, tenant: TenantName = None, yes: Yes = False, dry_run: DryRun = False,
           output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Removes dead letters of a destination or a tenant for good."""
@@ -83,7 +88,9 @@ def purge(destination: DestinationName, tenant: TenantName = None, yes: Yes = Fa
     run_admin(connection, work)
 
 
-@command(app, "redrive")
+@command(app, "redrive", examples=(
+    "spillway dead-letter redrive billing --dry-run",
+    "spillway dlq redrive billing acme --rate 100"))
 def redrive(
     destination: DestinationName,
     tenant: TenantName = None,
@@ -102,7 +109,7 @@ def redrive(
         if not dry_run:
             count = 0
             try:
-                with _Bar(total) as bar:
+                with Bar("putting back", total) as bar:
                     async for step in admin.redrive_dead_letters(destination, tenant, key, messages_per_second=rate):
                         count = step.redriven
                         bar.show(count)
@@ -114,29 +121,6 @@ def redrive(
         return 0
 
     run_admin(connection, work)
-
-
-class _Bar:
-    """How far it is, on standard error, if that is a terminal."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(TextColumn("putting back"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                  console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
-        self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, count: int) -> None:
-        """So many are done."""
-        self._progress.update(self._task, completed=count)
 
 
 def _plain(letter: DeadLetter) -> dict[str, Any]:

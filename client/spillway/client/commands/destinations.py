@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Destinations: what consumers lease from.")
 
 
-@command(app, "list")
+@command(app, "list", aliases=("ls",), examples=("spillway destination list",
+    "spillway destination list -o json"))
 def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists all destinations, by name."""
 
@@ -52,7 +53,7 @@ def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> No
     run_admin(connection, show)
 
 
-@command(app, "show")
+@command(app, "show", examples=("spillway destination show billing",))
 def show_one(
     name: DestinationName,
     secrets: Annotated[bool, typer.Option("--secrets", help=(
@@ -69,7 +70,9 @@ def show_one(
     run_admin(connection, show)
 
 
-@command(app, "stats")
+@command(app, "stats", examples=(
+    "spillway destination stats billing",
+    "spillway destination stats billing -o json"))
 def stats(name: DestinationName, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Shows counts of one destination. Exit code 4 if shards did not answer."""
 
@@ -81,7 +84,12 @@ def stats(name: DestinationName, output: Format = Output.TABLE, connection: Conn
     run_admin(connection, show)
 
 
-@command(app, "apply")
+@command(app, "apply", examples=(
+    "spillway destination apply billing",
+    "spillway destination apply crm --url https://crm.example/events --timeout 5s --concurrency-max 8",
+    "spillway destination apply crm --nack-policy block_until --attempts-max 10 --ttl 7d",
+    "spillway destination apply -f policy.toml --dry-run",
+    "spillway destination apply -f policy.toml"))
 def apply(
     name: Annotated[str | None, typer.Argument(help="The destination.", metavar="DESTINATION")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE.toml", help=(

@@ -15,20 +15,23 @@ from spillway.client.commands.common import (
     CONNECT_SECONDS,
     HERE,
     Connection,
-    Format,
-    Output,
+    Stream,
+    StreamFormat,
     command,
     connect,
     plural,
+    print_line,
     run_async,
     seconds,
     with_payload,
 )
+from spillway.client.commands.progress import Bar
 
 if TYPE_CHECKING:
     from spillway.client import Record
 
 BATCH_RECORDS = 1000
+BAR_BYTES_MIN = 1 << 20  # of a file: less is sent before anybody looks
 
 
 app = typer.Typer()
@@ -45,9 +48,15 @@ def _moment(text: str | datetime) -> datetime:
     return moment
 
 
-@command(app)
+@command(app, examples=(
+    "spillway produce billing '{\"total\": 12}' --tenant acme --key user-1 --header kind=order",
+    "echo 'one message a line' | spillway produce billing --tenant acme --key user-1",
+    "spillway produce billing --file events.jsonl --json",
+    "spillway produce billing --file invoice.pdf --whole --tenant acme --delay 5m --ttl 1d"))
 def produce(
     destination: Annotated[str, typer.Argument(help="Where the messages go.")],
+    payload: Annotated[str | None, typer.Argument(help="One message; without it messages are read.", metavar="[PAYLOAD]",
+                                                  show_default=False)] = None,
     tenant: Annotated[str, typer.Option(help="Whose messages.")] = "",
     key: Annotated[str, typer.Option(help="Ordering key inside the tenant.")] = "",
     header: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A header; may be repeated.")] = None,
@@ -57,26 +66,34 @@ def produce(
         "Not delivered before: RFC 3339, 2030-01-31T08:00:00Z."))] = None,
     ttl: Annotated[float | None, typer.Option(parser=seconds, metavar="DURATION", help="Not delivered after so long.")] = None,
     dedup_id: Annotated[str, typer.Option(help="A second message of the queue with this id is not stored.")] = "",
-    file: Annotated[Path | None, typer.Option(help="Read from here instead of standard input.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read from here instead of standard input.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help=(
         "Each line is a JSON object: payload (text) or payload_base64, and optionally tenant, key, id, headers, delay, "
         "deliver_at, ttl, dedup_id. Without it each line is a payload."))] = False,
-    whole: Annotated[bool, typer.Option(help="The whole input is one message.")] = False,
-    output: Format = Output.TABLE,
+    whole: Annotated[bool, typer.Option("--whole", help="The whole input is one message.")] = False,
+    output: StreamFormat = Stream.TABLE,
     connection: Connection = HERE,
 ) -> None:
-    """Sends messages, one per line of input; returns when all are stored."""
+    """Sends a message, or one per line of input; returns when all are stored."""
     from spillway.client import Record
 
+    if payload is not None and (file is not None or json_lines or whole):
+        raise typer.BadParameter("a payload is given: no --file, --json or --whole", param_hint="PAYLOAD")
     template = Record(destination, b"", tenant, key, _headers(header or []), "", delay, deliver_at, ttl, dedup_id)
+    place = 0  # in the file
 
     def records() -> Iterator[Record]:
+        nonlocal place
+        if payload is not None:
+            yield template._replace(payload=payload.encode(errors="surrogateescape"))
+            return
         source = sys.stdin.buffer if file is None else _opened(file)
         with source:
             if whole:
                 yield template._replace(payload=source.read())
                 return
             for number, line in enumerate(source, 1):
+                place += len(line)
                 line = line.rstrip(b"\r\n")
                 if json_lines:
                     yield _record(number, line, template)
@@ -87,27 +104,31 @@ def produce(
         sent = 0
         async with connect(connection) as client:
             await client.wait_ready(CONNECT_SECONDS)
-            async with client.producer() as producer:
-                for batch in _batches(records()):
-                    for receipt in await producer.send_many(batch):
-                        sent += 1
-                        if output is Output.JSON:
-                            print(json.dumps({"shard": receipt.shard, "sequence": receipt.sequence}))
-        if output is Output.TABLE:
+            with _bar(file) as bar:
+                async with client.producer() as producer:
+                    for batch in _batches(records()):
+                        for receipt in await producer.send_many(batch):
+                            sent += 1
+                            if output is not Stream.TABLE:
+                                print(json.dumps({"shard": receipt.shard, "sequence": receipt.sequence}))
+                        bar.show(place, note=plural(sent, "message"))
+        if output is Stream.TABLE:
             print(f"{plural(sent, 'message')} stored", file=sys.stderr)
         return 0
 
     run_async(send)
 
 
-@command(app)
+@command(app, examples=("spillway consume billing --count 1", "spillway consume 'billing' crm --idle 1 -o jsonl",
+                        "spillway consume billing -n 1 --no-ack"))
 def consume(
     destination: Annotated[list[str], typer.Argument(help="Names, or patterns with '*'.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Stop after so many messages; 0: never.")] = 0,
     no_ack: Annotated[bool, typer.Option("--no-ack", help=(
         "Give messages back instead of acknowledging them. Only the head of each queue is seen."))] = False,
-    idle: Annotated[float, typer.Option(help="Stop after so many seconds without a message; 0: never.")] = 0.0,
-    output: Format = Output.TABLE,
+    idle: Annotated[float, typer.Option(parser=seconds, metavar="DURATION", help=(
+        "Stop after so long without a message: 5s, or seconds; 0: never."))] = 0.0,
+    output: StreamFormat = Stream.TABLE,
     connection: Connection = HERE,
 ) -> None:
     """Prints messages as they come, and acknowledges each once it is printed."""
@@ -122,8 +143,8 @@ def consume(
                     if message is None:
                         break
                     taken += 1
-                    if output is Output.JSON:
-                        print(json.dumps(_message(message), ensure_ascii=False), flush=True)
+                    if output is not Stream.TABLE:
+                        print_line(_message(message))
                     else:
                         sys.stdout.buffer.write(message.payload + b"\n")
                         sys.stdout.buffer.flush()
@@ -135,6 +156,15 @@ def consume(
 
 
 # -- inner ---------------------------------------------------------------------------------------------------------
+
+
+def _bar(file: Path | None) -> Bar:
+    """How far a file is; nothing for what is small, or no file."""
+    try:
+        total = file.stat().st_size if file is not None and file.is_file() else 0
+    except OSError:
+        total = 0
+    return Bar("sending", total, in_bytes=True) if total >= BAR_BYTES_MIN else Bar()
 
 
 def _opened(path: Path) -> Any:

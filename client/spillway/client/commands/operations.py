@@ -1,11 +1,10 @@
-"""What operators do to deliveries: gates, pause, resume, park, unpark, explain, peek, purge, top."""
+"""What operators do to deliveries: gates, pause, resume, park, unpark, explain, peek, purge."""
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from spillway.client.cli import EXIT_UNAVAILABLE
 from spillway.client.commands.common import (
     HERE,
     Connection,
@@ -34,13 +33,15 @@ from spillway.client.commands.common import (
 if TYPE_CHECKING:
     from spillway.client import Admin
 
+ParkFor = Annotated[float, typer.Option("--for", parser=seconds, metavar="DURATION", help=(
+    "For how long: 30s, 10m, 1h30m, or seconds; up to 7d."))]
 Reason = Annotated[str, typer.Option(help="Why, for people; up to 1024 bytes.")]
 
 
 app = typer.Typer()
 
 
-@command(app)
+@command(app, examples=("spillway gates billing",))
 def gates(destination: DestinationName, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists what is paused or parked in a destination: its own gate first, then by tenant."""
 
@@ -59,7 +60,7 @@ def gates(destination: DestinationName, output: Format = Output.TABLE, connectio
     run_admin(connection, show)
 
 
-@command(app)
+@command(app, examples=("spillway pause billing --reason maintenance", "spillway pause billing acme"))
 def pause(destination: DestinationName, tenant: TenantName = None, reason: Reason = "", output: Format = Output.TABLE,
           connection: Connection = HERE) -> None:
     """Stops deliveries of a destination or a tenant until resumed. Leases that are out run on; producing goes on."""
@@ -72,7 +73,7 @@ def pause(destination: DestinationName, tenant: TenantName = None, reason: Reaso
     run_admin(connection, work)
 
 
-@command(app)
+@command(app, examples=("spillway resume billing", "spillway resume billing acme"))
 def resume(destination: DestinationName, tenant: TenantName = None, output: Format = Output.TABLE,
            connection: Connection = HERE) -> None:
     """Undoes pause. Succeeds if nothing was paused."""
@@ -85,12 +86,11 @@ def resume(destination: DestinationName, tenant: TenantName = None, output: Form
     run_admin(connection, work)
 
 
-@command(app)
+@command(app, examples=("spillway park billing acme --for 10m --reason 'too loud'",))
 def park(
     destination: DestinationName,
     tenant: TenantName = None,
-    duration: Annotated[float, typer.Option("--for", parser=seconds, metavar="DURATION", help=(
-        "For how long: 30s, 10m, 1h30m, or seconds; up to 7d."))] = 600.0,
+    duration: ParkFor = 600.0,
     reason: Reason = "",
     output: Format = Output.TABLE,
     connection: Connection = HERE,
@@ -106,7 +106,7 @@ def park(
     run_admin(connection, work)
 
 
-@command(app)
+@command(app, examples=("spillway unpark billing acme",))
 def unpark(destination: DestinationName, tenant: TenantName = None, output: Format = Output.TABLE,
            connection: Connection = HERE) -> None:
     """Ends a parking at once, an operator's or one after failures. A pause stays."""
@@ -119,7 +119,7 @@ def unpark(destination: DestinationName, tenant: TenantName = None, output: Form
     run_admin(connection, work)
 
 
-@command(app)
+@command(app, examples=("spillway explain billing", "spillway explain billing acme user-1", "spillway explain billing acme -o json"))
 def explain(destination: DestinationName, tenant: TenantName = None, key: KeyName = None, output: Format = Output.TABLE,
             connection: Connection = HERE) -> None:
     """Says why a queue, a tenant or a destination is not moving, and when it will have drained."""
@@ -135,7 +135,7 @@ def explain(destination: DestinationName, tenant: TenantName = None, key: KeyNam
     run_admin(connection, show)
 
 
-@command(app)
+@command(app, examples=("spillway peek billing acme user-1", "spillway peek billing acme user-1 -n 2 -o json"))
 def peek(
     destination: DestinationName,
     tenant: Annotated[str, typer.Argument(help="The queue's tenant; '' is the one without a name.")],
@@ -164,7 +164,7 @@ def peek(
     run_admin(connection, show)
 
 
-@command(app)
+@command(app, examples=("spillway purge billing acme user-1 --dry-run", "spillway purge billing acme --yes"))
 def purge(destination: DestinationName, tenant: TenantName = None, key: KeyName = None, yes: Yes = False, dry_run: DryRun = False,
           output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Removes the messages of a destination, a tenant or a queue for good. Dead letters stay."""
@@ -181,26 +181,3 @@ def purge(destination: DestinationName, tenant: TenantName = None, key: KeyName 
         return 0
 
     run_admin(connection, work)
-
-
-@command(app)
-def top(
-    destination: DestinationName,
-    limit: Annotated[int, typer.Option("--limit", "-n", help="At most so many tenants; 1 to 1000.")] = 10,
-    output: Format = Output.TABLE,
-    connection: Connection = HERE,
-) -> None:
-    """Lists the tenants with the most messages. Exit code 4 if shards did not answer."""
-
-    async def show(admin: Admin) -> int:
-        found = await admin.top_tenants(destination, limit)
-        if output is Output.JSON:
-            print_json(plain(found))
-        else:
-            print_table(("tenant", "messages", "bytes"), [
-                (one.tenant or "''", str(one.messages), str(one.message_bytes)) for one in found.tenants])
-        if found.shards_missing:
-            print(f"spillway: incomplete: shards {', '.join(map(str, found.shards_missing))} did not answer", file=sys.stderr)
-        return EXIT_UNAVAILABLE if found.shards_missing else 0
-
-    run_admin(connection, show)

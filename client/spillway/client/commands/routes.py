@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Routes: copies of messages for sev
 Source = Annotated[str, typer.Argument(help="The name that producers use.")]
 
 
-@command(app, "list")
+@command(app, "list", aliases=("ls",), examples=("spillway route list",))
 def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists all routes, by source."""
 
@@ -42,7 +42,7 @@ def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> No
     run_admin(connection, show)
 
 
-@command(app, "show")
+@command(app, "show", examples=("spillway route show events",))
 def show_one(source: Source, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Shows one route."""
 
@@ -53,7 +53,9 @@ def show_one(source: Source, output: Format = Output.TABLE, connection: Connecti
     run_admin(connection, show)
 
 
-@command(app, "create")
+@command(app, "create", examples=(
+    "spillway route create orders billing",
+    'spillway route create pages billing crm --filter \'headers["kind"] == "page"\''))
 def create(
     source: Source,
     target: Annotated[list[str], typer.Argument(help="Destinations, or sources of other routes, that get a copy.")],
@@ -75,7 +77,9 @@ def create(
     run_admin(connection, work)
 
 
-@command(app, "apply")
+@command(app, "apply", examples=(
+    "spillway route apply -f policy.toml --dry-run",
+    "spillway route apply -f policy.toml"))
 def apply(
     file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE.toml", help="Routes; see docs/policies.md.")],
     dry_run: DryRun = False,
@@ -114,7 +118,7 @@ def apply(
     run_admin(connection, work)
 
 
-@command(app, "delete")
+@command(app, "delete", examples=("spillway route delete orders",))
 def delete(source: Source, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Removes a route. Copies that were promised are still made."""
 

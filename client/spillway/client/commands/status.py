@@ -8,7 +8,7 @@ from spillway.client.commands.common import HERE, Connection, Format, Output, co
 app = typer.Typer()
 
 
-@command(app)
+@command(app, examples=("spillway status", "spillway status -a 127.0.0.1:7070 -o json"))
 def status(
     output: Format = Output.TABLE,
     connection: Connection = HERE,
