@@ -13,7 +13,7 @@ from spillway.broker.main import EXIT_CONFIG, serve, show_config
 PEERS = "n1=127.0.0.1:7001/127.0.0.1:7002,n2=[::1]:7003/host:7004"
 # One other value of every setting, as text for flags and variables.
 OTHER = {
-    "node_id": "n2", "cluster": "c2", "listen": "0.0.0.0:1", "peer_listen": "0.0.0.0:2", "data_dir": "/d", "peers": PEERS,
+    "node_id": "n2", "cluster": "c2", "listen": "127.0.0.2:1", "peer_listen": "127.0.0.2:2", "data_dir": "/d", "peers": PEERS,
     "shards": "4", "replicas": "5", "auto_create": "false", "payload_bytes_max": "1000", "ingress_bytes_max": "1048576",
     "disk_free_bytes_min": "0", "streams_max": "1", "log_level": "debug", "join": "a:1,b:2", "advertise": "a:1/b:2", "zone": "z",
     "host": "h", "replace_after_seconds": "1", "snapshot_bytes_per_second": "1048576",
