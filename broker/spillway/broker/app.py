@@ -8,6 +8,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,11 +21,14 @@ from spillway.broker.runtime.balance import META_GROUP
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.security import clients_tls, peers_tls, protection
+from spillway.broker.services.access import Authenticate, Authorize, Sessions
 from spillway.broker.services.admin import AdminService
+from spillway.broker.services.audit import Audit
 from spillway.broker.services.cluster import ClusterService
 from spillway.broker.services.member import MemberService
 from spillway.broker.services.parsing import ParseErrors
 from spillway.broker.services.peers import PeerNames
+from spillway.broker.services.principal import AdminFile, Authenticator
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.share import ShareService
 from spillway.cluster.errors import StorageFailed, StoreRefused
@@ -113,6 +117,7 @@ class App:
         self.config = config
         members = members_of(config)
         self.tls, self.peer_tls = clients_tls(config), peers_tls(config)
+        self._admin_file = AdminFile(config.admin_token_file) if config.admin_token_file else None
         for level, line in protection(config):
             log.log(level, line)
         path = self._path = claim(config)
@@ -143,8 +148,14 @@ class App:
         self.node.balance.joined = self.transport.set_peers
         self.node.balance.follow()
         self.forwarder = Forwarder(self.node, self.peer_tls)
-        self.queue = QueueService(self.node, self.forwarder)
-        self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[ParseErrors()])
+        audit = Audit()
+        self.queue = QueueService(self.node, self.forwarder, audit=audit)
+        authenticator = Authenticator(config.auth == "tokens", lambda: self.node.meta.directory, time.time, self._admin_file,
+                                      behind=lambda: not self.node.meta.leading)
+        self._sessions = Sessions(authenticator, time.time)
+        self.node.on_tokens = self._sessions.recheck
+        self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[
+            Authenticate(authenticator, self._sessions, audit), ParseErrors(), Authorize(audit)])
         named = [PeerNames(self.node)] if self.peer_tls else []
         self.peer_server = grpc.aio.server(options=PEER_OPTIONS, interceptors=[ParseErrors(), *named])
         self.health = health.aio.HealthServicer()
@@ -248,9 +259,11 @@ class App:
             return
 
     async def _follow_files(self) -> None:
-        """Takes new certificates into use."""
-        while self.tls is not None or self.peer_tls is not None:
+        """Takes new certificates, and a new admin token, into use."""
+        while True:
             await asyncio.sleep(POLL_SECONDS)
+            if self._admin_file is not None and self._admin_file.poll():
+                self._sessions.recheck()
             if self.tls is not None:
                 self.tls.poll()
             if self.peer_tls is not None and self.peer_tls.poll():

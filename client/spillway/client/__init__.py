@@ -188,6 +188,8 @@ __all__ = [
     "TenantPolicy",
     "TenantStats",
     "Throttled",
+    "Token",
+    "TokenScope",
     "TopTenants",
     "Topology",
     "Unavailable",

@@ -410,6 +410,8 @@ class Producer:
             try:
                 await asyncio.wait((known, self._ending), return_when=asyncio.FIRST_COMPLETED,
                                    timeout=None if deadline is None else max(deadline - self._loop.time(), 0))
+                if known.done():
+                    known.result()  # raises what says that nodes refuse this client
             finally:
                 known.cancel()
             if self._closed:

@@ -31,7 +31,7 @@ from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
 from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
 from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
-from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
+from spillway.peer.v1.queue_view_pb2 import AckScope, ProduceRecordView, ProduceRequestView
 from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
 from spillway.v1.admin_service_pb2 import CreateDestinationRequest
 from spillway.v1.admin_service_pb2 import Destination as DestinationProto
@@ -396,8 +396,9 @@ class Forwarder:
             elif leader not in self.node.members:
                 asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, self.ack, shard, call, settlements, give_up)
             else:
+                scope = b"" if call.grants is None else AckScope(destinations=call.grants.lease_patterns()).SerializeToString()
                 request = AckRequest(settlements=settlements.values())
-                self.link(leader).ack.send(request.SerializeToString(), item)
+                self.link(leader).ack.send(scope + request.SerializeToString(), item)
 
         self._with_leader(shard, act)
 

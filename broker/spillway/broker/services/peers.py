@@ -36,7 +36,7 @@ class PeerNames(grpc.aio.ServerInterceptor):
         @asynccontextmanager
         async def guard(request: Any, context: Any) -> AsyncIterator[None]:
             if why := self._stranger(method, request, context):
-                self._refusals.note(f"{context.peer()}: {method}: {why}")
+                self._refusals.note(f"{context.peer()}: {method}: {why}", f"{method}: {why}")
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, why)
             yield
         return around(handler, guard)

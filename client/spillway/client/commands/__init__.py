@@ -19,6 +19,7 @@ app.add_typer(contexts.app, name="context")
 app.add_typer(destinations.app, name="destination")
 app.add_typer(dead_letters.app, name="dead-letter")
 app.add_typer(routes.app, name="route")
+app.add_typer(tokens.app, name="token")
 connection.add_options(app)
 
 

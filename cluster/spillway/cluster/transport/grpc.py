@@ -194,7 +194,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     def _check_name(self, context: Any, node_id: str) -> None:
         """Raises PeerRefused if the caller's certificate does not name the node that it says it is."""
         if self._tls is not None and node_id not in (names := certified_names(context)):
-            raise PeerRefused(f"{context.peer()} says that it is node {node_id[:80]!r}, and its certificate names "
+            raise PeerRefused(f"{context.peer().rpartition(':')[0]} says that it is node {node_id[:80]!r}, and its certificate names "
                               f"{', '.join(map(repr, names)) or 'nobody'}")
 
     async def _probe(self, peer: str, address: str) -> None:
