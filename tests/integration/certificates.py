@@ -1,7 +1,6 @@
 """Authorities, certificates and clusters that use them, for tests."""
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ class Authority:
         for path, content in zip(paths, contents, strict=True):
             fresh = path.with_suffix(path.suffix + ".new")
             fresh.write_bytes(content)
-            os.replace(fresh, path)
+            fresh.replace(path)
         return str(paths[0]), str(paths[1])
 
     def credentials(self, cert: tuple[str, str] | None = None) -> grpc.ChannelCredentials:

@@ -108,9 +108,8 @@ async def test_whoever_has_no_valid_certificate_is_refused_at_the_clients_port(t
             await until(said, lambda said=said: said in node.text())
         assert "clients on" in node.text() and "certificates of tls_client_ca" in node.text()
         # Who is known by a certificate is named in the audit log.
-        with call(mine) as channel:
-            with pytest.raises(grpc.RpcError):
-                AdminServiceStub(channel).PauseDelivery(admin.PauseDeliveryRequest(destination="d", reason="r"), timeout=10)
+        with call(mine) as channel, pytest.raises(grpc.RpcError):
+            AdminServiceStub(channel).PauseDelivery(admin.PauseDeliveryRequest(destination="d", reason="r"), timeout=10)
         await until("it is in the audit log", lambda: audited(node, who="certificate", method="PauseDelivery", target="destination=d",
                                                               result="NOT_FOUND"))
     finally:
@@ -137,7 +136,8 @@ async def test_a_peer_that_says_it_is_another_one_is_refused(tmp_path: Path, sta
              "says that it is node 'n2', and its certificate names 'n3'"),
             (lambda: list(PeerServiceStub(channel).FetchSnapshot(FetchSnapshotRequest(group=0, cluster="spillway"), timeout=10,
                                                                  metadata=(("spillway-node", "n2"),))), "its certificate names 'n3'"),
-            (lambda: ShareServiceStub(channel).Share(ShareRequest(node_id="n2", number=1), timeout=10), "the request says that it is of 'n2'")]
+            (lambda: ShareServiceStub(channel).Share(ShareRequest(node_id="n2", number=1), timeout=10),
+             "the request says that it is of 'n2'")]
         for call, said in calls:
             with pytest.raises(grpc.RpcError) as caught:
                 call()
@@ -313,7 +313,7 @@ async def test_a_revoked_token_ends_what_it_had_opened_everywhere(started: Any) 
             await client.admin.revoke_token(made.token_id)
         # The admin token is valid as long as it is in its file.
         cluster.admin_token_file.write_text("another-admin-token-of-enough-characters")
-        await until("the client has read it", lambda: ADMIN_TOKEN != client._security.token())
+        await until("the client has read it", lambda: client._security.token() != ADMIN_TOKEN)
 
         async def works() -> bool:
             try:
@@ -399,7 +399,8 @@ def spillway(cluster: SecureCluster, *arguments: str, code: int = 0, stdin: str 
     """One command."""
     done = subprocess.run([sys.executable, "-m", "spillway.client.cli", *arguments], input=stdin, capture_output=True, text=True,
                           timeout=LONG, check=False, env={
-                              **os.environ, "SPILLWAY_ADDRESS": cluster.nodes["n1"].address, "SPILLWAY_TLS_CA": str(cluster.clients.path), **env})
+                              **os.environ, "SPILLWAY_ADDRESS": cluster.nodes["n1"].address,
+                              "SPILLWAY_TLS_CA": str(cluster.clients.path), **env})
     assert done.returncode == code, done.stderr
     return done
 

@@ -25,11 +25,13 @@ from spillway.broker.services.access import Authenticate, Authorize, Sessions
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.audit import Audit
 from spillway.broker.services.cluster import ClusterService
+from spillway.broker.services.jwt import Keys
 from spillway.broker.services.member import MemberService
 from spillway.broker.services.parsing import ParseErrors
 from spillway.broker.services.peers import PeerNames
-from spillway.broker.services.principal import AdminFile, Authenticator
+from spillway.broker.services.principal import AdminFile, Authenticator, Limits
 from spillway.broker.services.queue import QueueService
+from spillway.broker.services.quotas import Quotas
 from spillway.broker.services.share import ShareService
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.placement import place
@@ -118,6 +120,7 @@ class App:
         members = members_of(config)
         self.tls, self.peer_tls = clients_tls(config), peers_tls(config)
         self._admin_file = AdminFile(config.admin_token_file) if config.admin_token_file else None
+        self._keys = Keys(config.jwt_jwks_file, config.jwt_issuer, config.jwt_audience) if config.jwt_jwks_file else None
         for level, line in protection(config):
             log.log(level, line)
         path = self._path = claim(config)
@@ -150,12 +153,13 @@ class App:
         self.forwarder = Forwarder(self.node, self.peer_tls)
         audit = Audit()
         self.queue = QueueService(self.node, self.forwarder, audit=audit)
-        authenticator = Authenticator(config.auth == "tokens", lambda: self.node.meta.directory, time.time, self._admin_file,
+        authenticator = Authenticator(config.auth == "tokens", lambda: self.node.meta.directory, time.time, self._admin_file, self._keys,
                                       behind=lambda: not self.node.meta.leading)
+        limits = Limits(config.connection_streams_max, config.connection_messages_per_second, config.connection_bytes_in_flight_max)
         self._sessions = Sessions(authenticator, time.time)
         self.node.on_tokens = self._sessions.recheck
         self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[
-            Authenticate(authenticator, self._sessions, audit), ParseErrors(), Authorize(audit)])
+            Authenticate(authenticator, self._sessions, Quotas(limits), audit), ParseErrors(), Authorize(audit)])
         named = [PeerNames(self.node)] if self.peer_tls else []
         self.peer_server = grpc.aio.server(options=PEER_OPTIONS, interceptors=[ParseErrors(), *named])
         self.health = health.aio.HealthServicer()
@@ -262,7 +266,8 @@ class App:
         """Takes new certificates, and a new admin token, into use."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            if self._admin_file is not None and self._admin_file.poll():
+            news = [source.poll() for source in (self._admin_file, self._keys) if source is not None]
+            if any(news):
                 self._sessions.recheck()
             if self.tls is not None:
                 self.tls.poll()

@@ -53,7 +53,14 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     auth: Annotated[str, "none, or tokens: clients must present one"] = "none"
     admin_token_file: Annotated[str, "a file with a token that may administer everything, valid while it is there; to make the first ones "
                                      "with"] = ""
+    jwt_jwks_file: Annotated[str, "a JSON Web Key Set: tokens signed with its keys are taken, too; read again when it changes"] = ""
+    jwt_issuer: Annotated[str, "what the claim iss of such tokens must be"] = ""
+    jwt_audience: Annotated[str, "what the claim aud of such tokens must have"] = ""
     allow_insecure: Annotated[bool, "listen beyond loopback without TLS, or without asking clients who they are"] = False
+    connection_streams_max: Annotated[int, "open streams of one connection of a client; further ones are refused; 0: no limit"] = 0
+    connection_messages_per_second: Annotated[int, "records produced over one connection; beyond it requests wait; 0: no limit"] = 0
+    connection_bytes_in_flight_max: Annotated[int, "produce requests of one connection that are not answered; beyond it further ones "
+                                                   "wait; 0: no limit"] = 0
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
 
 
@@ -178,6 +185,9 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"snapshot_bytes_per_second is {config.snapshot_bytes_per_second}; it must be at least 1 MiB")
     if config.streams_max < 1:
         raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
+    for name in ("connection_streams_max", "connection_messages_per_second", "connection_bytes_in_flight_max"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 0")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level is {config.log_level!r}; say debug, info, warning or error")
     for address in config.join:
@@ -220,6 +230,12 @@ def _validate_security(config: NodeConfig) -> None:
         raise ConfigError(f"auth is {config.auth!r}; say none or tokens")
     if config.admin_token_file and config.auth != "tokens":
         raise ConfigError("admin_token_file is set, and auth is 'none': nobody asks for tokens; say auth = tokens")
+    given = [name for name in ("jwt_jwks_file", "jwt_issuer", "jwt_audience") if getattr(config, name)]
+    if given and len(given) < 3:
+        missing = next(name for name in ("jwt_jwks_file", "jwt_issuer", "jwt_audience") if name not in given)
+        raise ConfigError(f"{missing} is missing; jwt_jwks_file, jwt_issuer and jwt_audience belong together")
+    if given and config.auth != "tokens":
+        raise ConfigError("jwt_jwks_file is set, and auth is 'none': nobody asks for tokens; say auth = tokens")
     if config.peer_tls_cert and not config.node_id.isascii():
         raise ConfigError(f"node_id is {config.node_id!r}; a certificate can only name it if it is ASCII")
     if config.allow_insecure:

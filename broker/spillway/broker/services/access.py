@@ -13,10 +13,11 @@ from typing import Any
 
 import grpc
 from spillway.broker.core.access import ADMIN, ANY, LEASE, PRODUCE
-from spillway.broker.errors import PermissionDenied, Unauthenticated
+from spillway.broker.errors import PermissionDenied, TooMuch, Unauthenticated
 from spillway.broker.services.around import around
 from spillway.broker.services.audit import Audit, target_of
 from spillway.broker.services.principal import Authenticator, Principal, current, enter
+from spillway.broker.services.quotas import Quotas, enter_quota
 from spillway.broker.services.status import abort
 
 HEALTH = "/grpc.health.v1.Health/"  # open to everybody
@@ -113,9 +114,10 @@ class Sessions:
 class Authenticate(grpc.aio.ServerInterceptor):
     """Lets nobody in who does not say who it is."""
 
-    def __init__(self, authenticator: Authenticator, sessions: Sessions, audit: Audit) -> None:
+    def __init__(self, authenticator: Authenticator, sessions: Sessions, quotas: Quotas, audit: Audit) -> None:
         self._authenticator = authenticator
         self._sessions = sessions
+        self._quotas = quotas
         self._audit = audit
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
@@ -137,6 +139,12 @@ class Authenticate(grpc.aio.ServerInterceptor):
             if not streams:
                 yield
                 return
+            try:
+                quota = self._quotas.open(context.peer(), principal)
+            except TooMuch as error:
+                self._audit.refused(principal.name, context, method, "", "RESOURCE_EXHAUSTED", str(error))
+                await abort(context, error)
+            enter_quota(quota)
             session = self._sessions.open(principal)
             try:
                 yield
@@ -148,6 +156,8 @@ class Authenticate(grpc.aio.ServerInterceptor):
                 await abort(context, Unauthenticated(session.why))
             finally:
                 self._sessions.close(session)
+                if quota is not None:
+                    quota.end()
         return around(handler, guard)
 
 

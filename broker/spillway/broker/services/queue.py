@@ -27,6 +27,7 @@ from spillway.broker.services.audit import Audit
 from spillway.broker.services.names import check_name, duration_ms
 from spillway.broker.services.principal import current
 from spillway.broker.services.produce import Intake
+from spillway.broker.services.quotas import current_quota
 from spillway.broker.services.status import abort
 from spillway.contract.limits import (
     DELAY_MS_MAX,
@@ -115,7 +116,8 @@ class QueueService:
             return _produce_response(call)
 
         await self._pump(requests, context, lambda data: self._intake.ingest(stream, data, grants),
-                         _produce_response if grants is None else respond, lambda: self.node.ingress_bytes > config.ingress_bytes_max)
+                         _produce_response if grants is None else respond, lambda: self.node.ingress_bytes > config.ingress_bytes_max,
+                         produces=True)
 
     async def ack(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """Reads requests ahead of their answers; answers in order."""
@@ -137,9 +139,10 @@ class QueueService:
                 return
 
     async def _pump(self, requests: AsyncIterator[bytes], context: Any, start: Any, respond: Any,
-                    full: Callable[[], bool]) -> None:
+                    full: Callable[[], bool], produces: bool = False) -> None:
         calls: deque[Call] = deque()
         state = _Pump()
+        quota = current_quota() if produces else None
 
         async def read() -> None:
             try:
@@ -147,12 +150,17 @@ class QueueService:
                     while len(calls) >= STREAM_CALLS_MAX or (calls and (state.size + len(data) > STREAM_BYTES_MAX or full())):
                         state.taken.clear()
                         await state.taken.wait()
+                    if quota is not None:
+                        await quota.wait_for_bytes(len(data))
+                        quota.hold(len(data))
                     call = start(data)
                     if not isinstance(call, Call):
                         call = await call
                     state.size += call.size
                     calls.append(call)
                     state.some.set()
+                    if quota is not None and (wait := quota.spend(len(call.results))):
+                        await asyncio.sleep(wait)
             except RequestError as error:
                 state.error = error
             finally:
@@ -168,6 +176,8 @@ class QueueService:
                         await call.done
                     calls.popleft()
                     state.size -= call.size
+                    if quota is not None:
+                        quota.hold(-call.size)
                     state.taken.set()
                     await context.write(respond(call))
                 if state.ended:
@@ -184,7 +194,7 @@ class QueueService:
 
     # -- Ack -----------------------------------------------------------------------------------------------------
 
-    def _settle(self, data: bytes, grants: Grants | None) -> Call:
+    def _settle(self, data: bytes, grants: Grants | None = None) -> Call:
         """One AckRequest. `grants`: what may be settled; None: everything. Raises RequestError if the whole request is bad."""
         try:
             settlements = AckRequest.FromString(data).settlements
