@@ -48,7 +48,7 @@ def sort_out() -> None:
     os.set_blocking(writes, False)  # whoever writes may hold the interpreter, which the reader waits for: a line is lost instead
     os.dup2(writes, 2)
     os.close(writes)
-    sys.stderr = io.TextIOWrapper(os.fdopen(real, "wb", 0), errors="backslashreplace", write_through=True)
+    sys.stderr = io.TextIOWrapper(os.fdopen(real, "wb"), errors="backslashreplace", line_buffering=True)
     faulthandler.enable(sys.stderr)  # what a crash says must not be left in the pipe
     threading.Thread(target=_read, args=(reads, real), name="spillway native log", daemon=True).start()
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +78,11 @@ async def test_whatever_is_no_token_is_refused() -> None:
     token, text = world.add()
     _, other = world.add()
     secret = other.rpartition(other.split("_")[1] + "_")[2]
-    for authorization, said in (((), "no token"), ((f"Basic {text}",), "Bearer TOKEN"), ((text,), "Bearer TOKEN"), (("Bearer ",), "Bearer TOKEN"),
-                                ((f"Bearer {text}", f"Bearer {text}"), "once"), ((f"Bearer {'x' * 20_000}",), "Bearer TOKEN"),
-                                ((f"Bearer {text}x",), "not valid"), ((f"Bearer {text[:-1]}",), "not valid"), (("Bearer spw_",), "not valid"),
-                                ((f"Bearer spw_{token.token_id}_{secret}",), "not valid"), (("Bearer spw_0_0",), "not valid"),
-                                (("Bearer a.b.c",), "not valid"), ((f"Bearer {ADMIN_TOKEN}",), "not valid")):
-        assert said in await world.refused(*authorization)
+    assert "no token" in await world.refused()
+    for authorization in ((f"Basic {text}",), (text,), ("Bearer ",), (f"Bearer {text}", f"Bearer {text}"), (f"Bearer {'x' * 20_000}",)):
+        assert "must be there once, as: Bearer TOKEN" in await world.refused(*authorization)
+    for wrong in (text + "x", text[:-1], "spw_", f"spw_{token.token_id}_{secret}", "spw_0_0", "a.b.c", ADMIN_TOKEN):
+        assert "not valid" in await world.refused(f"Bearer {wrong}")
 
 
 async def test_a_token_ends_when_it_expires_or_is_revoked() -> None:
@@ -109,7 +107,6 @@ async def test_a_node_that_may_be_behind_waits_for_news_of_a_token(monkeypatch: 
     world = World(behind=True)
     token_id, text, digest = make_token()
     assert "not valid" in await world.refused(f"Bearer {text}")
-    real = d.Directory.apply
     looks = 0
 
     class News(dict[str, Token]):
@@ -121,7 +118,6 @@ async def test_a_node_that_may_be_behind_waits_for_news_of_a_token(monkeypatch: 
             return Token(token_id, 1, "", digest, (), 0) if looks == 3 else None
 
     world.directory.tokens = News()
-    assert real is d.Directory.apply
     assert (await world.authenticator.identify(Context(f"Bearer {text}"))).key == token_id
 
 
@@ -143,7 +139,7 @@ async def test_the_admin_file_lets_in_as_long_as_its_token_is_there(tmp_path: Pa
     assert file.poll() and "changed" in world.authenticator.refusal(principal)
     assert "not valid" in await world.refused(f"Bearer {ADMIN_TOKEN}")
     await world.authenticator.identify(Context("Bearer another-token-of-enough-characters"))
-    os.unlink(path)
+    path.unlink()
     assert file.poll() and not file.poll()
     assert "not valid" in await world.refused("Bearer another-token-of-enough-characters")
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from typing import Any
@@ -80,8 +79,8 @@ def test_the_audit_log_is_json_and_bounded(caplog: pytest.LogCaptureFixture) -> 
      "verification context", "a connection without TLS"),
     ("Handshake failed with error SSL_ERROR_SSL: error:100000c0:SSL routines:OPENSSL_internal:PEER_DID_NOT_RETURN_A_CERTIFICATE: Invalid",
      "a connection without a certificate"),
-    ("Handshake failed with error SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: certificate has expired",
-     "a certificate that is not valid here: certificate has expired"),
+    ("Handshake failed with error SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: certificate has "
+     "expired", "a certificate that is not valid here: certificate has expired"),
     ("Handshake failed with error SSL_ERROR_SSL: error:10000418:SSL routines:OPENSSL_internal:TLSV1_ALERT_UNKNOWN_CA: x",
      "the other side does not take the certificate of this node: tlsv1 alert unknown ca"),
     ("Handshake failed with error SSL_ERROR_SSL: error:1:SSL routines:OPENSSL_internal:SOMETHING_ELSE: x",
@@ -114,7 +113,7 @@ while True:
 print("from Python", file=sys.stderr)
 sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stdin is not None
         seen: list[str] = []
         while not {"from native code", "from Python"} <= set(seen):

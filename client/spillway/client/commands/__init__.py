@@ -6,7 +6,7 @@ import sys
 
 import typer
 from spillway.client.cli import EXIT_FAILED
-from spillway.client.commands import backup, cluster, contexts, dead_letters, destinations, messages, operations, routes, status
+from spillway.client.commands import backup, cluster, contexts, dead_letters, destinations, messages, operations, routes, status, tokens
 
 app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
@@ -20,7 +20,6 @@ app.add_typer(destinations.app, name="destination")
 app.add_typer(dead_letters.app, name="dead-letter")
 app.add_typer(routes.app, name="route")
 app.add_typer(tokens.app, name="token")
-connection.add_options(app)
 
 
 def run(argv: list[str]) -> int:

@@ -22,7 +22,7 @@ from spillway.client.connecting import connect as connect
 from spillway.client.contexts import ContextError, Contexts, default_path
 
 if TYPE_CHECKING:
-    from spillway.client import Admin, Client
+    from spillway.client import Admin
 
 CONNECT_SECONDS = 10.0
 PREVIEW_CHARACTERS = 60

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from spillway.client.commands.common import (
-    ADDRESS,
-    Address,
+    HERE,
+    Connection,
     Format,
     Output,
     Yes,
+    command,
     confirmed,
     plain,
     print_done,
@@ -27,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, help="Tokens of clients: what they may d
 PATTERN = "PATTERN"
 
 
-@app.command("create")
+@command(app, "create")
 def create(
     name: Annotated[str, typer.Argument(help="What it is for, for people.")] = "",
     produce: Annotated[list[str] | None, typer.Option("--produce", metavar=PATTERN, help=(
@@ -43,7 +44,7 @@ def create(
     messages_per_second: Annotated[int, typer.Option(min=0, help="Produced with it at one node; 0: no limit of its own.")] = 0,
     bytes_in_flight_max: Annotated[int, typer.Option(min=0, help="Of requests that are not answered, at one node; 0: no limit.")] = 0,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Makes a token, and prints it: that is the only time. What goes to standard output is the token alone."""
     from spillway.client import TokenScope
@@ -67,11 +68,11 @@ def create(
             print(secret)
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
-@app.command("list")
-def list_all(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
+@command(app, "list")
+def list_all(output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Lists all tokens, without what is secret in them."""
 
     async def show(admin: Admin) -> int:
@@ -83,15 +84,15 @@ def list_all(output: Format = Output.TABLE, address: Address = ADDRESS) -> None:
                 (t.token_id, t.name, when(t.create_time), when(t.expire_time, "never"), _scopes(t)) for t in found])
         return 0
 
-    run_admin(address, show)
+    run_admin(connection, show)
 
 
-@app.command("revoke")
+@command(app, "revoke")
 def revoke(
     token_id: Annotated[str, typer.Argument(help="Its id, as list shows it.", metavar="ID")],
     yes: Yes = False,
     output: Format = Output.TABLE,
-    address: Address = ADDRESS,
+    connection: Connection = HERE,
 ) -> None:
     """Ends a token for good, with the streams that were opened with it, on every node."""
     confirmed(f"Revoke the token {token_id} for good?", yes)
@@ -101,7 +102,7 @@ def revoke(
         print_done(f"token {token_id} is revoked", output, token_id=token_id, state="revoked")
         return 0
 
-    run_admin(address, work)
+    run_admin(connection, work)
 
 
 def _scopes(token: Token) -> str:

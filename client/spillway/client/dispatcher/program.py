@@ -6,9 +6,8 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Any
 
 from spillway.client.connecting import Connection, add_arguments, connect, from_arguments
 from spillway.client.contexts import ContextError
@@ -16,18 +15,9 @@ from spillway.client.dispatcher.broker import ClientBroker
 from spillway.client.dispatcher.dispatcher import GRACE_SECONDS, Dispatcher
 from spillway.client.dispatcher.status import HOST, status_server
 from spillway.client.errors import SpillwayError
-from spillway.client.security import GRPC_ROOTS
 
 log = logging.getLogger("spillway.dispatcher")
 
-SECURITY = {  # options of Client, and what is said of them
-    "tls_ca": f"PEM file with the authority of the nodes' certificates, or {GRPC_ROOTS!r} for public ones; without it: no TLS",
-    "tls_cert": "PEM file with a certificate of this dispatcher, where nodes demand one",
-    "tls_key": "PEM file with its key",
-    "tls_server_name": "the name in the nodes' certificates, if that is not in their addresses",
-    "token": "the token; a file is better, which others cannot see in the list of processes",
-    "token_file": "a file with the token; read again when it changes",
-}
 EXIT_USAGE = 2  # as for all commands of `spillway`
 
 

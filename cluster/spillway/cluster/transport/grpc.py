@@ -111,8 +111,9 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         self._connections: dict[str, _Connection] = {}
         self._epoch = 0
         self._dials: dict[str, asyncio.Task[None]] = {}
+        self._dialing: set[asyncio.Task[None]] = set()  # those, and former ones whose connection is still in use
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._tasks: set[asyncio.Task[None]] = set()  # that close channels
+        self._tasks: set[asyncio.Task[None]] = set()  # that close channels, or look why a peer does not answer
         self._refused: dict[str, float] = {}  # what was said of refused peers -> when
         self._closing = False
 
@@ -159,8 +160,8 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     def _start_dial(self, peer: str) -> None:
         if self._node_id != peer and not self._closing:
             dial = self._dials[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
-            self._tasks.add(dial)
-            dial.add_done_callback(self._tasks.discard)
+            self._dialing.add(dial)
+            dial.add_done_callback(self._dialing.discard)
 
     def send(self, peer: str, epoch: int, frame: bytes) -> None:
         """See PeerTransport."""
@@ -171,13 +172,13 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     async def close(self) -> None:
         """See PeerTransport."""
         self._closing = True
-        for task in list(self._tasks):
+        for task in [*self._dialing, *self._tasks]:
             task.cancel()
         for connection in list(self._connections.values()):
             connection.close()
         for channel in list(self._channels.values()):
             await channel.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._dialing, *self._tasks, return_exceptions=True)
 
     def channel(self, peer: str) -> grpc.aio.Channel:
         """A channel to a peer, made anew after it broke. Raises KeyError if it is none any more."""
