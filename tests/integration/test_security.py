@@ -7,14 +7,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import jwt
 import pytest
 from certificates import ADMIN_TOKEN, Authority, SecureCluster, bearer
 from cluster_process import ClusterProcesses, NodeProcess, free_ports
+from cryptography.hazmat.primitives.asymmetric import ec
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
+from grpc_status import rpc_status
 from plain_client import record
 from spillway.client import Client, NotFound, PermissionDenied, TokenScope, Unavailable
 from spillway.cluster.transport.grpc import PROTOCOL
@@ -409,7 +418,7 @@ def test_tokens_from_the_command_line(started: Any) -> None:
     """Made, used, listed and revoked; what goes to standard output is the token alone."""
     cluster = started()
     admins = {"SPILLWAY_TOKEN_FILE": str(cluster.admin_token_file)}
-    assert "no token: this cluster asks for one" in spillway(cluster, "status", code=1).stderr
+    assert "no token: this cluster asks for one" in spillway(cluster, "status", code=5).stderr
     made = spillway(cluster, "token", "create", "ci", "--produce", "hello*", "--lease", "hello", "--expires", "1h", **admins)
     token = made.stdout.strip()
     assert token.startswith("spw_") and "\n" not in token
@@ -417,14 +426,127 @@ def test_tokens_from_the_command_line(started: Any) -> None:
     spillway(cluster, "produce", "hello", stdin="first\n", **mine)
     assert spillway(cluster, "consume", "hello", "--count", "1", **mine).stdout == "first\n"
     assert "no produce scope for destination 'other'" in spillway(cluster, "produce", "other", stdin="x\n", code=1, **mine).stderr
-    assert "no admin scope" in spillway(cluster, "destination", "list", code=1, **mine).stderr
+    assert "no admin scope" in spillway(cluster, "destination", "list", code=5, **mine).stderr
     (listed,) = json.loads(spillway(cluster, "token", "list", "-o", "json", **admins).stdout)
     assert listed["name"] == "ci" and listed["expire_time"] and [s["action"] for s in listed["scopes"]] == ["lease", "produce"]
     spillway(cluster, "token", "revoke", listed["token_id"], "--yes", **admins)
-    assert "revoked" in spillway(cluster, "produce", "hello", stdin="x\n", code=1, **mine).stderr
+    assert "revoked" in spillway(cluster, "produce", "hello", stdin="x\n", code=5, **mine).stderr
     assert json.loads(spillway(cluster, "token", "list", "-o", "json", **admins).stdout) == []
     wrong = spillway(cluster, "status", code=4, SPILLWAY_TLS_CA="")
     assert "has told the topology" in wrong.stderr or "cannot be reached" in wrong.stderr
+
+
+async def test_limits_of_connections_and_tokens(started: Any) -> None:
+    """One stream too many is refused, with when to come back; whoever produces too fast waits, and loses nothing."""
+    cluster = started(1, flags=["--connection-streams-max", "3", "--connection-messages-per-second", "100",
+                                "--connection-bytes-in-flight-max", "2000"])
+    node = cluster.nodes["n1"]
+    async with Client(node.address, **cluster.trust, token_file=str(cluster.admin_token_file)) as client:
+        await client.admin.create_destination("d")
+        _, secret = await client.admin.create_token("two", [TokenScope("produce", "d"), TokenScope("lease")], streams_max=2)
+
+    def opened() -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(node.address, cluster.clients.credentials(), OPTIONS)
+
+    async def over(channel: grpc.aio.Channel, token: str, said: str) -> None:
+        call: Any = ClusterServiceStub(channel).WatchTopology(pb.WatchTopologyRequest(), metadata=bearer(token))  # type: ignore[call-overload]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and said in caught.value.details()
+        status = rpc_status.from_call(caught.value)
+        assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in status.details)
+
+    async with opened() as one, opened() as two:
+        watches: list[Any] = []
+        for channel, token in ((one, secret), (two, secret), (one, ADMIN_TOKEN), (one, ADMIN_TOKEN)):
+            watches.append(ClusterServiceStub(channel).WatchTopology(  # type: ignore[call-overload]
+                pb.WatchTopologyRequest(), metadata=bearer(token)))
+            await watches[-1].read()
+        await over(one, ADMIN_TOKEN, "has 3 open streams")
+        await over(two, secret, "token")
+        for watch in watches:
+            watch.cancel()
+        assert audited(node, result="RESOURCE_EXHAUSTED")
+
+        async def room() -> bool:
+            call: Any = ClusterServiceStub(one).WatchTopology(  # type: ignore[call-overload]
+                pb.WatchTopologyRequest(), metadata=bearer(secret))
+            try:
+                await call.read()
+            except grpc.aio.AioRpcError:
+                return False
+            finally:
+                call.cancel()
+            return True
+
+        async with asyncio.timeout(LONG):
+            while not await room():
+                await asyncio.sleep(0.02)
+    # What comes at once is taken in at once, and then paid for: after 400 records nothing is read for three seconds.
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    async with Client(node.address, **cluster.trust, token=secret) as client, client.producer() as producer, asyncio.timeout(LONG):
+        receipts = await asyncio.gather(*(producer.send("d", b"x", key=str(n)) for n in range(400)))
+        receipts += [await producer.send("d", b"x", key=str(n)) for n in range(10)]
+    assert len({(r.shard, r.sequence) for r in receipts}) == 410 and loop.time() - begun >= 2.0
+
+
+async def test_tokens_of_an_identity_provider(tmp_path: Path) -> None:
+    """They let in with what they claim; their streams end when they expire, and when their key is gone."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = {**json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key())), "kid": "k", "alg": "ES256"}
+    (jwks := tmp_path / "jwks").write_text(json.dumps({"keys": [public]}))
+    cluster = SecureCluster(tmp_path, 1, ["--jwt-jwks-file", str(jwks), "--jwt-issuer", "https://id.example", "--jwt-audience", "spillway"])
+    node = cluster.nodes["n1"]
+
+    def token(seconds: float, **claims: Any) -> str:
+        scopes = [{"action": "produce", "destinations": "d"}, {"action": "lease", "destinations": "d"}]
+        return jwt.encode({"iss": "https://id.example", "aud": "spillway", "sub": "app", "exp": time.time() + seconds, "spillway": scopes,
+                           **claims}, key, "ES256", headers={"kid": "k"})
+
+    try:
+        cluster.start()
+        async with Client(node.address, **cluster.trust, token=token(600)) as client, client.producer() as producer:
+            await producer.send("d", b"1")
+            with pytest.raises(PermissionDenied, match="no produce scope for destination 'e'"):
+                await producer.send("e", b"2")
+        error = refused(grpc.secure_channel(node.address, cluster.clients.credentials(), OPTIONS), token(600, aud="other"))
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED and "Audience" in error.details()
+        async with grpc.aio.secure_channel(node.address, cluster.clients.credentials(), OPTIONS) as channel:
+            for lasts in (-3.0, 600.0):  # within the leeway of five seconds; until its key is taken away
+                call: Any = ClusterServiceStub(channel).WatchTopology(  # type: ignore[call-overload]
+                    pb.WatchTopologyRequest(), metadata=bearer(token(lasts)))
+                await call.read()
+                if lasts > 0:
+                    jwks.write_text(json.dumps({"keys": [{**public, "kid": "another"}]}))
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    async with asyncio.timeout(LONG):
+                        while await call.read() is not grpc.aio.EOF:
+                            pass
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                if lasts < 0:
+                    assert "expired" in caught.value.details()
+    finally:
+        cluster.end()
+
+
+async def test_health_is_open_and_reflection_needs_a_token(started: Any) -> None:
+    """Whoever probes has no token; whoever looks around has any."""
+    cluster = started()
+    node = cluster.nodes["n1"]
+    request = ServerReflectionRequest(list_services="")
+    async with grpc.aio.secure_channel(node.address, cluster.clients.credentials(), OPTIONS) as channel:
+        health: Any = HealthStub(channel)
+        assert (await health.Check(HealthCheckRequest())).status == HealthCheckResponse.SERVING
+        watch = health.Watch(HealthCheckRequest())
+        assert (await watch.read()).status == HealthCheckResponse.SERVING
+        watch.cancel()
+        reflection: Any = ServerReflectionStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reflection.ServerReflectionInfo(iter([request])).read()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        answer = await reflection.ServerReflectionInfo(iter([request]), metadata=bearer(ADMIN_TOKEN)).read()
+        assert "spillway.v1.QueueService" in {service.name for service in answer.list_services_response.service}
 
 
 async def test_a_node_joins_with_certificates(started: Any) -> None:
