@@ -302,8 +302,8 @@ def test_a_cluster_gets_its_identity_once() -> None:
     assert older.cluster_id == "i"
 
 
-TOKEN = Token("0a1b2c3d4e5f", 0, "ci", bytes(range(32)), (Scope(PRODUCE, "a*", "t"), Scope(LEASE), Scope(ADMIN, "b", "")), 1_700_000_000_000,
-              1_800_000_000_000, 1, 2, 3)
+TOKEN = Token("0a1b2c3d4e5f", 0, "ci", bytes(range(32)), (Scope(PRODUCE, "a*", "t"), Scope(LEASE), Scope(ADMIN, "b", "")),
+              1_700_000_000_000, 1_800_000_000_000, 1, 2, 3)
 # As level 3 wrote it, byte for byte: the command, and the row.
 TOKEN_REST = ("a26369c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f939300a2612aa1749301a12aa12a9302a162a0"
               "cf0000018bcfe56800cf000001a3185c5000010203")

@@ -57,7 +57,7 @@ class Keys:
                 return False
             self._stamp = stamp
             keys = self._parsed(self._path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if self._keys:
                 log.error("jwt_jwks_file %s: %s; going on with what was read before", self._path, error)
             return False
@@ -77,7 +77,7 @@ class Keys:
                 raise ValueError(f"the key {one['kid']!r} is a shared secret; give public keys")
             try:
                 out[one["kid"]] = self._jwt.PyJWK.from_dict(one), json.dumps(one, sort_keys=True)
-            except self._jwt.PyJWTError as error:
+            except (self._jwt.PyJWTError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"the key {one['kid']!r}: {error}") from None
         return out
 

@@ -48,7 +48,7 @@ class PeerNames(grpc.aio.ServerInterceptor):
         if isinstance(request, member_service_pb2.JoinRequest) and not self._passed_on(names, context):
             joins = request.member.node_id
             return "" if joins in names else f"the certificate names {said}, and not the node that is to join, {joins[:80]!r}"
-        if self._node.members.keys().isdisjoint(names):
+        if self._node.knows_members and self._node.members.keys().isdisjoint(names):  # a node that joins has yet to hear of the others
             return f"the certificate names {said}, and no node of the cluster"
         if isinstance(request, share_service_pb2.ShareRequest) and request.node_id not in names:
             return f"the certificate names {said}, and the request says that it is of {request.node_id[:80]!r}"
