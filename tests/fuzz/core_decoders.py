@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from spillway.broker.core import directory as d
 from spillway.broker.core import rows
+from spillway.broker.core.access import ADMIN, LEASE, Grants, Scope, Token
 from spillway.broker.core.entry import (
     ACK,
     DONE,
@@ -41,6 +42,7 @@ from spillway.broker.core.view import MemoryView
 from spillway.broker.runtime.wire import run_parts
 from spillway.broker.services.destinations import destination_proto
 from spillway.broker.services.routes import route_proto
+from spillway.broker.services.tokens import token_proto
 from spillway.contract.hashing import PART
 from spillway.v1.message_pb2 import Message
 from spillway.v1.queue_service_pb2 import LeaseResponse
@@ -224,7 +226,9 @@ COMMANDS: list[d.Command] = [
     d.Settle("n1", 7, (d.Home(1, 0, ("n1", "n2")),),
              (d.Member("n1", 0, "p:1", "c:1"), d.Member("n2", 0, "p:2", "c:2", "z", "h", "i")), True),
     d.PutMember("n2", 8, d.Member("n3", 0, "p:3", "c:3", "z", "h", "i", d.DRAINS, 1, 2), True, True, 0, (d.Home(2, 0, ("n3",)),)),
-    d.DropMember("n2", 9, "n9", 0), d.Raise("n1", 10, 2)]
+    d.DropMember("n2", 9, "n9", 0), d.Raise("n1", 10, 2),
+    d.PutToken("n1", 11, Token("id", 0, "ci", bytes(32), (Scope(LEASE, "a*"), Scope(ADMIN, "b", "")), NOW, NOW, 1, 2, 3)),
+    d.DropToken("n2", 12, "other")]
 
 
 def _command(data: bytes) -> None:
@@ -239,6 +243,7 @@ def _command(data: bytes) -> None:
             _use(change.record)
     expect(again.level in (LEVEL_MIN, directory.level), again.level)
     expect(again.homes.items() <= directory.homes.items(), again.homes)
+    expect(again.tokens.items() <= directory.tokens.items(), again.tokens)
     for one in (again.destinations, again.routes, again.holds, again.members):
         for name, record in one.items():
             current = directory.destinations | directory.routes | directory.holds | directory.members  # type: ignore[operator]
@@ -262,6 +267,9 @@ def _directory(data: bytes) -> None:
     directory.load(iter(pairs(data)))
     for record in (*directory.destinations.values(), *directory.routes.values(), *directory.holds.values()):
         _use(record)
+    for token in directory.tokens.values():
+        token_proto(token).SerializeToString()
+        expect(Grants(token.scopes).allows(LEASE, "a") in (True, False), token)
 
 
 def _directory_samples() -> tuple[bytes, ...]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tests.fuzz import client_decoders, cluster_decoders, core_decoders, node_decoders
+from tests.fuzz import client_decoders, cluster_decoders, core_decoders, node_decoders, security_decoders
 from tests.fuzz.decoder import Decoder
 
 
@@ -11,7 +11,8 @@ from tests.fuzz.decoder import Decoder
 def all_decoders() -> dict[str, Decoder]:
     """By name."""
     found = {}
-    for decoder in (*core_decoders.decoders(), *cluster_decoders.decoders(), *node_decoders.decoders(), *client_decoders.decoders()):
+    for decoder in (*core_decoders.decoders(), *cluster_decoders.decoders(), *node_decoders.decoders(), *client_decoders.decoders(),
+                    *security_decoders.decoders()):
         assert decoder.name not in found, decoder.name
         found[decoder.name] = decoder
     return found

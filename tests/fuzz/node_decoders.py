@@ -32,7 +32,7 @@ from spillway.broker.services.queue import QueueService, _ack_response, _check_s
 from spillway.broker.services.routes import parse_route, route_proto
 from spillway.cluster.errors import WireInvalid
 from spillway.contract.limits import LEASE_MS_MAX, LEASE_MS_MIN
-from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
+from spillway.peer.v1.queue_view_pb2 import AckScope, ProduceRecordView, ProduceRequestView
 from spillway.peer.v1.share_service_pb2 import SharedScope, ShareRequest
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE, ItemError, Message
@@ -214,7 +214,7 @@ def _settle_samples() -> tuple[bytes, ...]:
                                              outcome=outcome, reason="why")  # type: ignore[arg-type]
             settlement.delay.FromMilliseconds(1_000)
         made.append(one.SerializeToString())
-    return tuple(made)
+    return (*made, AckScope(destinations=["d", "x*"]).SerializeToString() + made[0])
 
 
 def _lease(data: bytes) -> None:
@@ -449,7 +449,7 @@ def _config() -> Iterator[Decode]:
 
 def _config_samples() -> tuple[bytes, ...]:
     return (_TOML, b"\0" + join((b"NODE_ID", b"n7", b"SHARDS", b"5", b"AUTO_CREATE", b"no", b"PEERS", b"n7=a:1/b:2, n8=c:3/d:4",
-                                 b"LISTEN", b"0.0.0.0:1", b"DISK_FREE_BYTES_MIN", b"0")))
+                                 b"LISTEN", b"0.0.0.0:1", b"ALLOW_INSECURE", b"1", b"DISK_FREE_BYTES_MIN", b"0")))
 
 
 @contextmanager

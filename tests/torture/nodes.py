@@ -60,7 +60,7 @@ class Nodes(ClusterProcesses):
         self.addresses_of_clients: list[str] = []
         self.nodes: dict[str, Node] = {}  # type: ignore[assignment]
         for node_id, place in network.places(ids).items():
-            flags = ["--disk-free-bytes-min", str(DISK_FREE_BYTES_MIN if disk_mib else 0)]
+            flags = ["--disk-free-bytes-min", str(DISK_FREE_BYTES_MIN if disk_mib else 0), "--allow-insecure"]  # in namespaces of its own
             if count > 1:
                 flags += ["--peers", place.peers]
             node = Node(directory, node_id, place.listen, place.peer_listen, flags)

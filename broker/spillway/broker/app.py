@@ -8,22 +8,30 @@ import secrets
 import signal
 import socket
 import sys
+import time
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from spillway.broker.config import NodeConfig, is_loopback, members_of, meta_founders, split_address
+from spillway.broker.config import NodeConfig, members_of, meta_founders, split_address
 from spillway.broker.core import features
 from spillway.broker.datadir import claim, raise_format
-from spillway.broker.errors import ConfigError, DataDirError
+from spillway.broker.errors import ConfigError, DataDirError, Unavailable
 from spillway.broker.runtime.balance import META_GROUP
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
+from spillway.broker.security import clients_tls, peers_tls, protection
+from spillway.broker.services.access import Authenticate, Authorize, Sessions
 from spillway.broker.services.admin import AdminService
+from spillway.broker.services.audit import Audit
 from spillway.broker.services.cluster import ClusterService
+from spillway.broker.services.jwt import Keys
 from spillway.broker.services.member import MemberService
 from spillway.broker.services.parsing import ParseErrors
+from spillway.broker.services.peers import PeerNames
+from spillway.broker.services.principal import AdminFile, Authenticator, Limits
 from spillway.broker.services.queue import QueueService
+from spillway.broker.services.quotas import Quotas
 from spillway.broker.services.share import ShareService
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.placement import place
@@ -32,6 +40,7 @@ from spillway.cluster.raft.journal import JournalStore
 from spillway.cluster.snapshots import Position
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.grpc import PROTOCOL, GrpcTransport
+from spillway.cluster.transport.tls import POLL_SECONDS, TlsFiles
 from spillway.contract.limits import FRAME_BYTES_MAX
 from spillway.peer.v1.member_service_pb2 import JoinRequest
 from spillway.peer.v1.member_service_pb2_grpc import add_MemberServiceServicer_to_server
@@ -66,7 +75,7 @@ async def serve_until_stopped(config: NodeConfig) -> int:
         app = App(config)
     except (DataDirError, StoreRefused, StorageFailed, ConfigError) as error:
         print(f"spillway serve: {error}", file=sys.stderr)
-        return EXIT_DATA
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,10 +118,11 @@ class App:
         """Opens the stores. Raises DataDirError, StoreRefused, StorageFailed or ConfigError."""
         self.config = config
         members = members_of(config)
-        for setting in ("listen", "peer_listen"):
-            host, _ = split_address(setting, getattr(config, setting))
-            if not is_loopback(host):
-                log.warning("%s is %s: reachable from other machines, without authentication", setting, host)
+        self.tls, self.peer_tls = clients_tls(config), peers_tls(config)
+        self._admin_file = AdminFile(config.admin_token_file) if config.admin_token_file else None
+        self._keys = Keys(config.jwt_jwks_file, config.jwt_issuer, config.jwt_audience) if config.jwt_jwks_file else None
+        for level, line in protection(config):
+            log.log(level, line)
         path = self._path = claim(config)
         self.journal = JournalStore(path / "log", config.cluster, config.node_id)
         try:
@@ -122,7 +132,7 @@ class App:
             raise
         peers = {m.node_id: m.peer_address for m in members.values() if m.node_id != config.node_id}
         self.transport = GrpcTransport(self._hello, config.cluster, config.node_id, peers, self._export, self._unfit,
-                                       self._foreign)
+                                       self._foreign, self.peer_tls)
         self.host = RaftHost(config.node_id, sorted(members), self.journal, self.transport, self.store, joins=bool(config.join))
         if self.journal.node.formed and not config.join and not self.host.has_replica(META_GROUP, meta_founders(config)):
             self.close()
@@ -140,12 +150,21 @@ class App:
             raise
         self.node.balance.joined = self.transport.set_peers
         self.node.balance.follow()
-        self.forwarder = Forwarder(self.node)
-        self.queue = QueueService(self.node, self.forwarder)
-        self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[ParseErrors()])
-        self.peer_server = grpc.aio.server(options=PEER_OPTIONS, interceptors=[ParseErrors()])
+        self.forwarder = Forwarder(self.node, self.peer_tls)
+        audit = Audit()
+        self.queue = QueueService(self.node, self.forwarder, audit=audit)
+        authenticator = Authenticator(config.auth == "tokens", lambda: self.node.meta.directory, time.time, self._admin_file, self._keys,
+                                      behind=lambda: not self.node.meta.leading)
+        limits = Limits(config.connection_streams_max, config.connection_messages_per_second, config.connection_bytes_in_flight_max)
+        self._sessions = Sessions(authenticator, time.time)
+        self.node.on_tokens = self._sessions.recheck
+        self.server = grpc.aio.server(options=CLIENT_OPTIONS, interceptors=[
+            Authenticate(authenticator, self._sessions, Quotas(limits), audit), ParseErrors(), Authorize(audit)])
+        named = [PeerNames(self.node)] if self.peer_tls else []
+        self.peer_server = grpc.aio.server(options=PEER_OPTIONS, interceptors=[ParseErrors(), *named])
         self.health = health.aio.HealthServicer()
         self._running: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
 
     def _blank(self) -> bool:
         node = self.journal.node
@@ -206,8 +225,9 @@ class App:
         add_ClusterServiceServicer_to_server(ClusterService(self.node, self.forwarder, peer=True), self.peer_server)
         add_ShareServiceServicer_to_server(ShareService(self.node), self.peer_server)
         add_MemberServiceServicer_to_server(MemberService(self.node, self.forwarder), self.peer_server)
-        _bind("listen", self.config.listen, self.server)
-        _bind("peer_listen", self.config.peer_listen, self.peer_server)
+        _bind("listen", self.config.listen, self.server, self.tls)
+        _bind("peer_listen", self.config.peer_listen, self.peer_server, self.peer_tls)
+        self._following = asyncio.get_running_loop().create_task(self._follow_files())
         if self.config.join and (not self.journal.node.formed or len(self.node.members) == 1):
             await self._join()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -222,7 +242,12 @@ class App:
         request = JoinRequest(cluster=config.cluster, member=self.node.balance.introduction(),
                               formed=self.journal.node.formed, shard_count=config.shards, replica_count=config.replicas)
         for address in itertools.cycle(config.join):
-            answer = await self.forwarder.join_at(address, request, JOIN_SECONDS)
+            try:
+                answer = await self.forwarder.join_at(address, request, JOIN_SECONDS)
+            except Unavailable as error:
+                log.info("asked %s to join: %s", address, error)
+                await asyncio.sleep(JOIN_AGAIN_SECONDS)
+                continue
             if isinstance(answer, grpc.aio.AioRpcError):
                 if answer.code() is grpc.StatusCode.INVALID_ARGUMENT:
                     raise ConfigError(f"the cluster does not take this node in: {answer.details()}")
@@ -236,6 +261,19 @@ class App:
                 self.journal.change_node(cluster_id=answer.cluster_id)
             self.transport.set_peers({m.node_id: m.peer_address for m in answer.members if m.node_id != config.node_id})
             return
+
+    async def _follow_files(self) -> None:
+        """Takes new certificates, and a new admin token, into use."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            news = [source.poll() for source in (self._admin_file, self._keys) if source is not None]
+            if any(news):
+                self._sessions.recheck()
+            if self.tls is not None:
+                self.tls.poll()
+            if self.peer_tls is not None and self.peer_tls.poll():
+                self.transport.rotate()
+                self.forwarder.rotate()
 
     async def stop(self) -> None:
         """Stops without losing anything: leaderships first, then clients' streams, whose work the new leaders do, then the rest."""
@@ -257,11 +295,13 @@ class App:
 
     def close(self) -> None:
         """Releases the stores."""
+        if self._following is not None:
+            self._following.cancel()
         self.store.close()
         self.journal.close()
 
 
-def _bind(setting: str, address: str, server: grpc.aio.Server) -> None:
+def _bind(setting: str, address: str, server: grpc.aio.Server, tls: TlsFiles | None) -> None:
     host, port = split_address(setting, address)
     if port:  # gRPC only logs why it cannot bind; the socket says it
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -272,7 +312,7 @@ def _bind(setting: str, address: str, server: grpc.aio.Server) -> None:
             except OSError as error:
                 raise ConfigError(f"{setting} {address} cannot be used: {error.strerror}") from None
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.server_credentials())
     except RuntimeError as error:
         raise ConfigError(f"{setting} {address} cannot be used: {error}") from None
     if not bound:

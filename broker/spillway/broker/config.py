@@ -43,6 +43,24 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     snapshot_bytes_per_second: Annotated[int, "all snapshots together that this node sends to others; less leaves more for traffic, "
                                               "but a replica that is behind catches up later"] = SNAPSHOT_BYTES_PER_SECOND
     streams_max: Annotated[int, "open streams of clients; further ones are refused"] = 10_000
+    tls_cert: Annotated[str, "PEM file with the certificate chain of the clients' port; read again when it changes; empty: no TLS"] = ""
+    tls_key: Annotated[str, "PEM file with the key of tls_cert"] = ""
+    tls_client_ca: Annotated[str, "PEM file with authorities: clients must present a certificate of one; empty: they need none"] = ""
+    peer_tls_cert: Annotated[str, "PEM file with this node's certificate for other nodes, which has its node_id as a DNS name; empty: no "
+                                  "TLS between nodes"] = ""
+    peer_tls_key: Annotated[str, "PEM file with the key of peer_tls_cert"] = ""
+    peer_tls_ca: Annotated[str, "PEM file with the authority of all nodes' peer_tls_cert, and of nothing else"] = ""
+    auth: Annotated[str, "none, or tokens: clients must present one"] = "none"
+    admin_token_file: Annotated[str, "a file with a token that may administer everything, valid while it is there; to make the first ones "
+                                     "with"] = ""
+    jwt_jwks_file: Annotated[str, "a JSON Web Key Set: tokens signed with its keys are taken, too; read again when it changes"] = ""
+    jwt_issuer: Annotated[str, "what the claim iss of such tokens must be"] = ""
+    jwt_audience: Annotated[str, "what the claim aud of such tokens must have"] = ""
+    allow_insecure: Annotated[bool, "listen beyond loopback without TLS, or without asking clients who they are"] = False
+    connection_streams_max: Annotated[int, "open streams of one connection of a client; further ones are refused; 0: no limit"] = 0
+    connection_messages_per_second: Annotated[int, "records produced over one connection; beyond it requests wait; 0: no limit"] = 0
+    connection_bytes_in_flight_max: Annotated[int, "produce requests of one connection that are not answered; beyond it further ones "
+                                                   "wait; 0: no limit"] = 0
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
 
 
@@ -167,6 +185,9 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"snapshot_bytes_per_second is {config.snapshot_bytes_per_second}; it must be at least 1 MiB")
     if config.streams_max < 1:
         raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
+    for name in ("connection_streams_max", "connection_messages_per_second", "connection_bytes_in_flight_max"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 0")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level is {config.log_level!r}; say debug, info, warning or error")
     for address in config.join:
@@ -187,12 +208,50 @@ def validate(config: NodeConfig) -> NodeConfig:
             raise ConfigError(f"{name} is {value!r}; use up to 63 letters, digits, '-', '_' or '.'")
     if not 1 <= config.replace_after_seconds <= 30 * 86400:
         raise ConfigError(f"replace_after_seconds is {config.replace_after_seconds}; it must be 1 to {30 * 86400}")
+    _validate_security(config)
     members = members_of(config)
     if config.peers and config.node_id not in members:
         raise ConfigError(f"peers does not name this node, {config.node_id!r}; it names {', '.join(sorted(members))}")
     if len(members) > NODES_MAX:
         raise ConfigError(f"peers names {len(members)} nodes; a cluster has up to {NODES_MAX}")
     return config
+
+
+def _validate_security(config: NodeConfig) -> None:
+    """Raises ConfigError for half of a pair, and for a node that everybody could use."""
+    for names in (("tls_cert", "tls_key"), ("peer_tls_cert", "peer_tls_key", "peer_tls_ca")):
+        given = [name for name in names if getattr(config, name)]
+        if given and len(given) < len(names):
+            missing = next(name for name in names if name not in given)
+            raise ConfigError(f"{missing} is missing; {' and '.join(names)} belong together")
+    if config.tls_client_ca and not config.tls_cert:
+        raise ConfigError("tls_client_ca is set without tls_cert; clients' certificates need TLS")
+    if config.auth not in ("none", "tokens"):
+        raise ConfigError(f"auth is {config.auth!r}; say none or tokens")
+    if config.admin_token_file and config.auth != "tokens":
+        raise ConfigError("admin_token_file is set, and auth is 'none': nobody asks for tokens; say auth = tokens")
+    given = [name for name in ("jwt_jwks_file", "jwt_issuer", "jwt_audience") if getattr(config, name)]
+    if given and len(given) < 3:
+        missing = next(name for name in ("jwt_jwks_file", "jwt_issuer", "jwt_audience") if name not in given)
+        raise ConfigError(f"{missing} is missing; jwt_jwks_file, jwt_issuer and jwt_audience belong together")
+    if given and config.auth != "tokens":
+        raise ConfigError("jwt_jwks_file is set, and auth is 'none': nobody asks for tokens; say auth = tokens")
+    if config.peer_tls_cert and not config.node_id.isascii():
+        raise ConfigError(f"node_id is {config.node_id!r}; a certificate can only name it if it is ASCII")
+    if config.allow_insecure:
+        return
+    host, _ = split_address("listen", config.listen)
+    if not is_loopback(host):
+        if not config.tls_cert:
+            raise ConfigError(f"listen is {config.listen}, which other machines reach, without TLS: set tls_cert and tls_key, listen on "
+                              "loopback, or say allow_insecure")
+        if config.auth == "none" and not config.tls_client_ca:
+            raise ConfigError(f"listen is {config.listen}, which other machines reach, and anybody may do anything there: set "
+                              "auth = tokens, or tls_client_ca, or say allow_insecure")
+    host, _ = split_address("peer_listen", config.peer_listen)
+    if not is_loopback(host) and not config.peer_tls_cert:
+        raise ConfigError(f"peer_listen is {config.peer_listen}, which other machines reach, without TLS: set peer_tls_cert, "
+                          "peer_tls_key and peer_tls_ca, listen on loopback, or say allow_insecure")
 
 
 def own_of(config: NodeConfig) -> Peer:

@@ -7,6 +7,9 @@ BrokerError
 │   ├── NotFound
 │   ├── AlreadyExists
 │   └── EtagMismatch
+├── Unauthenticated      the caller's: no token, or one that is not valid
+├── PermissionDenied     the caller's: its token does not allow that; names what would
+├── TooMuch              the caller's: over a limit of its connection or token; retry later
 └── Unavailable          nobody's: no leader, not the leader, stopping; retry
 """
 from __future__ import annotations
@@ -43,6 +46,22 @@ class AlreadyExists(RequestError):
 
 class EtagMismatch(RequestError):
     """Someone else changed it meanwhile."""
+
+
+class Unauthenticated(BrokerError):
+    """Nobody knows who calls."""
+
+
+class PermissionDenied(BrokerError):
+    """The caller may not do this."""
+
+
+class TooMuch(BrokerError):
+    """The caller is over a limit. `retry_seconds` is when it may try again."""
+
+    def __init__(self, description: str, retry_seconds: float = 1.0) -> None:
+        super().__init__(description)
+        self.retry_seconds = retry_seconds
 
 
 class Unavailable(BrokerError):

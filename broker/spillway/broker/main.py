@@ -14,6 +14,7 @@ import msgspec
 from spillway.broker.app import serve_until_stopped
 from spillway.broker.config import NodeConfig, load, parser, settings
 from spillway.broker.errors import BrokerError
+from spillway.broker.native_log import sort_out
 from spillway.broker.restore import check, restore_into
 from spillway.cluster.errors import ClusterError
 from spillway.contract.backup import BackupInvalid, read_manifest
@@ -59,6 +60,8 @@ def dev(argv: list[str]) -> int:
 
 def _run(config: NodeConfig) -> int:
     """Runs a node until SIGTERM or SIGINT. Returns the exit code."""
+    if config.tls_cert or config.peer_tls_cert:
+        sort_out()
     logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Request-sized garbage dies by reference count, and full collections of millions of queue objects would stall the

@@ -76,6 +76,8 @@ if TYPE_CHECKING:
         StallCause,
         TenantPolicy,
         TenantStats,
+        Token,
+        TokenScope,
         TopTenants,
     )
     from spillway.client.outcomes import Down, Outcome, Reject, Release, Retry, Throttled
@@ -99,7 +101,8 @@ _HOMES = {
     "spillway.client.model": (
         "AdaptiveLimit BackupProgress ClusterStatus DeadLetter DeliveryPolicy Destination DestinationStats Explanation Gap Gate "
         "GateCause GroupReport HttpTarget Limit NackPolicy NodeReport NodeState Peek PeekedMessage Problem Purged Receipt Record "
-        "RedriveProgress ReplicaReport Retention Route RouteTarget StallCause TenantPolicy TenantStats TopTenants"),
+        "RedriveProgress ReplicaReport Retention Route RouteTarget StallCause TenantPolicy TenantStats Token TokenScope "
+        "TopTenants"),
     "spillway.client.outcomes": "Down Outcome Reject Release Retry Throttled",
     "spillway.client.producer": "Producer",
     "spillway.client.settlements": "Settlement",
@@ -188,6 +191,8 @@ __all__ = [
     "TenantPolicy",
     "TenantStats",
     "Throttled",
+    "Token",
+    "TokenScope",
     "TopTenants",
     "Topology",
     "Unavailable",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -18,7 +18,9 @@ from spillway.client.admin_wire import (
     peeked_from_pb,
     route_from_pb,
     route_to_pb,
+    scope_to_pb,
     stats_from_pb,
+    token_from_pb,
 )
 from spillway.client.calls import TIMEOUT_SECONDS, Calls, translated
 from spillway.client.connection import Channels
@@ -40,12 +42,15 @@ from spillway.client.model import (
     RedriveProgress,
     Route,
     TenantStats,
+    Token,
+    TokenScope,
     TopTenants,
 )
 from spillway.client.retry import Backoff
 from spillway.client.topology import Router
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1 import admin_service_pb2_grpc as rpc
+from spillway.v1 import token_pb2
 
 PURGE_TIMEOUT_SECONDS = 120.0
 PURGE_ATTEMPT_SECONDS_MAX = 60.0  # a million queues take their time
@@ -272,6 +277,36 @@ class Admin(Calls):
         await self._call_of_route(lambda stub, seconds: stub.DeleteRoute(request, timeout=seconds), timeout)
 
     # -- inner ---------------------------------------------------------------------------------------------------
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    async def create_token(self, name: str, scopes: Sequence[TokenScope], *, ttl: float | None = None, streams_max: int = 0,
+                           messages_per_second: int = 0, bytes_in_flight_max: int = 0,
+                           timeout: float = TIMEOUT_SECONDS) -> tuple[Token, str]:
+        """Makes a token: what it is, and what clients give as `token`, which nobody can tell later. `ttl` is for how many seconds it is
+        valid (None: until it is revoked); the limits are for all that uses it at one node (0: none)."""
+        limits = token_pb2.TokenLimits(streams_max=count("streams_max", streams_max),
+                                       messages_per_second=count("messages_per_second", messages_per_second),
+                                       bytes_in_flight_max=count("bytes_in_flight_max", bytes_in_flight_max, 64))
+        request = token_pb2.CreateTokenRequest(name=name, scopes=map(scope_to_pb, scopes), limits=limits,
+                                               ttl=None if ttl is None else duration("ttl", ttl))
+        response = await self._call(lambda stub, seconds: stub.CreateToken(request, timeout=seconds), timeout)
+        return token_from_pb(response.token), response.secret
+
+    async def list_tokens(self, *, timeout: float = TIMEOUT_SECONDS) -> AsyncIterator[Token]:
+        """All tokens, by id, fetched in pages of 100; `timeout` is for each page."""
+        request = token_pb2.ListTokensRequest(page_size=PAGE_SIZE)
+        async for page in self._pages(lambda stub: stub.ListTokens, request, timeout):
+            for one in page.tokens:
+                yield token_from_pb(one)
+
+    async def revoke_token(self, token_id: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """Ends a token for good, with the streams that were opened with it. Raises NotFound."""
+        request = token_pb2.RevokeTokenRequest(token_id=token_id)
+        try:
+            await self._call(lambda stub, seconds: stub.RevokeToken(request, timeout=seconds), timeout)
+        except NotFound as error:
+            raise NotFound(str(error)) from None  # no destination
 
     async def _pages(self, method: Callable[[Any], Any], request: Any, timeout: float) -> AsyncIterator[Any]:
         """The pages of a list, each with a `timeout` of its own."""

@@ -27,9 +27,13 @@ from spillway.client.model import (
     RouteTarget,
     StallCause,
     TenantPolicy,
+    Token,
+    TokenScope,
 )
 from spillway.v1 import admin_service_pb2 as pb
+from spillway.v1 import token_pb2
 
+ACTIONS = {token_pb2.TOKEN_ACTION_PRODUCE: "produce", token_pb2.TOKEN_ACTION_LEASE: "lease", token_pb2.TOKEN_ACTION_ADMIN: "admin"}
 DURATION_SECONDS_MAX = 315_576_000_000  # as google.protobuf.Duration has it
 
 _NACK_POLICIES = frozenset(policy.value for policy in NackPolicy)  # later brokers may have others
@@ -244,6 +248,24 @@ def route_to_pb(route: Route) -> pb.Route:
         pb.RouteTarget(destination=target.destination, filter=target.filter,
                        over_budget=pb.OVER_BUDGET_SKIP if target.skip_over_budget else pb.OVER_BUDGET_REFUSE)
         for target in route.targets])
+
+
+def token_from_pb(token: token_pb2.Token) -> Token:
+    """A token."""
+    scopes = tuple(TokenScope(ACTIONS.get(s.action, str(s.action)), s.destinations, s.tenants) for s in token.scopes)
+    limits = token.limits
+    return Token(token.token_id, token.name, scopes, token.create_time.ToDatetime(UTC),
+                       token.expire_time.ToDatetime(UTC) if token.HasField("expire_time") else None,
+                       limits.streams_max, limits.messages_per_second, limits.bytes_in_flight_max)
+
+
+def scope_to_pb(scope: TokenScope) -> token_pb2.TokenScope:
+    """A scope. Raises InvalidArgument for an action that is none."""
+    action = next((number for number, name in ACTIONS.items() if name == scope.action), None)
+    if action is None:
+        raise InvalidArgument("scopes", f"{scope.action!r} is none of {', '.join(ACTIONS.values())}")
+    tenants = None if scope.tenants == "*" else scope.tenants
+    return token_pb2.TokenScope(action=action, destinations=scope.destinations, tenants=tenants)
 
 
 def route_from_pb(found: pb.Route) -> Route:

@@ -14,6 +14,7 @@ from spillway.client.consumer import CREDIT_BYTES, CREDIT_MESSAGES, LEASE_TOTAL_
 from spillway.client.errors import Closed, InvalidArgument, SpillwayError, Unavailable
 from spillway.client.leases import LeasedRun
 from spillway.client.producer import IN_FLIGHT_BYTES_MAX, Producer
+from spillway.client.security import Security
 from spillway.client.topology import Router, Topology, TopologyWatch
 from spillway.contract.limits import PAYLOAD_BYTES_MAX
 
@@ -25,13 +26,21 @@ class Client:
 
     `addresses` is one `host:port` or several; any live node of the cluster will do, the others are found through it.
     `payload_bytes_max` is checked before a record is sent; set it to the nodes' setting if that is not the default.
+
+    `tls_ca` is a PEM file with the authority of the nodes' certificates, or "default" for public ones; without it there is no TLS.
+    `tls_cert` and `tls_key` are PEM files with a certificate of the client's own, where nodes demand one. `tls_server_name` is the name in
+    the nodes' certificates, if that is not in their addresses. `token`, or the content of `token_file`, says who calls. Files are read
+    again when they change: new calls and streams go with what is new. Raises InvalidArgument if something of this cannot be.
     """
 
     def __init__(self, addresses: str | Sequence[str] = "127.0.0.1:7070", *,
-                 payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> None:
+                 payload_bytes_max: int = PAYLOAD_BYTES_MAX, tls_ca: str = "", tls_cert: str = "", tls_key: str = "",
+                 tls_server_name: str = "", token: str = "", token_file: str = "") -> None:
         self._seeds = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self._seeds or not all(":" in address for address in self._seeds):
             raise InvalidArgument("addresses", f"{addresses!r} is not host:port, or a list of them")
+        self._security = Security(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, tls_server_name=tls_server_name, token=token,
+                                  token_file=token_file)
         self._payload_bytes_max = payload_bytes_max
         self._channels: Channels | None = None
         self._watch: TopologyWatch | None = None
@@ -42,7 +51,7 @@ class Client:
         return f"<Client of {', '.join(self._seeds)}: {'open' if self._watch is not None else 'closed'}>"
 
     async def __aenter__(self) -> Client:
-        self._channels = Channels()
+        self._channels = Channels(self._security)
         health = Health(asyncio.get_running_loop().time)
         self._watch = TopologyWatch(self._seeds, self._channels, health)
         self._router = Router(self._watch, health)
@@ -65,7 +74,8 @@ class Client:
         await channels.close()
 
     async def wait_ready(self, timeout: float | None = None) -> Topology:
-        """Waits until every shard has a leader. Raises Unavailable after `timeout` seconds."""
+        """Waits until every shard has a leader. Raises Unavailable after `timeout` seconds, PermissionDenied if a node refuses this
+        client."""
         watch = self._open()[0].watch
         try:
             async with asyncio.timeout(timeout):
@@ -73,7 +83,8 @@ class Client:
         except TimeoutError:
             lacking = [i for i, leader in enumerate(watch.current.leaders, 1) if leader not in watch.current.nodes]
             raise Unavailable(f"after {timeout} s shards {lacking} have no leader" if watch.current.shard_count else
-                              f"after {timeout} s none of {', '.join(self._seeds)} has told the topology") from None
+                              f"after {timeout} s none of {', '.join(self._seeds)} has told the topology"
+                              + (f" ({watch.reason})" if watch.reason else "")) from None
 
     @property
     def topology(self) -> Topology:

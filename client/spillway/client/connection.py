@@ -5,14 +5,17 @@ deliveries must not hold up settlements.
 """
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import Literal
 
 import grpc
 from spillway.client.retry import Backoff
+from spillway.client.security import Security
 
 Kind = Literal["control", "produce", "lease", "ack"]
 MESSAGE_BYTES_MAX = 16 << 20
+FORMER_SECONDS = 60.0  # calls over a channel with former certificates: then they are cancelled, and made anew
 DOWN_SECONDS_BASE = 0.05
 DOWN_SECONDS_CAP = 2.0
 
@@ -31,16 +34,30 @@ _OPTIONS: list[tuple[str, int | str]] = [
 class Channels:
     """The open channels, one per (address, kind). Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security | None = None) -> None:
+        self._security = security or Security()
         self._channels: dict[tuple[str, Kind], grpc.aio.Channel] = {}
+        self._version = self._security.version
+        self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, address: str, kind: Kind) -> grpc.aio.Channel:
-        """The channel to a node for a kind of stream; connects in the background."""
+        """The channel to a node for a kind of stream; connects in the background. After a change of certificates it is a new one."""
+        if self._security.refresh() != self._version:
+            self._version = self._security.version
+            for former in self._channels.values():
+                closing = asyncio.get_running_loop().create_task(former.close(FORMER_SECONDS))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+            self._channels.clear()
         channel = self._channels.get((address, kind))
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=[*_OPTIONS, ("spillway.kind", kind)])
+            channel = self._security.channel(address, [*_OPTIONS, ("spillway.kind", kind)])
             self._channels[address, kind] = channel
         return channel
+
+    def token(self) -> str:
+        """The token that a call made now carries; empty: none."""
+        return self._security.token()
 
     async def retain(self, addresses: Iterable[str]) -> None:
         """Closes the channels to all other addresses."""
@@ -51,6 +68,8 @@ class Channels:
 
     async def close(self) -> None:
         """Closes all channels."""
+        for closing in self._closing:
+            closing.cancel()
         await self.retain(())
 
 

@@ -157,6 +157,7 @@ class _Stream:
         """One call, until it ends. Returns why."""
         consumer = self.consumer
         channel = consumer.channels.get(self.address, "lease")
+        token = consumer.channels.token()
         call = self._call = channel.stream_stream(METHOD, pb.LeaseRequest.SerializeToString, pb.LeaseResponse.FromString)()
         consumer.replan_now()
         subscribe = consumer.subscription(self.owed_messages, self.owed_bytes, self.local_only)
@@ -190,7 +191,7 @@ class _Stream:
         for result in ended:
             if isinstance(result, grpc.aio.AioRpcError):
                 error = from_rpc_error(result)
-                if is_final(result.code()):
+                if is_final(result.code()) and consumer.channels.token() == token:  # a new one may be better
                     consumer.fail(error)
                 return error
         for result in ended:

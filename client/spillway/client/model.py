@@ -154,6 +154,29 @@ class Route:
     etag: str = ""  # as read; give it back with an update to refuse overwriting someone else's
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScope:
+    """One thing that a token allows."""
+
+    action: str  # "produce", "lease" or "admin"
+    destinations: str = "*"  # a destination, or a pattern in which '*' stands for any run of characters
+    tenants: str = "*"  # a tenant, or such a pattern; "" is the tenant without a name. Not with "lease"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token, without what is secret in it."""
+
+    token_id: str
+    name: str  # what it is for
+    scopes: tuple[TokenScope, ...]
+    create_time: datetime
+    expire_time: datetime | None  # None: never
+    streams_max: int = 0  # limits of all that uses it at one node; 0: none
+    messages_per_second: int = 0
+    bytes_in_flight_max: int = 0
+
+
 class GateCause(enum.Enum):
     """Why deliveries are stopped."""
 

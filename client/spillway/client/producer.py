@@ -127,6 +127,9 @@ class _Stream(BatchStream[_Request]):
         channel = self.producer._channels.get(self.address, "produce")
         return channel.stream_stream(METHOD, None, pb.ProduceResponse.FromString)()
 
+    def token(self) -> str:
+        return self.producer._channels.token()
+
     def offer(self, lane: _Lane) -> None:
         """The lane has something to send."""
         lane.queued = True
@@ -419,6 +422,8 @@ class Producer:
         known = asyncio.ensure_future(self._router.watch.known())
         try:
             await asyncio.wait((known, self._ending), return_when=asyncio.FIRST_COMPLETED)
+            if known.done():
+                known.result()  # raises what says that nodes refuse this client
         finally:
             known.cancel()
 

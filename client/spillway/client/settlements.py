@@ -107,6 +107,9 @@ class _Stream(BatchStream[_Request]):
         channel = self.settler._channels.get(self.address, "ack")
         return channel.stream_stream(METHOD, None, pb.AckResponse.FromString)()
 
+    def token(self) -> str:
+        return self.settler._channels.token()
+
     def fill(self) -> _Request | None:
         pending = self.pending
         in_flight = len(self.in_flight)

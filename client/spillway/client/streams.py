@@ -54,6 +54,10 @@ class BatchStream(Generic[B]):
         """Opens the call."""
         raise NotImplementedError
 
+    def token(self) -> str:
+        """The token that a call opened now carries."""
+        raise NotImplementedError
+
     def fill(self) -> B | None:
         """The next request, or None if nothing is to be sent now. `wake` makes it be asked again."""
         raise NotImplementedError
@@ -103,6 +107,7 @@ class BatchStream(Generic[B]):
 
     async def _serve(self) -> tuple[SpillwayError, bool]:
         """One call, until it ends. Returns why."""
+        token = self.token()
         call = self.open()
         reader = asyncio.create_task(self._read(call))
         writer = asyncio.create_task(self._write(call))
@@ -120,7 +125,7 @@ class BatchStream(Generic[B]):
             ended = await asyncio.gather(reader, writer, return_exceptions=True)
         for result in ended:
             if isinstance(result, grpc.aio.AioRpcError):
-                return from_rpc_error(result), is_final(result.code())
+                return from_rpc_error(result), is_final(result.code()) and self.token() == token  # a new one may be better
         for result in ended:
             if isinstance(result, InternalError):
                 return result, True

@@ -37,8 +37,10 @@ class Client:
     """See `spillway.client.Client`."""
 
     def __init__(self, addresses: str | Sequence[str] = "127.0.0.1:7070", *,
-                 payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> None:
-        self._client = aio.Client(addresses, payload_bytes_max=payload_bytes_max)
+                 payload_bytes_max: int = PAYLOAD_BYTES_MAX, tls_ca: str = "", tls_cert: str = "", tls_key: str = "",
+                 tls_server_name: str = "", token: str = "", token_file: str = "") -> None:
+        self._client = aio.Client(addresses, payload_bytes_max=payload_bytes_max, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key,
+                                  tls_server_name=tls_server_name, token=token, token_file=token_file)
         self._loop: LoopThread | None = None
 
     def __enter__(self) -> Client:

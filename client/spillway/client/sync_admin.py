@@ -1,8 +1,8 @@
 """Admin calls for threads; see `spillway.client.sync`."""
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, TypeVar
 
 from spillway.client import client as aio
 from spillway.client.admin import PURGE_TIMEOUT_SECONDS, REDRIVE_TIMEOUT_SECONDS
@@ -18,6 +18,8 @@ from spillway.client.model import (
     Purged,
     RedriveProgress,
     Route,
+    Token,
+    TokenScope,
     TopTenants,
 )
 
@@ -140,6 +142,18 @@ class Admin:
     def delete_route(self, source: str, *, etag: str = "", timeout: float = TIMEOUT_SECONDS) -> None:
         """See `spillway.client.Admin.delete_route`."""
         self._loop.run(self._admin.delete_route(source, etag=etag, timeout=timeout))
+
+    def create_token(self, name: str, scopes: Sequence[TokenScope], **options: Any) -> tuple[Token, str]:
+        """See `spillway.client.Admin.create_token`, whose options these are."""
+        return self._loop.run(self._admin.create_token(name, scopes, **options))
+
+    def list_tokens(self, *, timeout: float = TIMEOUT_SECONDS) -> list[Token]:
+        """See `spillway.client.Admin.list_tokens`."""
+        return self._listed(self._admin.list_tokens(timeout=timeout))
+
+    def revoke_token(self, token_id: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        """See `spillway.client.Admin.revoke_token`."""
+        self._loop.run(self._admin.revoke_token(token_id, timeout=timeout))
 
     def _listed(self, found: AsyncIterator[T]) -> list[T]:
         async def listed() -> list[T]:

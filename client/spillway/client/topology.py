@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import grpc
 from spillway.client.connection import Channels, Health
-from spillway.client.errors import InternalError, Unavailable
-from spillway.client.retry import Backoff
+from spillway.client.errors import InternalError, SpillwayError, Unavailable, from_rpc_error
+from spillway.client.retry import Backoff, is_final
 from spillway.contract.limits import SHARDS_MAX
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import cluster_service_pb2_grpc as rpc
@@ -100,6 +100,8 @@ class TopologyWatch:
         self._refresh: asyncio.Task[None] | None = None
         self._refreshed = 0.0
         self._turn = 0
+        self.reason = ""  # why the node that was asked last did not answer; empty if it did
+        self._refused: SpillwayError | None = None  # nodes do not let this client in
         self._foreign: set[str] = set()  # identities of other clusters that were heard of
 
     def start(self) -> None:
@@ -122,8 +124,11 @@ class TopologyWatch:
         self._listeners.remove(listener)
 
     async def known(self, complete: bool = False) -> Topology:
-        """Waits until a topology is known; if `complete`, until every shard has a leader."""
+        """Waits until a topology is known; if `complete`, until every shard has a leader. Raises PermissionDenied if nodes refuse this
+        client."""
         while not (self.current.ready if complete else self.current.shard_count):
+            if self._refused is not None:
+                raise self._refused
             self._changed.clear()
             await self._changed.wait()
         return self.current
@@ -161,6 +166,7 @@ class TopologyWatch:
         backoff = Backoff(0.05, 2.0)
         warned = False
         while True:
+            token = self._channels.token()
             address = self._watched = self._candidate()
             stub = rpc.ClusterServiceStub(self._channels.get(address, "control"))
             self._call = call = stub.WatchTopology(pb.WatchTopologyRequest())
@@ -174,13 +180,18 @@ class TopologyWatch:
                     self._health.worked(address)
                     backoff.reset()
                     warned = False
+                    self.reason, self._refused = "", None
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                if is_final(error.code()) and self._channels.token() == token:
+                    self._refused = from_rpc_error(error)
+                    self._changed.set()
             except asyncio.CancelledError:
                 if not call.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     call.cancel()
                     raise
                 reason = "it hangs"
+            self.reason = reason
             self._health.failed(address)
             if not warned:
                 warned = True

@@ -1,4 +1,4 @@
 """The version of this software: of the source that runs, whatever is installed beside it."""
 from __future__ import annotations
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from spillway.v1 import admin_service_pb2 as spillway_dot_v1_dot_admin__service__pb2
+from spillway.v1 import token_pb2 as spillway_dot_v1_dot_token__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -144,6 +145,21 @@ class AdminServiceStub:
                 '/spillway.v1.AdminService/DeleteRoute',
                 request_serializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteRequest.SerializeToString,
                 response_deserializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteResponse.FromString,
+                _registered_method=True)
+        self.CreateToken = channel.unary_unary(
+                '/spillway.v1.AdminService/CreateToken',
+                request_serializer=spillway_dot_v1_dot_token__pb2.CreateTokenRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_token__pb2.CreateTokenResponse.FromString,
+                _registered_method=True)
+        self.ListTokens = channel.unary_unary(
+                '/spillway.v1.AdminService/ListTokens',
+                request_serializer=spillway_dot_v1_dot_token__pb2.ListTokensRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_token__pb2.ListTokensResponse.FromString,
+                _registered_method=True)
+        self.RevokeToken = channel.unary_unary(
+                '/spillway.v1.AdminService/RevokeToken',
+                request_serializer=spillway_dot_v1_dot_token__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=spillway_dot_v1_dot_token__pb2.RevokeTokenResponse.FromString,
                 _registered_method=True)
 
 
@@ -317,6 +333,29 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateToken(self, request, context):
+        """Makes a token for clients. Its secret is in the response, and nowhere else.
+        A repeated call makes another one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTokens(self, request, context):
+        """All tokens, by id, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeToken(self, request, context):
+        """Ends a token for good. Every node refuses it within about a second, and ends
+        streams that were opened with it. NOT_FOUND if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -429,6 +468,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DeleteRoute,
                     request_deserializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteRequest.FromString,
                     response_serializer=spillway_dot_v1_dot_admin__service__pb2.DeleteRouteResponse.SerializeToString,
+            ),
+            'CreateToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateToken,
+                    request_deserializer=spillway_dot_v1_dot_token__pb2.CreateTokenRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_token__pb2.CreateTokenResponse.SerializeToString,
+            ),
+            'ListTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTokens,
+                    request_deserializer=spillway_dot_v1_dot_token__pb2.ListTokensRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_token__pb2.ListTokensResponse.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=spillway_dot_v1_dot_token__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=spillway_dot_v1_dot_token__pb2.RevokeTokenResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1026,6 +1080,87 @@ class AdminService:
             '/spillway.v1.AdminService/DeleteRoute',
             spillway_dot_v1_dot_admin__service__pb2.DeleteRouteRequest.SerializeToString,
             spillway_dot_v1_dot_admin__service__pb2.DeleteRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/CreateToken',
+            spillway_dot_v1_dot_token__pb2.CreateTokenRequest.SerializeToString,
+            spillway_dot_v1_dot_token__pb2.CreateTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/ListTokens',
+            spillway_dot_v1_dot_token__pb2.ListTokensRequest.SerializeToString,
+            spillway_dot_v1_dot_token__pb2.ListTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spillway.v1.AdminService/RevokeToken',
+            spillway_dot_v1_dot_token__pb2.RevokeTokenRequest.SerializeToString,
+            spillway_dot_v1_dot_token__pb2.RevokeTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from grpc import aio as _aio
 from spillway.v1 import admin_service_pb2 as _admin_service_pb2
+from spillway.v1 import token_pb2 as _token_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -98,6 +99,16 @@ class AdminServiceStub:
     """Removes a route. Copies that were promised are still made. NOT_FOUND if
     there is none; ABORTED if `etag` is given and differs.
     """
+    CreateToken: _grpc.UnaryUnaryMultiCallable[_token_pb2.CreateTokenRequest, _token_pb2.CreateTokenResponse]
+    """Makes a token for clients. Its secret is in the response, and nowhere else.
+    A repeated call makes another one.
+    """
+    ListTokens: _grpc.UnaryUnaryMultiCallable[_token_pb2.ListTokensRequest, _token_pb2.ListTokensResponse]
+    """All tokens, by id, in pages."""
+    RevokeToken: _grpc.UnaryUnaryMultiCallable[_token_pb2.RevokeTokenRequest, _token_pb2.RevokeTokenResponse]
+    """Ends a token for good. Every node refuses it within about a second, and ends
+    streams that were opened with it. NOT_FOUND if there is none.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -168,6 +179,16 @@ class AdminServiceAsyncStub(AdminServiceStub):
     DeleteRoute: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRouteRequest, _admin_service_pb2.DeleteRouteResponse]  # type: ignore[assignment]
     """Removes a route. Copies that were promised are still made. NOT_FOUND if
     there is none; ABORTED if `etag` is given and differs.
+    """
+    CreateToken: _aio.UnaryUnaryMultiCallable[_token_pb2.CreateTokenRequest, _token_pb2.CreateTokenResponse]  # type: ignore[assignment]
+    """Makes a token for clients. Its secret is in the response, and nowhere else.
+    A repeated call makes another one.
+    """
+    ListTokens: _aio.UnaryUnaryMultiCallable[_token_pb2.ListTokensRequest, _token_pb2.ListTokensResponse]  # type: ignore[assignment]
+    """All tokens, by id, in pages."""
+    RevokeToken: _aio.UnaryUnaryMultiCallable[_token_pb2.RevokeTokenRequest, _token_pb2.RevokeTokenResponse]  # type: ignore[assignment]
+    """Ends a token for good. Every node refuses it within about a second, and ends
+    streams that were opened with it. NOT_FOUND if there is none.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -368,6 +389,34 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_service_pb2.DeleteRouteResponse, _abc.Awaitable[_admin_service_pb2.DeleteRouteResponse]]:
         """Removes a route. Copies that were promised are still made. NOT_FOUND if
         there is none; ABORTED if `etag` is given and differs.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateToken(
+        self,
+        request: _token_pb2.CreateTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_pb2.CreateTokenResponse, _abc.Awaitable[_token_pb2.CreateTokenResponse]]:
+        """Makes a token for clients. Its secret is in the response, and nowhere else.
+        A repeated call makes another one.
+        """
+
+    @_abc_1.abstractmethod
+    def ListTokens(
+        self,
+        request: _token_pb2.ListTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_pb2.ListTokensResponse, _abc.Awaitable[_token_pb2.ListTokensResponse]]:
+        """All tokens, by id, in pages."""
+
+    @_abc_1.abstractmethod
+    def RevokeToken(
+        self,
+        request: _token_pb2.RevokeTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_pb2.RevokeTokenResponse, _abc.Awaitable[_token_pb2.RevokeTokenResponse]]:
+        """Ends a token for good. Every node refuses it within about a second, and ends
+        streams that were opened with it. NOT_FOUND if there is none.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

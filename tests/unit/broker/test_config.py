@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from spillway.broker import config as config_module
 from spillway.broker.config import NodeConfig, is_loopback, load, members_of, meta_founders, parser, split_address
 from spillway.broker.errors import ConfigError
 from spillway.broker.main import EXIT_CONFIG, serve, show_config
@@ -13,14 +14,16 @@ from spillway.broker.main import EXIT_CONFIG, serve, show_config
 PEERS = "n1=127.0.0.1:7001/127.0.0.1:7002,n2=[::1]:7003/host:7004"
 # One other value of every setting, as text for flags and variables.
 OTHER = {
-    "node_id": "n2", "cluster": "c2", "listen": "0.0.0.0:1", "peer_listen": "0.0.0.0:2", "data_dir": "/d", "peers": PEERS,
+    "node_id": "n2", "cluster": "c2", "listen": "127.0.0.2:1", "peer_listen": "127.0.0.2:2", "data_dir": "/d", "peers": PEERS,
     "shards": "4", "replicas": "5", "auto_create": "false", "payload_bytes_max": "1000", "ingress_bytes_max": "1048576",
     "disk_free_bytes_min": "0", "streams_max": "1", "log_level": "debug", "join": "a:1,b:2", "advertise": "a:1/b:2", "zone": "z",
     "host": "h", "replace_after_seconds": "1", "snapshot_bytes_per_second": "1048576",
-    "feature_level_max": "1"}
-TEXTS = ("node_id", "cluster", "listen", "peer_listen", "data_dir", "log_level", "advertise", "zone", "host")
-LISTS = ("peers", "join")
-VALUES = {name: text if name in TEXTS else text.split(",") if name in LISTS else text == "true" if name == "auto_create" else int(text)
+    "feature_level_max": "1", "tls_cert": "/c", "tls_key": "/k", "tls_client_ca": "/a", "peer_tls_cert": "/pc", "peer_tls_key": "/pk",
+    "peer_tls_ca": "/pa", "auth": "tokens", "admin_token_file": "/t", "jwt_jwks_file": "/j", "jwt_issuer": "i", "jwt_audience": "a",
+    "allow_insecure": "true", "connection_streams_max": "1", "connection_messages_per_second": "1", "connection_bytes_in_flight_max": "1"}
+LISTS, SWITCHES = ("peers", "join"), ("auto_create", "allow_insecure")
+TEXTS = [name for name, value in msgspec.to_builtins(NodeConfig()).items() if isinstance(value, str)]
+VALUES = {name: text if name in TEXTS else text.split(",") if name in LISTS else text == "true" if name in SWITCHES else int(text)
           for name, text in OTHER.items()}
 DEFAULTS = msgspec.to_builtins(NodeConfig())
 
@@ -28,7 +31,7 @@ DEFAULTS = msgspec.to_builtins(NodeConfig())
 def flag(name: str, text: str) -> list[str]:
     """A setting as a flag."""
     dashed = name.replace("_", "-")
-    if name == "auto_create":
+    if name in SWITCHES:
         return [f"--{dashed}" if text == "true" else f"--no-{dashed}"]
     return [f"--{dashed}", text]
 
@@ -55,8 +58,9 @@ def test_nothing_said_is_a_cluster_of_one_on_loopback() -> None:
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_flags_win_over_variables_over_the_file_over_defaults(name: str, tmp_path: Path) -> None:
-    """Each setting can be given in all four ways, and the nearest to the operator's hands wins."""
+def test_flags_win_over_variables_over_the_file_over_defaults(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each setting can be given in all four ways, and the nearest to the operator's hands wins. (Some are valid only with others.)"""
+    monkeypatch.setattr(config_module, "validate", lambda config: config)
     given = {name: VALUES[name], **({"node_id": "n2"} if name == "peers" else {})}
     value, default = VALUES[name], DEFAULTS[name]
     as_text = ",".join(default) if isinstance(default, list) else str(default).lower() if isinstance(default, bool) else (
@@ -98,7 +102,8 @@ BAD = [
     ("join", "a", "write host:port"), ("advertise", "a:1", "write peerhost:port/clienthost:port"), ("advertise", "a:1/b", "host:port"),
     ("zone", "a/b", "use up to 63"), ("host", "h" * 64, "use up to 63"), ("replace_after_seconds", "0", "1 to"),
     ("snapshot_bytes_per_second", "1048575", "at least 1 MiB"),
-    ("feature_level_max", "99", "must be 0, or 1 to"),
+    ("feature_level_max", "99", "must be 0, or 1 to"), ("connection_streams_max", "-1", "at least 0"),
+    ("connection_messages_per_second", "-1", "at least 0"), ("connection_bytes_in_flight_max", "-1", "at least 0"),
     ("disk_free_bytes_min", "-1", "at least 0"), ("log_level", "loud", "say debug, info, warning or error")]
 
 
@@ -117,13 +122,43 @@ def test_a_wrong_value_is_refused_with_its_setting_and_source(name: str, text: s
         assert said.startswith(source) and says in said
 
 
+TLS = ["--tls-cert=/c", "--tls-key=/k"]
+PEER_TLS = ["--peer-tls-cert=/c", "--peer-tls-key=/k", "--peer-tls-ca=/a"]
+JWT = ["--jwt-jwks-file=/j", "--jwt-issuer=i", "--jwt-audience=a"]
+EVERYWHERE = ["--listen=0.0.0.0:7070", "--peer-listen=[::]:7071"]
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (TLS[:1], "tls_key is missing; tls_cert and tls_key belong together"), (TLS[1:], "tls_cert is missing"),
+    (PEER_TLS[:2], "peer_tls_ca is missing"), (PEER_TLS[1:], "peer_tls_cert is missing"),
+    (["--tls-client-ca=/a"], "tls_client_ca is set without tls_cert"),
+    (["--auth=password"], "auth is 'password'; say none or tokens"),
+    (["--admin-token-file=/t"], "admin_token_file is set, and auth is 'none'"), (JWT, "jwt_jwks_file is set, and auth is 'none'"),
+    ([*JWT[:2], "--auth=tokens"], "jwt_audience is missing"), (["--jwt-issuer=i"], "jwt_jwks_file is missing"),
+    ([*PEER_TLS, "--node-id=n\u00e9"], "a certificate can only name it if it is ASCII"),
+    (EVERYWHERE[:1], "flag --listen: listen is 0.0.0.0:7070, which other machines reach, without TLS: set tls_cert and tls_key, listen on"),
+    ([EVERYWHERE[0], *TLS], "flag --listen: listen is 0.0.0.0:7070, which other machines reach, and anybody may do anything there: set "),
+    ([EVERYWHERE[0], "--auth=tokens"], "without TLS"), (EVERYWHERE[1:], "flag --peer-listen: peer_listen is [::]:7071, which other"),
+    ([*EVERYWHERE, *TLS, "--auth=tokens"], "peer_listen is [::]:7071, which other machines reach, without TLS: set peer_tls_cert"),
+    (["--listen=host.example:7070"], "without TLS"),
+    ([EVERYWHERE[0], *TLS, "--auth=tokens"], None), ([EVERYWHERE[0], *TLS, "--tls-client-ca=/a"], None),
+    ([*EVERYWHERE, *TLS, *PEER_TLS, "--auth=tokens", *JWT, "--admin-token-file=/t"], None), ([*EVERYWHERE, "--allow-insecure"], None),
+    (["--listen=localhost:1", "--peer-listen=[::1]:2", "--auth=tokens"], None)])
+def test_a_node_protects_itself_or_stays_at_home(flags: list[str], says: str | None) -> None:
+    """Half of what belongs together is refused, and so is a node that everybody could use; the error says what to do."""
+    if says is None:
+        load(flags, {})
+    else:
+        assert says in wrong(flags)
+
+
 @pytest.mark.parametrize(("flags", "says"), [
     (["--join=a:1", "--peer-listen=0.0.0.0:7071"], "flag --peer-listen: peer_listen has 0.0.0.0:7071, where no other node"),
     (["--join=a:1", "--listen=[::]:7070"], "flag --listen: listen has [::]:7070, where no other node reaches this one; say with advertise"),
     (["--join=a:1", "--listen=127.0.0.1:0"], "flag --listen: listen has 127.0.0.1:0, where"),
     (["--advertise=0.0.0.0:1/b:2"], "flag --advertise: advertise has 0.0.0.0:1, where no other node reaches"),
-    (["--join=a:1", "--peer-listen=0.0.0.0:7071", "--listen=0.0.0.0:7070", "--advertise=a:1/b:2"], None),
-    (["--listen=0.0.0.0:7070"], None)])
+    (["--join=a:1", "--peer-listen=0.0.0.0:7071", "--listen=0.0.0.0:7070", "--advertise=a:1/b:2", "--allow-insecure"], None),
+    (["--listen=0.0.0.0:7070", "--allow-insecure"], None)])
 def test_a_node_that_joins_says_where_it_is(flags: list[str], says: str | None) -> None:
     """At "any address" others would look for it on their own machines."""
     if says is None:
@@ -157,7 +192,7 @@ def test_a_switch_is_true_or_false(text: str) -> None:
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    ("shard = 4", "unknown setting 'shard'; known are advertise, auto_create, cluster,"),
+    ("shard = 4", "unknown setting 'shard'; known are admin_token_file, advertise, allow_insecure,"),
     ("[node]\nshards = 4", "unknown setting 'node'"),
     ("shards = '4x'", "shards is '4x'"), ("shards = true", "shards is True"), ("node_id = 4", "node_id is 4"),
     ("peers = [1]", "peers is [1]")])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from spillway.broker.core import directory as d
+from spillway.broker.core.access import ADMIN, LEASE, PRODUCE, Scope, Token
 from spillway.broker.core.errors import CorruptEntry
 from spillway.broker.core.policy import Limit, Nack, Policy, TenantPolicy
 
@@ -232,7 +233,7 @@ def test_a_node_from_before_levels_has_none() -> None:
 def test_what_a_newer_version_wrote_is_refused_with_what_to_do() -> None:
     """An unknown kind of command or row, and a later shape of a known one: it is never taken for something else."""
     unknown = msgspec.msgpack.encode([[99, "node", 7, 1]])
-    with pytest.raises(CorruptEntry, match="a command of kind 99, and this version knows up to 9: a newer version wrote it; run that one"):
+    with pytest.raises(CorruptEntry, match="a command of kind 99, and this version knows up to 11: a newer version wrote it; run that one"):
         d.Directory().apply(1, unknown)
     for key, value, says in ((b"\x01zx", [1, "x"], "of a kind that this version does not know: a newer version wrote it"),
                              (b"\x01nn1", [2, "n1"], "has version 2, and this node reads up to 1: a newer version wrote it"),
@@ -299,3 +300,46 @@ def test_a_cluster_gets_its_identity_once() -> None:
     assert older.cluster_id == ""
     assert apply(older, 2, d.Settle("node", 7, (), cluster_id="i")) == [d.OK]
     assert older.cluster_id == "i"
+
+
+TOKEN = Token("0a1b2c3d4e5f", 0, "ci", bytes(range(32)), (Scope(PRODUCE, "a*", "t"), Scope(LEASE), Scope(ADMIN, "b", "")),
+              1_700_000_000_000, 1_800_000_000_000, 1, 2, 3)
+# As level 3 wrote it, byte for byte: the command, and the row.
+TOKEN_REST = ("a26369c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f939300a2612aa1749301a12aa12a9302a162a0"
+              "cf0000018bcfe56800cf000001a3185c5000010203")
+TOKEN_COMMAND = bytes.fromhex("91940aa46e6f6465079b01ac30613162326333643465356600" + TOKEN_REST)
+TOKEN_ROW = bytes.fromhex("9b01ac30613162326333643465356607" + TOKEN_REST)
+
+
+def test_tokens_are_stored_as_level_3_wrote_them() -> None:
+    """A shape that was released never changes."""
+    command = d.PutToken("node", 7, TOKEN)
+    assert d.encode_command([command]) == TOKEN_COMMAND
+    directory = d.Directory()
+    (change,), rows, gone = directory.apply(7, TOKEN_COMMAND)
+    assert (change.outcome, rows, gone) == (d.OK, [(b"\x01t0a1b2c3d4e5f", TOKEN_ROW)], [])
+    again = d.Directory()
+    again.load(iter(rows))
+    assert again.tokens == directory.tokens == {TOKEN.token_id: msgspec.structs.replace(TOKEN, revision=7)}
+
+
+def test_tokens_are_made_once_and_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No id is taken twice; what is gone is gone; there are only so many. Whoever keeps what tokens allow sees each change."""
+    directory = d.Directory()
+    assert apply(directory, 1, d.PutToken("node", 7, TOKEN), d.PutToken("node", 7, TOKEN)) == [d.OK, d.EXISTS]
+    revision = directory.tokens_revision
+    drop = d.DropToken("node", 7, TOKEN.token_id)
+    (change, none), rows, gone = directory.apply(2, d.encode_command([drop, drop]))
+    assert (change.outcome, none.outcome, rows, gone) == (d.OK, d.MISSING, [], [b"\x01t0a1b2c3d4e5f"]) and not directory.tokens
+    assert directory.tokens_revision > revision
+    monkeypatch.setattr(d, "TOKENS_MAX", 1)
+    other = msgspec.structs.replace(TOKEN, token_id="x")
+    assert apply(directory, 3, d.PutToken("node", 7, TOKEN), d.PutToken("node", 7, other)) == [d.OK, d.FULL]
+
+
+@pytest.mark.parametrize("fields", [{"digest": bytes(31)}, {"digest": b""}, {"token_id": ""}, {"scopes": (Scope(3),)},
+                                    {"scopes": (Scope(0, ""),)}, {"expires_ms": -1}])
+def test_what_is_no_token_is_refused(fields: dict[str, Any]) -> None:
+    """Nobody wrote it."""
+    with pytest.raises(CorruptEntry):
+        d.Directory().apply(1, d.encode_command([d.PutToken("node", 7, msgspec.structs.replace(TOKEN, **fields))]))

@@ -1,5 +1,5 @@
-"""The replicated state of the meta group: destinations with their policy, routes, what operators have stopped, the cluster's identity
-and nodes, where each shard belongs, and the feature level. Pure; small enough to be kept whole.
+"""The replicated state of the meta group: destinations with their policy, routes, what operators have stopped, tokens, the cluster's
+identity and nodes, where each shard belongs, and the feature level. Pure; small enough to be kept whole.
 
 A command is a list of changes, each with the identity of whoever asked; `apply` answers each with a Change that tells what
 became of it, so that the node that asked can tell its caller.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 
 import msgspec
+from spillway.broker.core.access import TOKENS_MAX, Token
 from spillway.broker.core.bounds import Count, Name, Number, Time, check_scope, version_of
 from spillway.broker.core.errors import RUN_NEWER, CorruptEntry
 from spillway.broker.core.features import LEVEL_MIN
@@ -27,6 +28,7 @@ OK, EXISTS, MISSING, ETAG, FULL, TAKEN, UNKNOWN_TARGET, CYCLE = range(8)  # outc
 FOR_EVER = 0  # Hold.until of a pause
 # First bytes of rows; names have no control characters, so a destination's row is its name.
 _ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL, _IDENTITY = b"\x01r", b"\x01h", b"\x01n", b"\x01s", b"\x01l", b"\x01i"
+_TOKEN = b"\x01t"
 _KIND = b"\x01"
 
 
@@ -239,8 +241,24 @@ class Raise(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=9):
     level: Count
 
 
-Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold | PutMember | DropMember | Settle | Raise
-_COMMANDS = range(1, 10)  # kinds that are read
+class PutToken(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=10):
+    """Makes a token."""
+
+    origin: str
+    number: int
+    token: Token
+
+
+class DropToken(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=11):
+    """Ends a token."""
+
+    origin: str
+    number: int
+    token_id: Name
+
+
+Command = PutV1 | PutDestination | PutRoute | DropRoute | SetHold | PutMember | DropMember | Settle | Raise | PutToken | DropToken
+_COMMANDS = range(1, 12)  # kinds that are read
 
 
 class _Kind(msgspec.Struct, array_like=True):
@@ -255,6 +273,7 @@ _decode_hold = msgspec.msgpack.Decoder(Hold).decode
 _decode_member = msgspec.msgpack.Decoder(Member).decode
 _decode_home = msgspec.msgpack.Decoder(Home).decode
 _decode_identity = msgspec.msgpack.Decoder(Identity).decode
+_decode_token = msgspec.msgpack.Decoder(Token).decode
 _decode_level = msgspec.msgpack.Decoder(Level).decode
 _decode_kinds = msgspec.msgpack.Decoder(list[_Kind]).decode
 
@@ -270,7 +289,7 @@ class Change(msgspec.Struct):
     origin: str
     number: int
     outcome: int
-    record: Destination | Route | Hold | Member | Level | None = None  # as it is now
+    record: Destination | Route | Hold | Member | Level | Token | None = None  # as it is now
     why: str = ""  # what an outcome needs to be understood: the target that is unknown, the cycle
 
 
@@ -285,6 +304,9 @@ class Directory:
         self.homes: dict[int, Home] = {}
         self.level = LEVEL_MIN
         self.identity: Identity | None = None
+        self.tokens: dict[str, Token] = {}
+        self.tokens_revision = 0
+        """Grows whenever tokens change, and may when they do not. Not stored, and each node's own."""
         self.nodes_revision = 0
         """Grows whenever members or homes change, and may when they do not: caches compare it. Not stored, and each node's own."""
 
@@ -296,6 +318,8 @@ class Directory:
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
         """Replaces everything by stored rows. Raises CorruptEntry."""
         self.destinations, self.routes, self.holds, self.members, self.homes = {}, {}, {}, {}, {}
+        self.tokens = {}
+        self.tokens_revision += 1
         self.level = LEVEL_MIN
         self.nodes_revision += 1
         self.identity = None
@@ -314,6 +338,9 @@ class Directory:
                 elif key.startswith(_HOME):
                     home = _decode_home(value)
                     self.homes[home.shard] = home
+                elif key.startswith(_TOKEN):
+                    token = _decode_token(value)
+                    self.tokens[token.token_id] = token
                 elif key == _LEVEL:
                     self.level = _decode_level(value).level
                 elif key == _IDENTITY:
@@ -360,6 +387,12 @@ class Directory:
             elif isinstance(c, DropMember):
                 key = _MEMBER + c.node_id.encode()
                 self._drop_member(c, change)
+            elif isinstance(c, PutToken):
+                key = _TOKEN + c.token.token_id.encode()
+                self._put_token(c, index, change)
+            elif isinstance(c, DropToken):
+                key = _TOKEN + c.token_id.encode()
+                self._drop_token(c, change)
             elif isinstance(c, Raise):
                 key = _LEVEL
                 self._raise(c, index, change)
@@ -486,6 +519,21 @@ class Directory:
         else:
             change.record = old
 
+    def _put_token(self, c: PutToken, index: int, change: Change) -> None:
+        if c.token.token_id in self.tokens:
+            change.outcome = EXISTS
+        elif len(self.tokens) >= TOKENS_MAX:
+            change.outcome = FULL
+        else:
+            self.tokens_revision += 1
+            change.record = self.tokens[c.token.token_id] = msgspec.structs.replace(c.token, revision=index)
+
+    def _drop_token(self, c: DropToken, change: Change) -> None:
+        if self.tokens.pop(c.token_id, None) is None:
+            change.outcome = MISSING
+        else:
+            self.tokens_revision += 1
+
     def _raise(self, c: Raise, index: int, change: Change) -> None:
         if c.level > self.level:
             self.level = c.level
@@ -534,7 +582,7 @@ def _newer(key: bytes, value: bytes) -> str:
     """The same of a row."""
     version = version_of(value)
     newest = 1 if key.startswith(_KIND) else 2
-    if key.startswith(_KIND) and not key.startswith((_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL, _IDENTITY)):
+    if key.startswith(_KIND) and not key.startswith((_ROUTE, _HOLD, _MEMBER, _HOME, _LEVEL, _IDENTITY, _TOKEN)):
         return RUN_NEWER
     return f". It has version {version}, and this node reads up to {newest}{RUN_NEWER}" if version is not None and version > newest else ""
 

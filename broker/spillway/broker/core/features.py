@@ -21,9 +21,11 @@ class Level(NamedTuple):
 LEVELS = {
     1: Level("0.1.0", "everything that was there before levels were"),
     2: Level("0.2.0", "nodes join, drain and leave: the meta group's commands 6 to 9, and rows of nodes, homes, level and identity"),
+    3: Level("0.3.0", "tokens of clients: the meta group's commands 10 and 11, and their rows"),
 }
-LEVEL_MIN, LEVEL_MAX = 1, 2  # at which this version can work; a node of LEVEL_MIN reads all that the cluster writes there
+LEVEL_MIN, LEVEL_MAX = 1, 3  # at which this version can work; a node of LEVEL_MIN reads all that the cluster writes there
 MEMBERS = 2  # the level of changes of the nodes
+TOKENS = 3  # the level of tokens
 
 
 class Range(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 
+from spillway.broker.core.access import Grants
 from spillway.broker.core.entry import Option
 
 # (index in the request, spillway.v1.ErrorCode, field, description)
@@ -13,16 +14,17 @@ Error = tuple[int, int, str, str]
 class Call:
     """One ProduceRequest or AckRequest: its pieces are done one by one, then it answers as a whole."""
 
-    __slots__ = ("done", "errors", "on_done", "peer", "results", "size", "waiting")
+    __slots__ = ("done", "errors", "grants", "on_done", "peer", "results", "size", "waiting")
 
     def __init__(self, count: int, size: int, loop: AbstractEventLoop, on_done: Callable[[Call], None],
-                 peer: bool = False) -> None:
+                 peer: bool = False, grants: Grants | None = None) -> None:
         self.results: list[int] = [0] * count
         self.errors: list[Error] = []
         self.size = size  # bytes that it keeps from the node's ingress budget
         self.waiting = 1  # pieces not yet done; one is the handler's own, see `release`
         self.done: Future[None] = loop.create_future()
         self.on_done = on_done
+        self.grants = grants  # what leases may be settled; None: all
         self.peer = peer  # another node's: what cannot be done here goes back to it, and not on to a third one
 
     def fail(self, index: int, code: int, field: str, description: str) -> None:

@@ -26,11 +26,12 @@ from spillway.broker.errors import AlreadyExists, RequestError, Unavailable
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.cluster.errors import WireInvalid
+from spillway.cluster.transport.tls import TlsFiles, TlsInvalid
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
 from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
 from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
-from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
+from spillway.peer.v1.queue_view_pb2 import AckScope, ProduceRecordView, ProduceRequestView
 from spillway.peer.v1.share_service_pb2_grpc import ShareServiceStub
 from spillway.v1.admin_service_pb2 import CreateDestinationRequest
 from spillway.v1.admin_service_pb2 import Destination as DestinationProto
@@ -60,6 +61,7 @@ LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a lead
 LEADER_POLL_SECONDS = 0.02
 LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
+ROTATED_GRACE_SECONDS = 600.0  # consumers' streams over a channel with former certificates: then they are opened anew
 NOT_LEADER = "leader"  # field of an ItemError between nodes: refused before anything was done
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
                    ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
@@ -88,14 +90,25 @@ class _Stream:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
+        while await self._serve():
+            pass
+
+    async def _serve(self) -> bool:
+        """One call, until it ends; true if it ended, with everything answered, as the link has another channel now."""
         call: Any = None
+        channel = self._link.channel
         reader: asyncio.Task[None] | None = None
         why = "the stream ended"
+        moved = False
         try:
-            call = self._link.channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
-            reader = asyncio.get_running_loop().create_task(self._read(call))
+            call = channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
+            reader = asyncio.get_running_loop().create_task(self._read(call, channel))
             while not reader.done():
-                while self._out:
+                moves = self._link.channel is not channel
+                if moves and not self._waiting:
+                    moved = True
+                    break
+                while self._out and not moves:  # what was sent is answered before anything goes another way: they stay in order
                     request, item = self._out.popleft()
                     self._waiting.append(item)
                     await call.write(request)
@@ -103,7 +116,8 @@ class _Stream:
                 waker = asyncio.ensure_future(self._some.wait())
                 await asyncio.wait((waker, reader), return_when=asyncio.FIRST_COMPLETED)
                 waker.cancel()
-            await reader
+            if not moved:
+                await reader
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             why = error.details() or "broken" if isinstance(error, grpc.aio.AioRpcError) else str(error)
         except WireInvalid as error:
@@ -112,13 +126,15 @@ class _Stream:
             if reader is not None:
                 reader.cancel()
                 call.cancel()
-            waiting = [*self._waiting, *(item for _, item in self._out)]
-            self._waiting.clear()
-            self._out.clear()
-            for item in waiting:
-                self._fail(item, f"node {self._link.node_id}: {why}; the outcome is unknown")
+            if not moved:
+                waiting = [*self._waiting, *(item for _, item in self._out)]
+                self._waiting.clear()
+                self._out.clear()
+                for item in waiting:
+                    self._fail(item, f"node {self._link.node_id}: {why}; the outcome is unknown")
+        return moved
 
-    async def _read(self, call: Any) -> None:
+    async def _read(self, call: Any, channel: grpc.aio.Channel) -> None:
         while True:
             data = await call.read()
             if data is grpc.aio.EOF:
@@ -127,6 +143,12 @@ class _Stream:
                 raise WireInvalid("it answered what it was not asked")
             self._answer(self._waiting[0], data)  # raises before anything is taken: then it is failed with all others
             self._waiting.popleft()
+            if not self._waiting and self._link.channel is not channel:
+                self._some.set()
+
+    def move(self) -> None:
+        """The link has another channel."""
+        self._some.set()
 
     def stop(self) -> None:
         """Ends the stream; what waits is failed."""
@@ -137,18 +159,31 @@ class _Stream:
 class PeerLink:
     """Calls to one other node."""
 
-    def __init__(self, node_id: str, address: str) -> None:
+    def __init__(self, node_id: str, address: str, tls: TlsFiles | None = None) -> None:
         self.node_id = node_id
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self.admin = AdminServiceStub(self.channel)
-        self.share = ShareServiceStub(self.channel)
-        self.cluster = ClusterServiceStub(self.channel)
-        self.member = MemberServiceStub(self.channel)
+        self._tls = tls
+        self._connect()
         self.produce = _Stream(self, "Produce", _produced, _produce_lost)
         # Copies of routes have a stream of their own: what is forwarded on the other may wait for copies that come back here.
         self.copies = _Stream(self, "Produce", _produced, _produce_lost)
         self.ack = _Stream(self, "Ack", _acked, _acks_lost)
+
+    def _connect(self) -> None:
+        self.channel = _channel(self.node_id, self.address, self._tls)
+        self.admin = AdminServiceStub(self.channel)
+        self.share = ShareServiceStub(self.channel)
+        self.cluster = ClusterServiceStub(self.channel)
+        self.member = MemberServiceStub(self.channel)
+
+    def rotate(self) -> grpc.aio.Channel:
+        """Makes a new channel, with new certificates, for whatever begins from now on; returns the former one, to be closed when what
+        it carries has ended."""
+        former = self.channel
+        self._connect()
+        for stream in (self.produce, self.copies, self.ack):
+            stream.move()
+        return former
 
     async def close(self, grace: float | None = None) -> None:
         """Ends all calls; those that are answered within `grace` seconds are not cancelled."""
@@ -158,11 +193,18 @@ class PeerLink:
         await self.channel.close(grace)
 
 
+def _channel(node_id: str, address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return tls.channel(address, node_id, CHANNEL_OPTIONS)
+
+
 class Forwarder:
     """All links of a node."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, tls: TlsFiles | None = None) -> None:
         self.node = node
+        self._tls = tls
         self._links: dict[str, PeerLink] = {}
         self._leaderless: dict[int, deque[Callable[[str | None], None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -182,7 +224,7 @@ class Forwarder:
             member = self.node.members.get(node_id)
             if member is None:
                 raise Unavailable(f"node {node_id} is none of the cluster")
-            link = self._links[node_id] = PeerLink(node_id, member.peer_address)
+            link = self._links[node_id] = PeerLink(node_id, member.peer_address, self._tls)
         return link
 
     def _follow_members(self) -> None:
@@ -192,6 +234,11 @@ class Forwarder:
             if node_id not in members or members[node_id].peer_address != link.address:
                 del self._links[node_id]
                 self._go(link.close(LINK_GRACE_SECONDS))
+
+    def rotate(self) -> None:
+        """There are new certificates: links are made anew, and lose nothing of what is under way."""
+        for link in self._links.values():
+            self._go(link.rotate().close(ROTATED_GRACE_SECONDS))
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -349,8 +396,9 @@ class Forwarder:
             elif leader not in self.node.members:
                 asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, self.ack, shard, call, settlements, give_up)
             else:
+                scope = b"" if call.grants is None else AckScope(destinations=call.grants.lease_patterns()).SerializeToString()
                 request = AckRequest(settlements=settlements.values())
-                self.link(leader).ack.send(request.SerializeToString(), item)
+                self.link(leader).ack.send(scope + request.SerializeToString(), item)
 
         self._with_leader(shard, act)
 
@@ -386,8 +434,17 @@ class Forwarder:
         return leader
 
     async def join_at(self, address: str, request: JoinRequest, timeout: float) -> JoinResponse | grpc.aio.AioRpcError:
-        """What whoever is at an address answers; it need not be a node of the cluster."""
-        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        """What whoever is at an address answers; it need not be a node of the cluster. Raises Unavailable if that one cannot be trusted."""
+        node_id = ""
+        if self._tls is not None:  # no node is expected there: any that the authority vouches for will do
+            try:
+                names = await self._tls.names_at(address)
+            except TlsInvalid as error:
+                raise Unavailable(str(error)) from None
+            if not names:
+                raise Unavailable(f"nobody answers at {address}" if names is None else f"the certificate at {address} names nobody")
+            node_id = names[0]
+        channel = _channel(node_id, address, self._tls)
         try:
             answer: JoinResponse = await MemberServiceStub(channel).Join(request, timeout=timeout)
             return answer

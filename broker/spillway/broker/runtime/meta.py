@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from spillway.broker.core import directory as d
 from spillway.broker.core import features
+from spillway.broker.core.access import TOKENS_MAX, Token
 from spillway.broker.core.directory import Change, Command, Destination, Directory, Home, Member, Route
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import AlreadyExists, EtagMismatch, NotFound, RequestError, Unavailable
@@ -130,6 +131,22 @@ class MetaRuntime:
         rows = _homes(homes)
         change = await self._change(lambda number: d.Settle(self.node_id, number, rows, tuple(first), bool(first), cluster_id))
         return change.outcome == d.OK
+
+    async def put_token(self, token: Token) -> Token:
+        """Makes a token. Raises RequestError, Unavailable."""
+        self._require(features.TOKENS)
+        change = await self._change(lambda number: d.PutToken(self.node_id, number, token))
+        _check(change.outcome, f"token {token.token_id!r}", "token_id", "token_id", 0)
+        if change.outcome == d.FULL:
+            raise RequestError("name", f"there are {TOKENS_MAX} tokens, the most that a cluster keeps; revoke some first")
+        assert isinstance(change.record, Token)
+        return change.record
+
+    async def drop_token(self, token_id: str) -> None:
+        """Ends a token. Raises NotFound, Unavailable."""
+        self._require(features.TOKENS)
+        change = await self._change(lambda number: d.DropToken(self.node_id, number, token_id))
+        _check(change.outcome, f"token {token_id!r}", "token_id", "token_id", 0)
 
     async def raise_level(self, level: int) -> None:
         """Raises the cluster's feature level; the caller has seen that every node can follow. Raises Unavailable."""

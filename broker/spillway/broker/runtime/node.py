@@ -109,6 +109,9 @@ class Node:
                 self.add_replica(number, nodes if config.node_id in nodes else [])
         self.on_members: list[Callable[[], None]] = []
         """Called when `members` is another one."""
+        self.on_tokens: Callable[[], None] = lambda: None
+        """Called when tokens may have changed."""
+        self._tokens_revision = self.meta.directory.tokens_revision
         self.on_removed: Callable[[], None] = lambda: None
         """Called when this node is none of the cluster any more."""
         host.removed = self._removed
@@ -384,6 +387,9 @@ class Node:
 
     def _meta_changed(self) -> None:
         self._meta_news = True
+        if self._tokens_revision != self.meta.directory.tokens_revision:
+            self._tokens_revision = self.meta.directory.tokens_revision
+            self.on_tokens()
         self.wake()
 
     def follow_meta(self) -> None:

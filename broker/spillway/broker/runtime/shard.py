@@ -30,6 +30,7 @@ from spillway.contract.limits import REASON_BYTES_MAX
 from spillway.v1.message_pb2 import (
     ERROR_CODE_INVALID_ARGUMENT,
     ERROR_CODE_OUT_OF_SEQUENCE,
+    ERROR_CODE_PERMISSION_DENIED,
     ERROR_CODE_STALE_TOKEN,
     ERROR_CODE_UNAVAILABLE,
 )
@@ -118,6 +119,11 @@ class ShardRuntime:
                 until = self.node.now_ms() + delay_ms if delay_ms >= 0 else 0
                 self._settles.append((token, BEYOND, sequence, outcome, until, reason))
                 self._settle_calls.append((call, index))
+            return
+        if call.grants is not None and not call.grants.settles(queue.key):
+            call.results[index] = SETTLEMENT_RESULT_REFUSED
+            call.fail(index, ERROR_CODE_PERMISSION_DENIED, f"settlements[{index}].fencing_token",
+                      "is a lease from a destination that the token has no lease scope for")
             return
         position = 0
         if outcome != e.EXTEND:

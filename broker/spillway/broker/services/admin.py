@@ -10,6 +10,7 @@ from spillway.broker.core.rows import DeadRow, sequence_of
 from spillway.broker.errors import BrokerError, NotFound, Unavailable
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
+from spillway.broker.services.access import visible
 from spillway.broker.services.destinations import destination_proto, parse_destination
 from spillway.broker.services.explain import Explain
 from spillway.broker.services.gates import Gates
@@ -19,6 +20,7 @@ from spillway.broker.services.pages import PAGE_BYTES_MAX, no_token, page_size, 
 from spillway.broker.services.routes import Routes
 from spillway.broker.services.stats import Stats
 from spillway.broker.services.status import pass_on
+from spillway.broker.services.tokens import Tokens
 from spillway.contract.hashing import PART
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1 import admin_service_pb2_grpc
@@ -28,7 +30,7 @@ POLL_SECONDS = 0.02
 DEAD_LETTERS_AT_ONCE = 16  # read from the store; each may have as much as a message may
 
 
-class AdminService(Explain, Gates, Routes, Stats, admin_service_pb2_grpc.AdminServiceServicer):
+class AdminService(Explain, Gates, Routes, Stats, Tokens, admin_service_pb2_grpc.AdminServiceServicer):
     """The handlers. One instance serves clients, one (`peer` true) the other nodes and answers for itself only."""
 
     def __init__(self, node: Node, forwarder: Forwarder, peer: bool = False) -> None:
@@ -108,7 +110,7 @@ class AdminService(Explain, Gates, Routes, Stats, admin_service_pb2_grpc.AdminSe
         except BrokerError as error:
             await pass_on(context, error)
         known = self.node.meta.directory.destinations
-        names = sorted(n for n in known if n > after)
+        names = sorted(n for n in known if n > after and visible(n))
         page, more = take_page(names, size, lambda name: destination_proto(known[name], secrets=False))
         return pb.ListDestinationsResponse(destinations=page, next_page_token=token(page[-1].name.encode()) if more else "")
 

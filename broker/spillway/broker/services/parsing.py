@@ -1,12 +1,13 @@
 """Bytes that are no message of the method's type are the caller's error: gRPC itself would call them UNKNOWN, as if they were ours."""
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from spillway.broker.errors import RequestError
+from spillway.broker.services.around import drive
 from spillway.broker.services.status import abort
 
 
@@ -29,9 +30,8 @@ class ParseErrors(grpc.aio.ServerInterceptor):
                 await abort(context, _unparsable())
 
         if handler.response_streaming:
-            async def answers(data: bytes, context: Any) -> AsyncIterator[Any]:
-                async for answer in handler.unary_stream(await parsed(data, context), context):
-                    yield answer
+            async def answers(data: bytes, context: Any) -> None:
+                await drive(handler.unary_stream(await parsed(data, context), context), context)
             return grpc.unary_stream_rpc_method_handler(answers, None, handler.response_serializer)
 
         async def answer(data: bytes, context: Any) -> Any:
@@ -43,7 +43,7 @@ def _streaming(handler: Any) -> Any:
     """A handler that reads its requests from the context, which raises what does not parse."""
     async def stream(requests: Any, context: Any) -> None:
         try:
-            await handler.stream_stream(requests, context)
+            await drive(handler.stream_stream(requests, context), context)
         except DecodeError:
             await abort(context, _unparsable())
     return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)

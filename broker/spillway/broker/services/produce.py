@@ -9,6 +9,7 @@ import hashlib
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from spillway.broker.core.access import PRODUCE, Grants
 from spillway.broker.core.bounds import TIME_MS_MAX
 from spillway.broker.core.entry import Option
 from spillway.broker.core.outbox import OUTBOX, Promise, encode_promise
@@ -34,6 +35,7 @@ from spillway.v1.message_pb2 import (
     ERROR_CODE_DESTINATION_NOT_FOUND,
     ERROR_CODE_INVALID_ARGUMENT,
     ERROR_CODE_OVER_BUDGET,
+    ERROR_CODE_PERMISSION_DENIED,
     ERROR_CODE_RESOURCE_EXHAUSTED,
     ERROR_CODE_UNAVAILABLE,
     Message,
@@ -79,9 +81,9 @@ class Intake:
         self._known: dict[str, _Rule] = {}  # by destinations and routes' sources whose name is valid and that exist
         self._known_revision = -1
 
-    def ingest(self, stream: int, data: bytes) -> Any:
-        """One ProduceRequest of a stream. A Call, or an awaitable of one if a destination has to be created first. Raises
-        RequestError if the whole request is bad."""
+    def ingest(self, stream: int, data: bytes, grants: Grants | None = None) -> Any:
+        """One ProduceRequest of a stream. A Call, or an awaitable of one if a destination has to be created first. `grants`: where it may
+        produce; None: everywhere. Raises RequestError if the whole request is bad."""
         try:
             request = ProduceRequest.FromString(data)  # checks the messages inside; its objects are not used
             view = ProduceRequestView.FromString(data)
@@ -120,6 +122,10 @@ class Intake:
         for i, record in enumerate(records):
             destination, tenant, key = record.destination, record.tenant, record.key
             body = record.message
+            if grants is not None and not grants.allows(PRODUCE, destination, tenant):
+                call.fail(i, ERROR_CODE_PERMISSION_DENIED, f"records[{i}].destination",
+                          f"no produce scope for destination {destination[:300]!r}, tenant {tenant[:300]!r}")
+                continue
             rule = known.get(destination)
             # The common case costs one test: known destination, short printable names.
             if rule is None or not (tenant + key).isprintable() or len(tenant) > 63 or len(key) > 63:
@@ -209,7 +215,7 @@ class Intake:
             batch.size += size + len(name) + RECORD_BYTES
         closed += batches.items()
         if unknown:
-            return self._create_then_submit(stream, call, closed, unknown, data)
+            return self._create_then_submit(stream, call, closed, unknown, data, grants)
         self._submit(stream, call, closed)
         return call
 
@@ -303,7 +309,7 @@ class Intake:
     # -- destinations that do not exist --------------------------------------------------------------------------
 
     async def _create_then_submit(self, stream: int, call: Call, batches: list[tuple[int, Batch]], unknown: set[str],
-                                  data: bytes) -> Call:
+                                  data: bytes, grants: Grants | None) -> Call:
         try:
             refused = await self._create(unknown)
         except BaseException:  # the client hung up: the call counts as done, or its bytes would never be free again
@@ -311,7 +317,7 @@ class Intake:
             raise
         if not unknown.isdisjoint(self.node.meta.directory.routes):  # they are no destinations: looked at anew, as routes
             call.release()
-            again = self.ingest(stream, data)
+            again = self.ingest(stream, data, grants)
             return again if isinstance(again, Call) else await again
         if refused:
             batches = [(shard, left) for shard, batch in batches for left in _without(batch, refused)]

@@ -15,14 +15,19 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 from spillway.broker.core import entry as e
+from spillway.broker.core.access import LEASE, PRODUCE, Grants, of_patterns
 from spillway.broker.core.scheduler import Consumer
-from spillway.broker.errors import RequestError
+from spillway.broker.errors import PermissionDenied, RequestError
 from spillway.broker.runtime.calls import Call
 from spillway.broker.runtime.consumers import Sink, session_of
 from spillway.broker.runtime.forward import NOT_LEADER, Forwarder, LeaseProxy
 from spillway.broker.runtime.node import Node
+from spillway.broker.services.access import denied
+from spillway.broker.services.audit import Audit
 from spillway.broker.services.names import check_name, duration_ms
+from spillway.broker.services.principal import current
 from spillway.broker.services.produce import Intake
+from spillway.broker.services.quotas import current_quota
 from spillway.broker.services.status import abort
 from spillway.contract.limits import (
     DELAY_MS_MAX,
@@ -33,8 +38,10 @@ from spillway.contract.limits import (
     SETTLEMENTS_PER_REQUEST_MAX,
     SUBSCRIBE_DESTINATIONS_MAX,
 )
+from spillway.peer.v1.queue_view_pb2 import AckScope
 from spillway.v1.message_pb2 import (
     ERROR_CODE_INVALID_ARGUMENT,
+    ERROR_CODE_PERMISSION_DENIED,
     ERROR_CODE_UNAVAILABLE,
     ItemError,
 )
@@ -50,6 +57,7 @@ from spillway.v1.queue_service_pb2 import (
 
 STREAM_BYTES_MAX = 1 << 20  # of a Produce stream, accepted and not yet committed
 STREAM_CALLS_MAX = 64  # requests of a stream under way
+SCOPED = b"\x7a"  # how a request of another node begins that has a peer.v1.AckScope in it
 CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
 CREDIT_BYTES_MAX = 256 << 20
 HEARTBEAT_SECONDS = 10.0
@@ -64,11 +72,12 @@ def _garbage(kind: type) -> RequestError:
 class QueueService:
     """The handlers. One instance serves clients, one (`peer` true) the other nodes."""
 
-    def __init__(self, node: Node, forwarder: Forwarder, peer: bool = False) -> None:
+    def __init__(self, node: Node, forwarder: Forwarder, peer: bool = False, audit: Audit | None = None) -> None:
         self.node = node
         self.forwarder = forwarder
         self.peer = peer
         self._loop = asyncio.get_running_loop()
+        self._audit = audit or Audit()
         self._streams = itertools.count(1)
         self._intake = Intake(node, forwarder, peer)
         if peer:
@@ -100,18 +109,40 @@ class QueueService:
         await self._admit(context)
         stream = next(self._streams)
         config = self.node.config
-        await self._pump(requests, context, lambda data: self._intake.ingest(stream, data), _produce_response,
-                         lambda: self.node.ingress_bytes > config.ingress_bytes_max)
+        grants = _restricted(PRODUCE)
+
+        def respond(call: Call) -> bytes:
+            self._note_denied(call, context, "Produce")
+            return _produce_response(call)
+
+        await self._pump(requests, context, lambda data: self._intake.ingest(stream, data, grants),
+                         _produce_response if grants is None else respond, lambda: self.node.ingress_bytes > config.ingress_bytes_max,
+                         produces=True)
 
     async def ack(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """Reads requests ahead of their answers; answers in order."""
         await self._admit(context)
-        await self._pump(requests, context, self._settle, _ack_response, lambda: False)
+        grants = _restricted(LEASE)
+
+        def respond(call: Call) -> bytes:
+            self._note_denied(call, context, "Ack")
+            return _ack_response(call)
+
+        await self._pump(requests, context, lambda data: self._settle(data, grants), _ack_response if grants is None else respond,
+                         lambda: False)
+
+    def _note_denied(self, call: Call, context: Any, method: str) -> None:
+        """What was refused for want of a scope is in the audit log."""
+        for _, code, _, why in call.errors:
+            if code == ERROR_CODE_PERMISSION_DENIED:
+                self._audit.refused(current().name, context, "QueueService/" + method, "", "PERMISSION_DENIED", why)
+                return
 
     async def _pump(self, requests: AsyncIterator[bytes], context: Any, start: Any, respond: Any,
-                    full: Callable[[], bool]) -> None:
+                    full: Callable[[], bool], produces: bool = False) -> None:
         calls: deque[Call] = deque()
         state = _Pump()
+        quota = current_quota() if produces else None
 
         async def read() -> None:
             try:
@@ -119,12 +150,17 @@ class QueueService:
                     while len(calls) >= STREAM_CALLS_MAX or (calls and (state.size + len(data) > STREAM_BYTES_MAX or full())):
                         state.taken.clear()
                         await state.taken.wait()
+                    if quota is not None:
+                        await quota.wait_for_bytes(len(data))
+                        quota.hold(len(data))
                     call = start(data)
                     if not isinstance(call, Call):
                         call = await call
                     state.size += call.size
                     calls.append(call)
                     state.some.set()
+                    if quota is not None and (wait := quota.spend(len(call.results))):
+                        await asyncio.sleep(wait)
             except RequestError as error:
                 state.error = error
             finally:
@@ -140,6 +176,8 @@ class QueueService:
                         await call.done
                     calls.popleft()
                     state.size -= call.size
+                    if quota is not None:
+                        quota.hold(-call.size)
                     state.taken.set()
                     await context.write(respond(call))
                 if state.ended:
@@ -156,16 +194,18 @@ class QueueService:
 
     # -- Ack -----------------------------------------------------------------------------------------------------
 
-    def _settle(self, data: bytes) -> Call:
-        """One AckRequest. Raises RequestError if the whole request is bad."""
+    def _settle(self, data: bytes, grants: Grants | None = None) -> Call:
+        """One AckRequest. `grants`: what may be settled; None: everything. Raises RequestError if the whole request is bad."""
         try:
             settlements = AckRequest.FromString(data).settlements
+            if self.peer and data.startswith(SCOPED):
+                grants = of_patterns(AckScope.FromString(data).destinations)
         except DecodeError:
             raise _garbage(AckRequest) from None
         count = len(settlements)
         if not 0 < count <= SETTLEMENTS_PER_REQUEST_MAX:
             raise RequestError("settlements", f"has {count} settlements; it must have 1 to {SETTLEMENTS_PER_REQUEST_MAX}")
-        call = Call(count, len(data), self._loop, self._ack_done, self.peer)
+        call = Call(count, len(data), self._loop, self._ack_done, self.peer, grants)
         node = self.node
         shards = node.shards
         woken: set[int] = set()
@@ -234,6 +274,10 @@ class QueueService:
                 raise RequestError("subscribe", "must be the first request of a Lease stream")
             subscribe = request.subscribe
             patterns = _check_subscribe(subscribe)
+            if (grants := _restricted(LEASE)) is not None:
+                for pattern in patterns:
+                    if not grants.allows(LEASE, pattern):
+                        raise denied(current(), "lease", pattern)
             lease_ms = 0
             if subscribe.HasField("lease_duration"):
                 lease_ms = duration_ms("subscribe.lease_duration", subscribe.lease_duration, LEASE_MS_MIN, LEASE_MS_MAX)
@@ -267,6 +311,9 @@ class QueueService:
                 reader.result()
         except RequestError as error:
             await abort(context, error)
+        except PermissionDenied as error:
+            self._audit.refused(current().name, context, "QueueService/Lease", "", "PERMISSION_DENIED", str(error))
+            await abort(context, error)
         finally:
             self.open_streams -= 1
             if reader is not None:
@@ -297,6 +344,12 @@ class QueueService:
                                    min(size, CREDIT_BYTES_MAX - consumer.bytes))
         if messages > 0 and self.node.shards:
             self.node.host.wake(next(iter(self.node.shards)))
+
+
+def _restricted(action: int) -> Grants | None:
+    """What the caller's grants are to be asked for; None if it may do this everywhere."""
+    grants = current().grants
+    return None if grants is None or grants.everything[action] else grants
 
 
 class _Pump:

@@ -9,6 +9,7 @@ from spillway.broker.core import directory as d
 from spillway.broker.core.filters import FilterError, compile_filter
 from spillway.broker.errors import BrokerError, NotFound, RequestError
 from spillway.broker.runtime.node import Node
+from spillway.broker.services.access import visible
 from spillway.broker.services.fanout import COPIES_MAX
 from spillway.broker.services.names import check_destination, parse_etag
 from spillway.broker.services.operations import CALL_SECONDS
@@ -75,7 +76,7 @@ class Routes:
         except BrokerError as error:
             await pass_on(context, error)
         routes = self.node.meta.directory.routes
-        sources = sorted(s for s in routes if s > after)
+        sources = sorted(s for s in routes if s > after and visible(s))
         page, more = take_page(sources, size, lambda source: route_proto(routes[source]))
         return pb.ListRoutesResponse(routes=page, next_page_token=token(page[-1].source.encode()) if more else "")
 

@@ -16,6 +16,9 @@ _CODES: list[tuple[type[Exception], grpc.StatusCode, str]] = [  # the first that
     (e.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"),
     (e.EtagMismatch, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
     (e.RequestError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
+    (e.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (e.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    (e.TooMuch, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVER_LIMIT"),
     (e.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
 ]
 
@@ -38,6 +41,10 @@ def status_of(error: Exception) -> status_pb2.Status:
             info.metadata["leader"] = error.leader
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(100)
+        details.append(retry)
+    if isinstance(error, e.TooMuch):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.retry_seconds * 1000))
         details.append(retry)
     status = status_pb2.Status(code=code.value[0], message=str(error))
     for detail in details:

@@ -22,6 +22,7 @@ from spillway.client.commands import (
     routes,
     status,
     tenants,
+    tokens,
     top,
 )
 
@@ -33,7 +34,7 @@ app = typer.Typer(name="spillway", no_args_is_help=True, add_completion=True, pr
 for _part in (plugged, messages, status, check, top, operations):
     app.add_typer(_part.app)
 for _name, _group in (("destination", destinations.app), ("tenant", tenants.app), ("route", routes.app), ("dead-letter", dead_letters.app),
-                      ("cluster", cluster.app)):
+                      ("cluster", cluster.app), ("token", tokens.app)):
     app.add_typer(_group, name=_name)
 for _name in ("deadletter", "dlq"):
     app.add_typer(dead_letters.app, name=_name, hidden=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from spillway.cluster.errors import ClusterError, PeerRefused, SnapshotBroken
 from spillway.cluster.snapshots import Position
 from spillway.cluster.transport.base import Handlers
+from spillway.cluster.transport.tls import TlsFiles, TlsInvalid, certified_names, speaks_tls
 from spillway.peer.v1 import peer_service_pb2_grpc
 from spillway.peer.v1.peer_service_pb2 import (
     ExchangeRequest,
@@ -37,6 +38,7 @@ RECONNECT_SECONDS_MAX = 0.5
 REFUSED_LOG_SECONDS, REFUSED_LOG_MAX = 60.0, 100
 SNAPSHOT_SILENCE_SECONDS = 15.0  # whoever sends one says something every second
 HELLO = "spillway-hello-bin"  # trailing metadata of a refused call: who refuses
+PROBE_AGAIN_SECONDS = 5.0  # between looks at why a peer that is there cannot be talked to
 LONELY_SECONDS = 5.0  # without a connection: then the node with the higher id calls, too
 SILENCE_SECONDS = 1.5  # a peer that says nothing for so long (claims come every second) is gone
 OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
@@ -90,10 +92,12 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     """A PeerTransport. Add it to the peers' server with `add_to_server`."""
 
     def __init__(self, hello: Any, cluster: str, node_id: str, peers: dict[str, str], export: Any,
-                 unfit: Callable[[Hello], str] = lambda hello: "", foreign: Callable[[Hello], str] = lambda hello: "") -> None:
+                 unfit: Callable[[Hello], str] = lambda hello: "", foreign: Callable[[Hello], str] = lambda hello: "",
+                 tls: TlsFiles | None = None) -> None:
         """`hello()` gives the Hello to send; `peers` maps node ids to host:port; `export(group, peer, position)` is an async
         generator of snapshot chunks; `unfit(hello)` says why there can be no connection to a member, or nothing; `foreign(hello)`
-        says why whoever is there is of another cluster, in spite of its name, or nothing."""
+        says why whoever is there is of another cluster, in spite of its name, or nothing. `tls`: connections are encrypted, and a peer's
+        certificate must name it."""
         self._hello = hello
         self._cluster = cluster
         self._node_id = node_id
@@ -101,12 +105,15 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         self._export = export
         self._unfit = unfit
         self._foreign = foreign
+        self._tls = tls
+        self._probed: dict[str, float] = {}  # peer -> when it was looked why it cannot be talked to
         self._handlers: Handlers | None = None
         self._connections: dict[str, _Connection] = {}
         self._epoch = 0
         self._dials: dict[str, asyncio.Task[None]] = {}
+        self._dialing: set[asyncio.Task[None]] = set()  # those, and former ones whose connection is still in use
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._tasks: set[asyncio.Task[None]] = set()  # that close channels
+        self._tasks: set[asyncio.Task[None]] = set()  # that close channels, or look why a peer does not answer
         self._refused: dict[str, float] = {}  # what was said of refused peers -> when
         self._closing = False
 
@@ -130,18 +137,31 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                 if (dial := self._dials.pop(peer, None)) is not None:
                     dial.cancel()
                 if (channel := self._channels.pop(peer, None)) is not None:
-                    closing = asyncio.get_running_loop().create_task(channel.close())
-                    self._tasks.add(closing)
-                    closing.add_done_callback(self._tasks.discard)
+                    self._go(channel.close())
                 if (connection := self._connections.get(peer)) is not None:
                     self._close(connection)
         for peer in peers:
             if peer not in self._dials:
                 self._start_dial(peer)
 
+    def rotate(self) -> None:
+        """There are new certificates: calls anew with them. A connection that is up is closed only when the new one is: nothing is lost
+        if that does not come about."""
+        for peer in list(self._dials):
+            del self._dials[peer]  # it goes on until its connection ends
+            self._channels.pop(peer, None)
+            self._start_dial(peer)
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _start_dial(self, peer: str) -> None:
         if self._node_id != peer and not self._closing:
-            self._dials[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
+            dial = self._dials[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
+            self._dialing.add(dial)
+            dial.add_done_callback(self._dialing.discard)
 
     def send(self, peer: str, epoch: int, frame: bytes) -> None:
         """See PeerTransport."""
@@ -152,21 +172,50 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
     async def close(self) -> None:
         """See PeerTransport."""
         self._closing = True
-        dials = list(self._dials.values())
-        for task in dials:
+        for task in [*self._dialing, *self._tasks]:
             task.cancel()
         for connection in list(self._connections.values()):
             connection.close()
         for channel in list(self._channels.values()):
             await channel.close()
-        await asyncio.gather(*dials, *self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._dialing, *self._tasks, return_exceptions=True)
 
     def channel(self, peer: str) -> grpc.aio.Channel:
         """A channel to a peer, made anew after it broke. Raises KeyError if it is none any more."""
         channel = self._channels.get(peer)
         if channel is None:
-            channel = self._channels[peer] = grpc.aio.insecure_channel(self._peers[peer], options=OPTIONS)
+            channel = self._channels[peer] = self._new_channel(peer, self._peers[peer])
         return channel
+
+    def _new_channel(self, peer: str, address: str) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(address, options=OPTIONS)
+        return self._tls.channel(address, peer, OPTIONS)
+
+    def _check_name(self, context: Any, node_id: str) -> None:
+        """Raises PeerRefused if the caller's certificate does not name the node that it says it is."""
+        if self._tls is not None and node_id not in (names := certified_names(context)):
+            raise PeerRefused(f"{context.peer().rpartition(':')[0]} says that it is node {node_id[:80]!r}, and its certificate names "
+                              f"{', '.join(map(repr, names)) or 'nobody'}")
+
+    async def _probe(self, peer: str, address: str) -> None:
+        """A peer does not answer: says why, if somebody is at its address and TLS is the reason."""
+        now = asyncio.get_running_loop().time()
+        if now - self._probed.get(peer, -PROBE_AGAIN_SECONDS) < PROBE_AGAIN_SECONDS:
+            return
+        self._probed[peer] = now
+        if self._tls is None:
+            if await speaks_tls(address):
+                self._log_refused(PeerRefused(f"node {peer!r} at {address} speaks TLS, and this node does not: set peer_tls_cert, "
+                                              "peer_tls_key and peer_tls_ca here"))
+            return
+        try:
+            names = await self._tls.names_at(address)
+            if names is not None and peer not in names:
+                self._log_refused(PeerRefused(f"whoever is at {address} should be node {peer!r}, and has a certificate of "
+                                              f"{', '.join(map(repr, names)) or 'nobody'}"))
+        except TlsInvalid as error:
+            self._log_refused(PeerRefused(f"node {peer!r}: {error}"))
 
     # -- connections ---------------------------------------------------------------------------------------------
 
@@ -248,8 +297,10 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             if self._node_id > peer:
                 await self._await_loneliness(peer)
             call: Any = None
+            connected = False
+            channel = self.channel(peer)
             try:
-                call = peer_service_pb2_grpc.PeerServiceStub(self.channel(peer)).Exchange()
+                call = peer_service_pb2_grpc.PeerServiceStub(channel).Exchange()
                 hello = self._hello()
                 hello.called = peer
                 await call.write(ExchangeRequest(hello=hello))
@@ -257,6 +308,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                     first = await call.read()
                 if first is not grpc.aio.EOF:
                     connection = self._open(peer, first.hello)
+                    connected = True
                     wait = 0.02
                     reader = asyncio.get_running_loop().create_task(self._read(connection, call.read))
                     try:
@@ -281,9 +333,13 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
                 if call is not None:
                     call.cancel()
             # A new channel looks the address up anew.
-            channel = self._channels.pop(peer, None)
-            if channel is not None:
-                await channel.close()
+            if self._channels.get(peer) is channel:
+                del self._channels[peer]
+            await channel.close()
+            if self._dials.get(peer) is not asyncio.current_task():
+                return  # another one, with new certificates, has taken over
+            if not connected and peer in self._peers:
+                self._go(self._probe(peer, self._peers[peer]))
             await asyncio.sleep(wait * (0.5 + random.random()))  # noqa: S311
             wait = min(wait * 2, RECONNECT_SECONDS_MAX)
 
@@ -308,6 +364,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             return
         try:
             hello = self._hello()
+            self._check_name(context, first.hello.node_id)
             connection = self._open("", first.hello)
         except PeerRefused as error:
             self._log_refused(error)
@@ -329,6 +386,11 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
         if request.cluster != self._cluster:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is cluster {self._cluster!r}")
         peer = dict(context.invocation_metadata() or ()).get("spillway-node", "")
+        try:
+            self._check_name(context, peer)
+        except PeerRefused as error:
+            self._log_refused(error)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         at = request.position
         position = Position(at.index, at.number, at.checksum, at.rows, at.last_key) if request.HasField("position") else None
         async with aclosing(self._export(request.group, peer, position)) as chunks:
@@ -342,7 +404,7 @@ class GrpcTransport(peer_service_pb2_grpc.PeerServiceServicer):
             raise SnapshotBroken(f"node {peer} is none of the cluster any more")
         request = FetchSnapshotRequest(group=group, cluster=self._cluster, position=None if position is None else SnapshotPosition(
             index=position.index, number=position.number, checksum=position.checksum, rows=position.rows, last_key=position.last_key))
-        channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        channel = self._new_channel(peer, address)
         try:
             call: Any = peer_service_pb2_grpc.PeerServiceStub(channel).FetchSnapshot(
                 request, metadata=(("spillway-node", self._node_id),))

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!spillway/peer/v1/queue_view.proto\x12\x10spillway.peer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x01\n\x12ProduceRequestView\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12\x34\n\x07records\x18\x02 \x03(\x0b\x32#.spillway.peer.v1.ProduceRecordView\x12\x12\n\ncopy_epoch\x18\x0e \x01(\x06\x12\x15\n\rcopy_previous\x18\x0f \x01(\x06\"\x80\x03\n\x11ProduceRecordView\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x19\n\x11producer_sequence\x18\x04 \x01(\x06\x12(\n\x05\x64\x65lay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07message\x18\x06 \x01(\x0c\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64\x65\x64up_id\x18\x08 \x01(\t\x12.\n\ndeliver_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rcopy_sequence\x18\x0f \x01(\x06\x12\x17\n\x0f\x64\x65liver_unix_ms\x18\x10 \x01(\x06\x12\x16\n\x0e\x65xpire_unix_ms\x18\x11 \x01(\x06\x12\x14\n\x0c\x64\x65\x64up_digest\x18\x12 \x01(\x0c\x12\x1b\n\x13\x64\x65\x64up_until_unix_ms\x18\x13 \x01(\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!spillway/peer/v1/queue_view.proto\x12\x10spillway.peer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x01\n\x12ProduceRequestView\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12\x34\n\x07records\x18\x02 \x03(\x0b\x32#.spillway.peer.v1.ProduceRecordView\x12\x12\n\ncopy_epoch\x18\x0e \x01(\x06\x12\x15\n\rcopy_previous\x18\x0f \x01(\x06\" \n\x08\x41\x63kScope\x12\x14\n\x0c\x64\x65stinations\x18\x0f \x03(\t\"\x80\x03\n\x11ProduceRecordView\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x19\n\x11producer_sequence\x18\x04 \x01(\x06\x12(\n\x05\x64\x65lay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07message\x18\x06 \x01(\x0c\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64\x65\x64up_id\x18\x08 \x01(\t\x12.\n\ndeliver_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rcopy_sequence\x18\x0f \x01(\x06\x12\x17\n\x0f\x64\x65liver_unix_ms\x18\x10 \x01(\x06\x12\x16\n\x0e\x65xpire_unix_ms\x18\x11 \x01(\x06\x12\x14\n\x0c\x64\x65\x64up_digest\x18\x12 \x01(\x0c\x12\x1b\n\x13\x64\x65\x64up_until_unix_ms\x18\x13 \x01(\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRODUCEREQUESTVIEW']._serialized_start=121
   _globals['_PRODUCEREQUESTVIEW']._serialized_end=259
-  _globals['_PRODUCERECORDVIEW']._serialized_start=262
-  _globals['_PRODUCERECORDVIEW']._serialized_end=646
+  _globals['_ACKSCOPE']._serialized_start=261
+  _globals['_ACKSCOPE']._serialized_end=293
+  _globals['_PRODUCERECORDVIEW']._serialized_start=296
+  _globals['_PRODUCERECORDVIEW']._serialized_end=680
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,33 @@ class ProduceRequestView(_message.Message):
 Global___ProduceRequestView: _TypeAlias = ProduceRequestView  # noqa: Y015
 
 @_typing.final
+class AckScope(_message.Message):
+    """What else is in a spillway.v1.AckRequest that one node sends to another for a
+    client that may not settle everything. It comes first in the bytes, so that the
+    first one (0x7a) tells whether it is there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def destinations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Patterns: leases from other destinations are not settled."""
+
+    def __init__(
+        self,
+        *,
+        destinations: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destinations", b"destinations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AckScope: _TypeAlias = AckScope  # noqa: Y015
+
+@_typing.final
 class ProduceRecordView(_message.Message):
     """spillway.v1.ProduceRecord."""
 
