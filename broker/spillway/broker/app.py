@@ -25,6 +25,7 @@ from spillway.broker.services.member import MemberService
 from spillway.broker.services.parsing import ParseErrors
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.share import ShareService
+from spillway.broker.telemetry.telemetry import Telemetry
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.placement import place
 from spillway.cluster.raft.host import RaftHost
@@ -109,7 +110,9 @@ class App:
         """Opens the stores. Raises DataDirError, StoreRefused, StorageFailed or ConfigError."""
         self.config = config
         members = members_of(config)
-        for setting in ("listen", "peer_listen"):
+        for setting in ("listen", "peer_listen", "metrics_listen"):
+            if not getattr(config, setting):
+                continue
             host, _ = split_address(setting, getattr(config, setting))
             if not is_loopback(host):
                 log.warning("%s is %s: reachable from other machines, without authentication", setting, host)
@@ -138,6 +141,7 @@ class App:
         except (StoreRefused, StorageFailed):
             self.close()
             raise
+        self.telemetry = Telemetry(self.node) if config.metrics_listen or config.otlp_endpoint else None
         self.node.balance.joined = self.transport.set_peers
         self.node.balance.follow()
         self.forwarder = Forwarder(self.node)
@@ -208,6 +212,9 @@ class App:
         add_MemberServiceServicer_to_server(MemberService(self.node, self.forwarder), self.peer_server)
         _bind("listen", self.config.listen, self.server)
         _bind("peer_listen", self.config.peer_listen, self.peer_server)
+        if self.telemetry is not None:
+            self.telemetry.collector.streams = lambda: self.queue.open_streams
+            await self.telemetry.listen()
         if self.config.join and (not self.journal.node.formed or len(self.node.members) == 1):
             await self._join()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -215,6 +222,8 @@ class App:
         await self.server.start()
         self._running = asyncio.get_running_loop().create_task(self.host.run())
         self.node.start(self.forwarder)
+        if self.telemetry is not None:
+            self.telemetry.start()
 
     async def _join(self) -> None:
         """Asks the cluster to take this node in, until it does. Raises ConfigError if it refuses."""
@@ -252,6 +261,8 @@ class App:
         await self.transport.close()
         await self.forwarder.close()
         await self.node.stop()
+        if self.telemetry is not None:
+            await self.telemetry.stop()
         self.close()
         log.info("stopped")
 

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from spillway.broker.core import features
@@ -17,6 +18,7 @@ from spillway.broker.errors import ConfigError
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
 from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
+from spillway.contract.telemetry.logs import FORMATS
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,7 +45,12 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     snapshot_bytes_per_second: Annotated[int, "all snapshots together that this node sends to others; less leaves more for traffic, "
                                               "but a replica that is behind catches up later"] = SNAPSHOT_BYTES_PER_SECOND
     streams_max: Annotated[int, "open streams of clients; further ones are refused"] = 10_000
+    metrics_listen: Annotated[str, "host:port of the Prometheus endpoint /metrics; empty: none"] = ""
+    otlp_endpoint: Annotated[str, "http://host:4318 of a collector that takes OTLP over HTTP, for metrics and traces; empty: none"] = ""
+    trace_sample_ratio: Annotated[float, "0 to 1: of messages without a trace, for how many the broker begins one; with a trace, its flag "
+                                         "decides"] = 0.0
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
+    log_format: Annotated[str, "text, or json: one object a line, with the ids of traces"] = "text"
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -167,6 +174,14 @@ def validate(config: NodeConfig) -> NodeConfig:
         raise ConfigError(f"snapshot_bytes_per_second is {config.snapshot_bytes_per_second}; it must be at least 1 MiB")
     if config.streams_max < 1:
         raise ConfigError(f"streams_max is {config.streams_max}; it must be at least 1")
+    if config.metrics_listen:
+        split_address("metrics_listen", config.metrics_listen)
+    if config.otlp_endpoint and not is_http(config.otlp_endpoint):
+        raise ConfigError(f"otlp_endpoint is {config.otlp_endpoint!r}; write http://host:port or https://host:port")
+    if not 0 <= config.trace_sample_ratio <= 1:
+        raise ConfigError(f"trace_sample_ratio is {config.trace_sample_ratio}; it must be 0 to 1")
+    if config.log_format not in FORMATS:
+        raise ConfigError(f"log_format is {config.log_format!r}; say text or json")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level is {config.log_level!r}; say debug, info, warning or error")
     for address in config.join:
@@ -237,6 +252,15 @@ def split_address(name: str, address: str) -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"{name} has {address!r}; write host:port")
     return host.strip("[]"), int(port)
+
+
+def is_http(url: str) -> bool:
+    """Whether it is http:// or https:// with a host, and nothing that a path cannot be put behind."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:
+        return False
 
 
 def is_nowhere(address: str) -> bool:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import resource
 import sys
 from contextlib import suppress
@@ -16,6 +15,7 @@ from spillway.broker.errors import BrokerError
 from spillway.broker.restore import check, restore_into
 from spillway.cluster.errors import ClusterError
 from spillway.contract.backup import BackupInvalid, read_manifest
+from spillway.contract.telemetry import logs
 
 EXIT_CONFIG = 2  # a wrong setting: do not restart without changing it
 EXIT_DATA = 3  # the data directory or the disk: look before restarting
@@ -35,8 +35,7 @@ def serve(argv: list[str]) -> int:
     except BrokerError as error:
         print(f"spillway serve: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr,
-                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(config.log_level, config.log_format, config.node_id)
     # Request-sized garbage dies by reference count, and full collections of millions of queue objects would stall the
     # loop: they are rare, and what is alive at start is never visited. Streams that end in an error leave cycles, in
     # grpcio, too: those of the middle generation are collected before they are many, and in a few milliseconds.

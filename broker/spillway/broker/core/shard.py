@@ -245,6 +245,7 @@ class Shard(Removals):
         queue.consumer = consumer
         self.leases[token] = queue
         queue.counters.leased += messages
+        queue.counters.leases += 1
         self._touch(queue)
         return queue
 
@@ -295,6 +296,11 @@ class Shard(Removals):
             counters.dirty = True
             self._dirty_counters.append(counters)
         queue.lease_acked += count
+        if effects.ages is not None:
+            if len(queue.front) < count:
+                self.ensure(queue, count)
+            times = [m[1] for m in queue.front[:count]]
+            effects.ages.append((counters.name, times[0], times[-1], sum(times), count))
         self._head_done(queue, self._remove_head(queue, count))
         if queue.lease_acked == queue.lease_size:
             self._remember_settled(queue.token, queue)
@@ -307,6 +313,7 @@ class Shard(Removals):
         """The lease is over: what is left of the queue becomes ready, now or later, or the queue vanishes."""
         token = queue.token
         del self.leases[token]
+        queue.counters.leases -= 1
         queue.counters.leased -= queue.lease_size - queue.lease_acked
         effects.released.append((token, queue.key, outcome))
         queue.token = 0

@@ -5,6 +5,7 @@ from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 
 from spillway.broker.core.entry import Option
+from spillway.contract.telemetry.context import TraceContext
 
 # (index in the request, spillway.v1.ErrorCode, field, description)
 Error = tuple[int, int, str, str]
@@ -13,7 +14,7 @@ Error = tuple[int, int, str, str]
 class Call:
     """One ProduceRequest or AckRequest: its pieces are done one by one, then it answers as a whole."""
 
-    __slots__ = ("done", "errors", "on_done", "peer", "results", "size", "waiting")
+    __slots__ = ("done", "errors", "on_done", "peer", "results", "size", "traced", "traced_ns", "waiting")
 
     def __init__(self, count: int, size: int, loop: AbstractEventLoop, on_done: Callable[[Call], None],
                  peer: bool = False) -> None:
@@ -23,6 +24,8 @@ class Call:
         self.waiting = 1  # pieces not yet done; one is the handler's own, see `release`
         self.done: Future[None] = loop.create_future()
         self.on_done = on_done
+        self.traced: dict[int, TraceContext] | None = None  # by index: where in which trace sampled messages were created
+        self.traced_ns = 0  # when it came, if anybody makes spans
         self.peer = peer  # another node's: what cannot be done here goes back to it, and not on to a third one
 
     def fail(self, index: int, code: int, field: str, description: str) -> None:

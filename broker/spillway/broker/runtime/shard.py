@@ -83,6 +83,7 @@ class ShardRuntime:
         self._barriers: list[asyncio.Future[None]] = []
         self._barriers_in_flight: list[asyncio.Future[None]] = []
         self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick], Flight]] = deque()
+        self._proposed_at = 0.0  # when the entry in flight was made; only for metrics
         self._clear_pending()
 
     def _clear_pending(self) -> None:
@@ -112,6 +113,8 @@ class ShardRuntime:
             elif token in state.settled:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
+                if self.node.meters is not None:
+                    self.node.meters.stale += 1
             else:
                 # Perhaps another node leads, and granted it, and this one does not know yet. The log tells.
                 call.waiting += 1
@@ -153,6 +156,8 @@ class ShardRuntime:
         call.waiting += 1
         self._settles.append((token, position, sequence, outcome, argument, reason))
         self._settle_calls.append((call, index))
+        if self.node.tracing is not None:
+            self.node.tracing.settling(self.number, token)
 
     def _extended(self, token: int, queue: Queue, delay_ms: int) -> int:
         """Until when EXTEND makes a lease last; 0 if that is longer than it may."""
@@ -286,6 +291,8 @@ class ShardRuntime:
         self._gates = []
         self._barriers, self._barriers_in_flight = [], self._barriers
         self._in_flight.append((made, batches, calls, picks, self.chores.fill(made)))
+        if self.node.meters is not None:
+            self._proposed_at = self.node.clock.monotonic()
         return encode_entry(made)
 
     def apply(self, index: int, term: int, command: bytes) -> None:
@@ -296,8 +303,22 @@ class ShardRuntime:
         if self.leading and term == self.term and self._in_flight:
             made, batches, calls, picks, flight = self._in_flight.popleft()
             effects = Effects()
-            self.state.apply(index, made, effects)
+            meters = self.node.meters
+            if meters is None:
+                self.state.apply(index, made, effects)
+            else:
+                effects.ages = []
+                self.state.apply(index, made, effects)
+                meters.settled(effects, self.node.now_ms())
+                meters.commits.add(int((self.node.clock.monotonic() - self._proposed_at) * 1e6))
             self._answer(effects, batches, calls)
+            tracing = self.node.tracing
+            if tracing is not None:
+                for batch, skipped in zip(batches, effects.enqueued, strict=True):
+                    if skipped >= 0:
+                        tracing.stored(self.number, batch, skipped, made.now_ms)
+                if tracing.leases:
+                    tracing.applied(self.number, made, effects)
             if made.trims or flight.purges or flight.redrives or flight.dead_purges:
                 self.chores.applied(made, flight, effects)
             self._schedule(effects, picks)
@@ -356,6 +377,8 @@ class ShardRuntime:
         self._samples.clear()
         self.sample(self.led_since_ms)
         self.copier.start(self.term)
+        if node.meters is not None:
+            node.meters.took_over(self)
 
     def _list_leases(self) -> None:
         """Live leases by their deadline."""
@@ -367,6 +390,10 @@ class ShardRuntime:
     def _resign(self) -> None:
         """Stops leading: what was proposed may still commit, what was not never will; the callers retry."""
         node = self.node
+        if node.meters is not None:
+            node.meters.resigned(self)
+        if node.tracing is not None:
+            node.tracing.resigned(self.number)
         self.rebuild = None
         for made, batches, calls, picks, flight in self._in_flight:
             self.chores.lost(flight)
@@ -433,6 +460,8 @@ class ShardRuntime:
                     results[position] = sequence
                     sequence += 1
                 if skipped:
+                    if self.node.meters is not None:
+                        self.node.meters.duplicates += skipped
                     for position in batch.positions[:skipped]:
                         results[position] = 1
                 sequence -= len(batch.positions)
@@ -458,6 +487,8 @@ class ShardRuntime:
             else:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 if status == SettleStatus.STALE:
+                    if self.node.meters is not None:
+                        self.node.meters.stale += 1
                     call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
                 else:
                     call.fail(index, ERROR_CODE_INVALID_ARGUMENT, f"settlements[{index}].sequence",

@@ -100,13 +100,20 @@ class QueueService:
         await self._admit(context)
         stream = next(self._streams)
         config = self.node.config
-        await self._pump(requests, context, lambda data: self._intake.ingest(stream, data), _produce_response,
+        await self._pump(requests, context, lambda data: self._intake.ingest(stream, data), self._produced,
                          lambda: self.node.ingress_bytes > config.ingress_bytes_max)
 
     async def ack(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """Reads requests ahead of their answers; answers in order."""
         await self._admit(context)
         await self._pump(requests, context, self._settle, _ack_response, lambda: False)
+
+    def _produced(self, call: Call) -> bytes:
+        meters = self.node.meters
+        if call.errors and meters is not None and not self.peer:  # another node's are told of there
+            for error in call.errors:
+                meters.refused[error[1]] = meters.refused.get(error[1], 0) + 1
+        return _produce_response(call)
 
     async def _pump(self, requests: AsyncIterator[bytes], context: Any, start: Any, respond: Any,
                     full: Callable[[], bool]) -> None:
