@@ -1,11 +1,12 @@
-"""Writes what follows from the definitions of metrics: the tables of docs/observability.md. `--check` only tells what is not as it
-should be."""
+"""Writes what follows from the definitions of metrics: the tables of docs/observability.md. `--check` only tells what is
+not as it should be."""
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
 from spillway.broker.telemetry import registry
+from spillway.client.dispatcher import metrics
 from spillway.contract.telemetry.metrics import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,7 @@ def wanted() -> dict[Path, str]:
     """Path -> what it should be."""
     text = PAGE.read_text()
     text = filled(text, "metrics of a node", table(registry.ALL))
+    text = filled(text, "metrics of a dispatcher", table(metrics.ALL))
     return {PAGE: text}
 
 

@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 from spillway.broker.core import features
@@ -18,6 +17,7 @@ from spillway.broker.errors import ConfigError
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
 from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
+from spillway.contract.telemetry.endpoint import is_http
 from spillway.contract.telemetry.logs import FORMATS
 
 
@@ -252,15 +252,6 @@ def split_address(name: str, address: str) -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"{name} has {address!r}; write host:port")
     return host.strip("[]"), int(port)
-
-
-def is_http(url: str) -> bool:
-    """Whether it is http:// or https:// with a host, and nothing that a path cannot be put behind."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
-    except ValueError:
-        return False
 
 
 def is_nowhere(address: str) -> bool:

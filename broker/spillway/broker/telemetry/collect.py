@@ -6,10 +6,7 @@ slices, so that a scrape makes no message wait for longer than a slice.
 from __future__ import annotations
 
 import asyncio
-import os
-import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +18,7 @@ from spillway.broker.telemetry.fairness import Fairness
 from spillway.broker.telemetry.meters import FIELDS, OUTCOMES, Meter, Meters
 from spillway.broker.telemetry.walk import Walk
 from spillway.cluster.machine import Role
+from spillway.contract.telemetry import process
 from spillway.contract.telemetry.metrics import Family, Metric, Sample, Value
 from spillway.contract.version import VERSION
 from spillway.v1.message_pb2 import ErrorCode
@@ -35,7 +33,6 @@ LAG_SECONDS = 0.1
 _TOTALS = dict(zip(FIELDS, (r.ENQUEUED, r.ACKED, r.RETRIED, r.DEAD_LETTERED, r.DISCARDED, r.TTL_EXPIRED, r.DEDUPLICATED, r.OVERFLOWED,
                             r.PURGED, r.REDRIVEN, r.EXPIRATIONS), strict=True))
 _TOLD_OUTCOMES = [i for i, name in enumerate(OUTCOMES) if name and name != "extend"]
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class _Levels:
@@ -59,7 +56,6 @@ class Collector:
         """How many streams clients have open."""
         self.spans: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """How many spans were made and left out."""
-        self._started = time.time()
         node.host.on_leadership(self._leader_changed)
 
     def _leader_changed(self, group: int, leader: str | None, term: int) -> None:
@@ -254,15 +250,8 @@ class Collector:
         tell(r.STREAMS_LIMIT, config.streams_max)
         for result, count in zip(("made", "dropped"), self.spans(), strict=True):
             tell(r.SPANS, count, result)
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        tell(r.CPU, usage.ru_utime + usage.ru_stime)
-        tell(r.FDS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        tell(r.START, self._started)
-        try:
-            tell(r.RSS, int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES)
-            tell(r.FDS, sum(1 for _ in Path("/proc/self/fd").iterdir()))
-        except OSError:
-            pass  # no such system
+        for metric, value in process.values().items():
+            tell(metric, value)
 
 
 def _consumers(flow: Destination | None) -> int:

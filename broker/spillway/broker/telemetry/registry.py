@@ -5,6 +5,7 @@ has GROUPS_MAX values and `other`, and all other labels have few values that sta
 """
 from __future__ import annotations
 
+from spillway.contract.telemetry import process
 from spillway.contract.telemetry.metrics import COUNTER, GAUGE, HISTOGRAM, MICROSECOND_POWERS, MILLISECOND_POWERS, Metric
 
 DESTINATIONS_MAX = 256  # with a series of their own; each has about a hundred
@@ -152,11 +153,7 @@ STREAMS = _gauge("spillway_streams", "{stream}", "Open streams of clients.", "Ho
 STREAMS_LIMIT = _gauge("spillway_streams_limit", "{stream}", "The setting streams_max.", "How near is the limit?")
 SPANS = _counter("spillway_spans_total", "{span}", "Spans made (`made`), or left out as more than the limit came in a second (`dropped`).",
                  "Are traces whole?", "result")
-CPU = _counter("process_cpu_seconds_total", "s", "User and system processor time.", "What does the node cost?")
-RSS = _gauge("process_resident_memory_bytes", "By", "Resident memory.", "Does it fit?")
-FDS = _gauge("process_open_fds", "{file}", "Open file descriptors.", "Will connections be refused?")
-FDS_MAX = _gauge("process_max_fds", "{file}", "The most file descriptors that it may have.", "How near is the limit?")
-START = _gauge("process_start_time_seconds", "s", "When the process started, in seconds since 1970.", "Did it restart?")
+ALL += process.ALL
 
 assert {m.kind for m in ALL} == {COUNTER, GAUGE, HISTOGRAM}
 assert len({m.name for m in ALL}) == len(ALL)
