@@ -1,16 +1,18 @@
-"""Writes what follows from the definitions of metrics: the tables of docs/observability.md. `--check` only tells what is
-not as it should be."""
+"""Writes what follows from the definitions of metrics: the tables of docs/observability.md, and Grafana's dashboards.
+`--check` only tells what is not as it should be."""
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import dashboards
 from spillway.broker.telemetry import registry
 from spillway.client.dispatcher import metrics
 from spillway.contract.telemetry.metrics import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/observability.md"
+BOARDS_AT = ROOT / "helm/spillway/dashboards"
 END = "<!-- end -->"
 
 
@@ -27,7 +29,7 @@ def wanted() -> dict[Path, str]:
     text = PAGE.read_text()
     text = filled(text, "metrics of a node", table(registry.ALL))
     text = filled(text, "metrics of a dispatcher", table(metrics.ALL))
-    return {PAGE: text}
+    return {PAGE: text, **{BOARDS_AT / f"{name}.json": dashboards.rendered(name) for name in dashboards.BOARDS}}
 
 
 def main(argv: list[str]) -> int:
