@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from spillway.client import wire
@@ -27,10 +27,12 @@ from spillway.client.leases import LeasedMessage, LeasedRun
 from spillway.client.retry import Backoff, is_final
 from spillway.client.settlements import ACK, EXTEND, Settlement, Settler
 from spillway.client.topology import Router, Topology
-from spillway.client.tracing import Tracing, fail
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.limits import LEASE_MS_MAX, LEASE_MS_MIN, RUN_MESSAGES_MAX, SUBSCRIBE_DESTINATIONS_MAX
 from spillway.v1 import queue_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.client")
 
@@ -591,9 +593,8 @@ class Consumer:
         self._settler.submit(settlement)
 
     def _finished(self, settlement: Settlement, error: SpillwayError | None) -> None:
-        if settlement.span is not None:
-            fail(settlement.span, error)
-            settlement.span.end()
+        if settlement.span is not None and self.tracing is not None:
+            self.tracing.ended(settlement.span, error)
         run = settlement.run
         if error is None:
             if settlement.outcome == EXTEND:

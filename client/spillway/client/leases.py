@@ -19,7 +19,7 @@ from spillway.v1 import queue_service_pb2 as pb
 
 if TYPE_CHECKING:
     from spillway.client.consumer import Consumer
-    from spillway.client.tracing import Tracing
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.client")
 _NOTHING: set[int] = set()  # of all runs without tracing; never changed

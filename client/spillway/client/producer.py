@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from spillway.client import wire
@@ -35,9 +35,11 @@ from spillway.client.retry import Backoff, Verdict, verdict_of
 from spillway.client.sequencing import Entry, Lane, Refusal
 from spillway.client.streams import Batch, BatchStream, check_answer
 from spillway.client.topology import Router, Topology
-from spillway.client.tracing import Tracing
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX, PRODUCER_ID_BYTES_MAX, RECORDS_PER_REQUEST_MAX
 from spillway.v1 import queue_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.client")
 

@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, fields
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from spillway.client.dispatcher.lane import CLOSED, Counts, Lane
 from spillway.client.dispatcher.metrics import Past
 from spillway.client.dispatcher.sender import AddressCheck, Resolver, Sender
 from spillway.client.dispatcher.source import Broker, Target
 from spillway.client.errors import SpillwayError
-from spillway.client.tracing import Tracing
 from spillway.contract.version import VERSION
+
+if TYPE_CHECKING:
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.dispatcher")
 

@@ -24,7 +24,6 @@ from spillway.client.dispatcher.outcome import RELEASED, Action, Outcome, decide
 from spillway.client.dispatcher.sender import Answer
 from spillway.client.dispatcher.source import Broker, Message, Run, Target
 from spillway.client.errors import SpillwayError, StaleLease
-from spillway.client.tracing import Tracing, fail, remote, traceparent
 from spillway.contract.telemetry.context import TRACEPARENT
 from spillway.contract.telemetry.metrics import Histogram
 from spillway.contract.telemetry.names import STATUS
@@ -32,6 +31,7 @@ from yarl import URL
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, SpanContext
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.dispatcher")
 
@@ -274,7 +274,7 @@ class Lane:
             if run.ended:
                 raise StaleLease("the lease was lost")
             headers = request_headers(shared, run.shard, message, gap)
-            context = None if self._tracing is None else remote(message.headers)
+            context = None if self._tracing is None else self._tracing.context_of(message.headers)
             if context is None:
                 outcome = await self._request(run, message, headers)
             else:
@@ -295,7 +295,7 @@ class Lane:
         processing = self._tracing.process(run, message, context)
         url = URL(self.target.url)
         span = self._tracing.request(url.host or "", url.port, message.attempt)
-        headers[TRACEPARENT] = traceparent(span)
+        headers[TRACEPARENT] = self._tracing.header_of(span)
         error: BaseException | None = None
         why = "cancelled"
         try:
@@ -306,8 +306,7 @@ class Lane:
             error = e
             raise
         finally:
-            fail(span, error)
-            span.end()
+            self._tracing.ended(span, error)
             processing.end(None, why)
 
     async def _request(self, run: Run, message: Message, headers: dict[str, str], span: Span | None = None) -> Outcome:
@@ -323,11 +322,11 @@ class Lane:
         outcome = decide(status, answered, failure, self._wall(), detail)
         action = outcome.action
         self._count(outcome, status or None)
-        if span is not None:
+        if span is not None and self._tracing is not None:
             if status:
                 span.set_attribute(STATUS, status)
             if action is not Action.ACK:
-                fail(span, None, str(status) if status else failure.value if failure is not None else action.value)
+                self._tracing.failed(span, None, str(status) if status else failure.value if failure is not None else action.value)
         if sender is not self._sender:
             return outcome  # it says nothing about the target as it is now
         self._open = action is Action.DOWN
