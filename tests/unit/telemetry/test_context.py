@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from spillway.contract.telemetry.context import TraceContext, find, is_sampled, of_headers, parse, sampled, write
+from spillway.contract.telemetry.context import TraceContext, find, ids_of, is_sampled, of_headers, parse, sampled, write
 from spillway.v1.message_pb2 import Message
 
 CONTEXT = TraceContext(0xABC << 100, 0x123, True)
@@ -18,7 +18,8 @@ def test_it_is_found_in_the_bytes_as_in_the_object(id_: str, headers: dict[str, 
         headers["traceparent"] = TEXT
     body = Message(id=id_, headers=headers, payload=payload).SerializeToString()
     assert find(body) == (TEXT.encode() if traced else None)
-    assert sampled(body) == (CONTEXT if traced else None)
+    assert sampled(body) == (TEXT.encode() if traced else None)
+    assert ids_of(TEXT.encode()) == (CONTEXT.trace_id.to_bytes(16, "big"), CONTEXT.span_id.to_bytes(8, "big"))
 
 
 def test_a_payload_that_looks_like_a_header_is_none() -> None:
@@ -44,4 +45,5 @@ def test_what_a_traceparent_may_be() -> None:
     assert [is_sampled(f"{flags:02x}".encode()) for flags in range(256)] == [bool(flags & 1) for flags in range(256)]
     for wrong in (TEXT.upper(), "ff" + TEXT[2:], TEXT[:-1], TEXT + "0", "00-" + "0" * 32 + TEXT[35:], TEXT[:36] + "0" * 16 + "-01", ""):
         assert parse(wrong) is None and of_headers({"traceparent": wrong}) is None
+        assert sampled(Message(headers={"traceparent": wrong}).SerializeToString()) is None
     assert of_headers({}) is None

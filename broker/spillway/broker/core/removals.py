@@ -14,13 +14,11 @@ from spillway.broker.core.state import ShardState, destination_of, tenant_scope_
 class Effects:
     """What an entry did, for the leader. Released only after the entry is committed (which `apply` implies)."""
 
-    __slots__ = ("ages", "base", "delayed", "duplicates", "enqueued", "gates", "granted", "purged", "ready", "redriven", "released",
+    __slots__ = ("base", "delayed", "duplicates", "enqueued", "gates", "granted", "purged", "ready", "redriven", "released",
                  "settled", "trimmed")
 
     def __init__(self) -> None:
         self.base = 0  # sequence of the entry's first message
-        # (destination, first, last and sum of the enqueue times in ms, count) of messages acknowledged; None: nobody wants to know
-        self.ages: list[tuple[bytes, int, int, int, int]] | None = None
         self.enqueued: list[int] = []  # per Enqueue: messages skipped as duplicates, or -1 out of sequence
         self.settled: list[int] = []  # per Settle: SettleStatus
         self.ready: list[bytes] = []  # queues that may be leased now
@@ -161,6 +159,8 @@ class Removals(ShardState):
         if queue.token:
             del self.leases[queue.token]
             queue.counters.leases -= 1
+            if queue.counters.meter is not None:
+                queue.counters.meter.outcomes[RELEASE] += 1
             queue.counters.leased -= queue.lease_size - queue.lease_acked
             effects.released.append((queue.token, name, RELEASE))
             queue.token = 0

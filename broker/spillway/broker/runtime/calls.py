@@ -5,7 +5,6 @@ from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 
 from spillway.broker.core.entry import Option
-from spillway.contract.telemetry.context import TraceContext
 
 # (index in the request, spillway.v1.ErrorCode, field, description)
 Error = tuple[int, int, str, str]
@@ -24,7 +23,7 @@ class Call:
         self.waiting = 1  # pieces not yet done; one is the handler's own, see `release`
         self.done: Future[None] = loop.create_future()
         self.on_done = on_done
-        self.traced: dict[int, TraceContext] | None = None  # by index: where in which trace sampled messages were created
+        self.traced: dict[int, bytes] | None = None  # by index: the traceparent of sampled messages
         self.traced_ns = 0  # when it came, if anybody makes spans
         self.peer = peer  # another node's: what cannot be done here goes back to it, and not on to a third one
 

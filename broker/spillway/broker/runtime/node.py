@@ -314,9 +314,9 @@ class Node:
         messages = queue.front[:queue.lease_size]
         sink.push(*run_parts(runtime.number, queue, messages))
         if self.meters is not None:
-            self.meters.delivered(pick.tenant.destination.name, messages, queue.attempts, self.now_ms())
+            self.meters.delivered(queue.counters, messages, queue.attempts, runtime.state.now_ms)
         if self.tracing is not None:
-            self.tracing.delivered(runtime.number, queue, messages)
+            self.tracing.delivered(runtime.number, runtime.traced, queue, messages)
         if sink.tap is not None:
             sink.tap(pick.messages, pick.bytes)
         return True

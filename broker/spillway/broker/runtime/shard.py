@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from spillway.v1.queue_service_pb2 import (
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.node import Node
+    from spillway.broker.telemetry.tracing import TracedLeases
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class ShardRuntime:
         self._barriers: list[asyncio.Future[None]] = []
         self._barriers_in_flight: list[asyncio.Future[None]] = []
         self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick], Flight]] = deque()
+        self.traced: TracedLeases = {}  # leases of sampled messages, if anybody makes spans
         self._proposed_at = 0.0  # when the entry in flight was made; only for metrics
         self._clear_pending()
 
@@ -156,8 +159,8 @@ class ShardRuntime:
         call.waiting += 1
         self._settles.append((token, position, sequence, outcome, argument, reason))
         self._settle_calls.append((call, index))
-        if self.node.tracing is not None:
-            self.node.tracing.settling(self.number, token)
+        if self.traced and (lease := self.traced.get(token)) is not None:
+            lease.settling_ns = time.time_ns()
 
     def _extended(self, token: int, queue: Queue, delay_ms: int) -> int:
         """Until when EXTEND makes a lease last; 0 if that is longer than it may."""
@@ -303,13 +306,9 @@ class ShardRuntime:
         if self.leading and term == self.term and self._in_flight:
             made, batches, calls, picks, flight = self._in_flight.popleft()
             effects = Effects()
+            self.state.apply(index, made, effects)
             meters = self.node.meters
-            if meters is None:
-                self.state.apply(index, made, effects)
-            else:
-                effects.ages = []
-                self.state.apply(index, made, effects)
-                meters.settled(effects, self.node.now_ms())
+            if meters is not None:
                 meters.commits.add(int((self.node.clock.monotonic() - self._proposed_at) * 1e6))
             self._answer(effects, batches, calls)
             tracing = self.node.tracing
@@ -317,8 +316,8 @@ class ShardRuntime:
                 for batch, skipped in zip(batches, effects.enqueued, strict=True):
                     if skipped >= 0:
                         tracing.stored(self.number, batch, skipped, made.now_ms)
-                if tracing.leases:
-                    tracing.applied(self.number, made, effects)
+                if self.traced:
+                    tracing.applied(self.number, self.traced, made, effects)
             if made.trims or flight.purges or flight.redrives or flight.dead_purges:
                 self.chores.applied(made, flight, effects)
             self._schedule(effects, picks)
@@ -392,8 +391,7 @@ class ShardRuntime:
         node = self.node
         if node.meters is not None:
             node.meters.resigned(self)
-        if node.tracing is not None:
-            node.tracing.resigned(self.number)
+        self.traced.clear()  # another node will see how they end
         self.rebuild = None
         for made, batches, calls, picks, flight in self._in_flight:
             self.chores.lost(flight)

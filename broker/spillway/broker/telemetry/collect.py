@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spillway.broker.core.meter import OUTCOMES, Meter
 from spillway.broker.core.scheduler import Destination
 from spillway.broker.core.subscription import INTERNAL
 from spillway.broker.telemetry import registry as r
 from spillway.broker.telemetry.fairness import Fairness
-from spillway.broker.telemetry.meters import FIELDS, OUTCOMES, Meter, Meters
+from spillway.broker.telemetry.meters import FIELDS, Meters
 from spillway.broker.telemetry.walk import Walk
 from spillway.cluster.machine import Role
 from spillway.contract.telemetry import process
@@ -54,8 +55,8 @@ class Collector:
         self.fairness = Fairness(node)
         self.streams: Callable[[], int] = lambda: 0
         """How many streams clients have open."""
-        self.spans: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        """How many spans were made and left out."""
+        self.spans: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+        """How many spans were made, left out, and not taken by the collector."""
         node.host.on_leadership(self._leader_changed)
 
     def _leader_changed(self, group: int, leader: str | None, term: int) -> None:
@@ -105,7 +106,7 @@ class Collector:
     async def _destinations(self, tell: Callable[..., None]) -> None:
         node, meters = self._node, self.meters
         if len(meters.by_destination) > r.DESTINATIONS_MAX:
-            meters.keep({name.encode() for name in node.meta.directory.destinations})
+            meters.keep({name.encode() for name in node.meta.directory.destinations}, [r for r in node.shards.values() if r.leading])
         levels: dict[bytes, _Levels] = {}
         outbox = looked = 0
         for runtime in list(node.shards.values()):
@@ -248,7 +249,7 @@ class Collector:
         tell(r.INGRESS_LIMIT, config.ingress_bytes_max)
         tell(r.STREAMS, self.streams())
         tell(r.STREAMS_LIMIT, config.streams_max)
-        for result, count in zip(("made", "dropped"), self.spans(), strict=True):
+        for result, count in zip(("made", "dropped", "lost"), self.spans(), strict=True):
             tell(r.SPANS, count, result)
         for metric, value in process.values().items():
             tell(metric, value)

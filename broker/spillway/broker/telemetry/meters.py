@@ -9,34 +9,20 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from spillway.broker.core.meter import TOTALS, Meter
 from spillway.broker.core.subscription import INTERNAL
 from spillway.broker.telemetry.registry import DESTINATIONS_MAX, OTHER
 from spillway.contract.telemetry.metrics import Histogram
 
 if TYPE_CHECKING:
     from spillway.broker.core.queue import Counters, Message
-    from spillway.broker.core.removals import Effects
     from spillway.broker.runtime.shard import ShardRuntime
 
 FIELDS = ("enqueued", "acked", "retried", "dead_lettered", "discarded", "ttl_expired", "deduplicated", "overflowed", "purged", "redriven",
           "expired")
 _values = attrgetter(*FIELDS)
 _ZEROS = (0,) * len(FIELDS)
-OUTCOMES = ("", "ack", "retry", "throttled", "down", "reject", "release", "extend", "discard", "expired")
-"""By the number of an outcome in core.entry."""
-
-
-class Meter:
-    """One destination, or all those beyond DESTINATIONS_MAX."""
-
-    __slots__ = ("end_to_end", "leased", "outcomes", "parked_ms", "redelivered", "totals", "wait")
-
-    def __init__(self) -> None:
-        self.totals = [0] * len(FIELDS)
-        self.leased = self.redelivered = self.parked_ms = 0
-        self.outcomes = [0] * len(OUTCOMES)  # leases that ended, by outcome
-        self.wait = Histogram()  # ms, as is the next
-        self.end_to_end = Histogram()
+assert len(FIELDS) == TOTALS
 
 
 class Meters:
@@ -62,14 +48,19 @@ class Meters:
             meter = self.by_destination[destination] = Meter()
         return meter
 
-    def keep(self, exists: set[bytes]) -> None:
-        """Makes room: forgets destinations that are no more. Call when there is none."""
+    def keep(self, exists: set[bytes], led: list[ShardRuntime]) -> None:
+        """Makes room: forgets destinations that are no more. Call when there is none. `led` are the shards that this node leads."""
         for name in [n for n in self.by_destination if n not in exists and n != OTHER.encode()]:
             del self.by_destination[name]
+            for runtime in led:
+                if (counters := runtime.state.counters.get(name)) is not None:
+                    counters.meter = None
 
-    def delivered(self, destination: bytes, messages: list[Message], attempts: int, now: int) -> None:
+    def delivered(self, counters: Counters, messages: list[Message], attempts: int, now: int) -> None:
         """A run went to a consumer; `attempts` are those of its head that failed."""
-        meter = self.of(destination)
+        meter = counters.meter
+        if meter is None:
+            meter = counters.meter = self.of(counters.name)
         count = len(messages)
         meter.leased += count
         if attempts:
@@ -80,18 +71,15 @@ class Meters:
         else:
             meter.wait.add_run(now - first, now - messages[-1][1], now * count - sum([m[1] for m in messages]), count)
 
-    def settled(self, effects: Effects, now: int) -> None:
-        """What an entry did with leases, on the shard's leader."""
-        for _, queue, outcome in effects.released:
-            self.of(queue[:queue.index(b"\0")]).outcomes[outcome] += 1
-        for destination, first, last, total, count in effects.ages or ():
-            self.of(destination).end_to_end.add_run(now - first, now - last, now * count - total, count)
-
     # -- the shards' counters ------------------------------------------------------------------------------------
 
     def took_over(self, runtime: ShardRuntime) -> None:
         """This node leads a shard from now on."""
-        self._led[runtime.number] = {name: _values(c) for name, c in runtime.state.counters.items()}
+        noted = self._led[runtime.number] = {}
+        for name, counters in runtime.state.counters.items():
+            noted[name] = _values(counters)
+            if counters.queues and not name.startswith(INTERNAL):  # of the others the first lease will say
+                counters.meter = self.of(name)
 
     def resigned(self, runtime: ShardRuntime) -> None:
         """This node does not lead it any more; what came of it until now counts."""
@@ -99,6 +87,7 @@ class Meters:
         if noted is not None:
             for name, counters in runtime.state.counters.items():
                 self._add(name, counters, noted)
+                counters.meter = None
 
     def add_up(self, runtime: ShardRuntime, name: bytes, counters: Counters) -> None:
         """Adds what a destination's counters in a shard grew by since the last call."""

@@ -151,7 +151,8 @@ INGRESS_LIMIT = _gauge("spillway_ingress_limit_bytes", "By", "The setting ingres
                        "How near is the limit?")
 STREAMS = _gauge("spillway_streams", "{stream}", "Open streams of clients.", "How many clients are there?")
 STREAMS_LIMIT = _gauge("spillway_streams_limit", "{stream}", "The setting streams_max.", "How near is the limit?")
-SPANS = _counter("spillway_spans_total", "{span}", "Spans made (`made`), or left out as more than the limit came in a second (`dropped`).",
+SPANS = _counter("spillway_spans_total", "{span}",
+                 "Spans that were `made`, `dropped` as more than the limit came in a second, or `lost` as the collector did not take them.",
                  "Are traces whole?", "result")
 ALL += process.ALL
 

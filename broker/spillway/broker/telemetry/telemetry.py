@@ -33,9 +33,9 @@ class Telemetry:
 
             who = otlp.resource("spillway", config.node_id, **{"spillway.cluster": config.cluster})
             self._push = otlp.MetricsPush(config.otlp_endpoint, who, self.collector.collect)
-            self._spans = otlp.span_processor(config.otlp_endpoint)
-            tracing = node.tracing = Tracing(self._spans.on_end, who, config.trace_sample_ratio)
-            self.collector.spans = lambda: (tracing.made, tracing.dropped)
+            sender = self._spans = otlp.SpanSender(config.otlp_endpoint, who)
+            tracing = node.tracing = Tracing(sender.take, config.trace_sample_ratio)
+            self.collector.spans = lambda: (tracing.made, tracing.dropped, sender.lost)
 
     async def listen(self) -> None:
         """Serves the Prometheus endpoint, if there is to be one. Raises ConfigError if it cannot."""
@@ -70,7 +70,7 @@ class Telemetry:
         if self._push is not None:
             from spillway.contract.telemetry import otlp
 
-            await asyncio.gather(self._push.stop(), otlp.within(otlp.SHUTDOWN_SECONDS, self._spans.shutdown))
+            await asyncio.gather(self._push.stop(), otlp.within(otlp.SHUTDOWN_SECONDS, self._spans.stop))
 
 
 def _ended(task: asyncio.Task[None]) -> None:

@@ -1,7 +1,7 @@
 """What no counter knows: the oldest message of a destination, and which tenants have the largest backlogs.
 
 A walk looks at every queue of the shards that this node leads, a page at a time, and rests between pages so that it takes a
-fiftieth of the loop's time at most. So what a scrape costs does not depend on how many queues there are; what depends on it is how
+hundredth of the loop's time at most. So what a scrape costs does not depend on how many queues there are; what depends on it is how
 old the answer may be. Candidates are looked at again when they are told of: what is told was true then.
 """
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spillway.broker.runtime.shard import ShardRuntime
 
 PAGE = 64  # queues looked at in a row: a fraction of a millisecond
-REST = 49  # times as long as a page took is rested after it
+REST = 99  # times as long as a page took is rested after it
 PAUSE_SECONDS = 1.0  # between walks
 CANDIDATES = 8  # of a destination: if the oldest is gone, the next one tells
 TENANTS_HELD_MAX = 4096  # in a walk; beyond, the smallest half is forgotten

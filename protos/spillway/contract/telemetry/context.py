@@ -14,7 +14,10 @@ LENGTH = 55  # of a traceparent of version 00
 _HEADERS, _PAYLOAD = 0x12, 0x1A  # tags of spillway.v1.Message: headers = 2 (a map), payload = 3
 _ENTRY = b"\x0a\x0btraceparent\x12\x37"  # key = 1, value = 2 of a map's entry, the value being of 55 bytes
 _FORM = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})", re.ASCII)
+_SAMPLED_FORM = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f][13579bdf]")
 _STATE_BYTES_MAX = 512
+_LOOK_BYTES = 4096  # beyond, fields are walked over: a search through a large payload takes longer
+_YES = frozenset(bytes((c,)) for c in b"13579bdf")
 
 
 class TraceContext(NamedTuple):
@@ -82,9 +85,20 @@ def is_sampled(traceparent: bytes) -> bool:
     return traceparent[-1] in b"13579bdf"
 
 
-def sampled(message: bytes) -> TraceContext | None:
-    """The context of an encoded message if it is of a sampled trace, else None."""
-    found = find(message)
-    if found is None or not is_sampled(found):
+def sampled(message: bytes) -> bytes | None:
+    """The traceparent of an encoded message if it is of a sampled trace, else None; see `ids_of`. Most are told from one character:
+    what looks like a traceparent and says no is taken at its word, even in a place where it is none."""
+    at = message.find(_ENTRY, 0, _LOOK_BYTES)
+    if at < 0:
+        if len(message) <= _LOOK_BYTES:
+            return None
+    elif message[at + len(_ENTRY) + LENGTH - 1:at + len(_ENTRY) + LENGTH] not in _YES:
         return None
-    return parse(found.decode("latin-1"))
+    found = find(message)
+    return found if found is not None and _SAMPLED_FORM.fullmatch(found) else None
+
+
+def ids_of(traceparent: bytes) -> tuple[bytes, bytes]:
+    """Ids of trace and span in a traceparent that `sampled` gave."""
+    text = traceparent.decode("ascii")
+    return bytes.fromhex(text[3:35]), bytes.fromhex(text[36:52])

@@ -8,11 +8,18 @@ OpenTelemetry's SDK.
 from __future__ import annotations
 
 import asyncio
+import gzip
+import http.client
 import logging
+import os
 import queue
+import ssl
 import threading
 import time
+import urllib.request
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from urllib.parse import unquote
 
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -22,7 +29,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from spillway.contract.telemetry import names
+from spillway.contract.telemetry import names, span_wire
 from spillway.contract.telemetry.metrics import COUNTER, Family, Histogram, Metric, Sample
 from spillway.contract.version import VERSION
 
@@ -31,7 +38,9 @@ EXPORT_SECONDS = 5.0  # for one request
 SHUTDOWN_SECONDS = 2.0
 SPANS_WAITING_MAX = 4096
 SPANS_DELAY_MS = 1000
-SPANS_PER_REQUEST = 64  # encoding more in a row would hold the interpreter for milliseconds
+SPANS_PER_REQUEST = 64  # of the SDK: encoding more in a row would hold the interpreter for milliseconds
+SPANS_IN_ONE_MAX = 2048  # of those that are encoded already, some hundred bytes each
+ANSWER_BYTES_MAX = 64 << 10
 SCOPE = InstrumentationScope(names.SCOPE, VERSION, names.SCHEMA_URL)
 
 logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # a collector that is away is not worth a line each second
@@ -79,6 +88,64 @@ async def within(seconds: float, stop: Callable[[], object]) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+class SpanSender:
+    """Takes spans as `span_wire` writes them, and sends them once a second from a thread of its own."""
+
+    def __init__(self, endpoint: str, who: Resource) -> None:
+        attributes = {key: str(value) for key, value in who.attributes.items()}
+        self._around = span_wire.envelope(attributes, names.SCOPE, VERSION, names.SCHEMA_URL)
+        self._url = url(endpoint, "traces")
+        self._headers = {"Content-Type": "application/x-protobuf", "User-Agent": f"spillway/{VERSION}", **_headers()}
+        self._gzip = os.environ.get("OTEL_EXPORTER_OTLP_COMPRESSION") == "gzip"
+        if self._gzip:
+            self._headers["Content-Encoding"] = "gzip"
+        self._context = None
+        if endpoint.startswith("https:"):
+            self._context = ssl.create_default_context(cafile=os.environ.get("OTEL_EXPORTER_OTLP_CERTIFICATE"))
+        self._waiting: deque[bytes] = deque()
+        self._stopping = threading.Event()
+        self.lost = 0
+        """Spans that could not be sent, or that came while too many waited."""
+        self._thread = threading.Thread(target=self._run, name="otlp spans", daemon=True)
+        self._thread.start()
+
+    def take(self, span: bytes) -> None:
+        """One more. Never blocks."""
+        if len(self._waiting) < SPANS_WAITING_MAX:
+            self._waiting.append(span)
+        else:
+            self.lost += 1
+
+    def stop(self) -> None:
+        """Sends what waits. May take EXPORT_SECONDS for each request; see `within`."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            stopping = self._stopping.wait(SPANS_DELAY_MS / 1000)
+            while waiting := self._waiting:
+                spans = [waiting.popleft() for _ in range(min(len(waiting), SPANS_IN_ONE_MAX))]
+                try:
+                    self._send(span_wire.request(self._around, spans))
+                except (OSError, http.client.HTTPException):
+                    self.lost += len(spans)
+
+    def _send(self, body: bytes) -> None:
+        if self._gzip:
+            body = gzip.compress(body, 1)
+        asked = urllib.request.Request(self._url, body, self._headers)  # noqa: S310 (the setting allows http and https only)
+        with urllib.request.urlopen(asked, timeout=EXPORT_SECONDS, context=self._context) as answer:  # noqa: S310
+            answer.read(ANSWER_BYTES_MAX)
+
+
+def _headers() -> dict[str, str]:
+    """What the usual variable adds to each request."""
+    pairs = (part.partition("=") for part in os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", "").split(",") if "=" in part)
+    return {unquote(name.strip()): unquote(value.strip()) for name, _, value in pairs}
 
 
 class MetricsPush:
