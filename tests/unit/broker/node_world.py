@@ -243,7 +243,7 @@ class World:
         for runtime in self.node.shards.values():
             if (c := runtime.state.counters.get(name.encode())) is not None:
                 for field in Counters.__slots__:
-                    if field not in ("name", "dirty"):
+                    if field not in ("name", "dirty", "meter"):
                         setattr(total, field, getattr(total, field) + getattr(c, field))
         return total
 
