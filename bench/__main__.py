@@ -1,4 +1,4 @@
-"""`python -m bench [a b c d e f g h i]`: runs workloads, prints a table, writes JSON."""
+"""`python -m bench [a b c d e f g h i j]`: runs workloads, prints a table, writes JSON."""
 from __future__ import annotations
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import changes, failover, isolation, limits, machine, memory, neighbour, pick, round_trip, throughput, transfer
+from bench import changes, failover, isolation, limits, machine, memory, neighbour, pick, round_trip, throughput, tracing, transfer
 from bench.report import render
 
 DISK_TYPES_REFUSED = ("tmpfs", "ramfs")
@@ -66,9 +66,14 @@ def transfers(directory: Path, quick: bool) -> dict[str, Any]:
     return transfer.measure(directory / "i", (128 << 20) if quick else (2 << 30))
 
 
+def tracings(directory: Path, quick: bool) -> dict[str, Any]:
+    """Workload j."""
+    return tracing.measure(directory / "j", 3 if quick else 16, 1.0 if quick else 4.0)
+
+
 WORKLOADS: dict[str, Callable[[Path, bool], Any]] = {
     "a": throughputs, "b": round_trips, "c": noisy_neighbour, "d": memories, "e": fail_over,
-    "f": picks, "g": isolations, "h": all_changes, "i": transfers}
+    "f": picks, "g": isolations, "h": all_changes, "i": transfers, "j": tracings}
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +81,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD",
                         help="a throughput, b round trip, c noisy neighbour, d memory, e failover, f pick, g isolation, "
-                             "h changes, i transfer; default: all")
+                             "h changes, i transfer, j tracing; default: all")
     parser.add_argument("--quick", action="store_true", help="shorter and smaller: for a look, not for figures")
     parser.add_argument("--out", type=Path, default=Path("build/bench/results.json"), help="where the JSON goes")
     parser.add_argument("--dir", type=Path, default=Path("build/bench"), help="below it the nodes keep their data; a disk")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 
@@ -28,7 +29,7 @@ def render(results: dict[str, Any]) -> str:
     """All tables."""
     parts = [_machine(results)]
     for letter, section in (("a", _throughput), ("b", _round_trip), ("c", _neighbour), ("d", _memory), ("e", _failover),
-                            ("f", _pick), ("g", _isolation), ("h", _changes), ("i", _transfer)):
+                            ("f", _pick), ("g", _isolation), ("h", _changes), ("i", _transfer), ("j", _tracing)):
         if letter in results:
             parts.append(section(results))
     parts += [f"Workload {letter} FAILED: {why}" for letter, why in results["failed"].items()]
@@ -142,6 +143,20 @@ def _transfer(results: dict[str, Any]) -> str:
             f"{i['seconds']} s, {i['megabytes_per_second']} MB/s, a voter after {i['until_voter_seconds']} s; killed with "
             f"{i['receiver_bytes_at_kill'] / 1e6:,.0f} MB of a first attempt: {'a clean state' if i['clean'] else 'NOT CLEAN'}\n"
             + table(("resident memory", "before MB", "peak MB", "growth MB"), rows))
+
+
+def _tracing(results: dict[str, Any]) -> str:
+    j = results["j"]
+    rows = [(what, median(j["per_second"][name]), j["cost_percent"].get(name, {}).get("median"), j["cost_percent"].get(name, {}).get("low"),
+             j["cost_percent"].get(name, {}).get("high"), j["bars_percent"].get(name), median(j["cpu_us_per_message"][name]),
+             j["cpu_percent"].get(name, {}).get("median"))
+            for name, what in (("bare", "neither metrics nor traces"), ("off", "metrics, scraped each second"),
+                               ("unsampled", "and traces, nothing sampled"),
+                               ("sampled", f"and traces, one of {j['sampled_every']} sampled"))]
+    return (f"j  What traces and metrics take from one node, {j['rounds']} rounds of {j['seconds']:g} s each in turn; the collector got "
+            f"{j['collector']['bytes'] / 1e6:,.1f} MB in {j['collector']['requests']:,} requests\n"
+            + table(("", "messages/s", "cost %", "low quarter", "high quarter", "bar", "node's us/message", "of it %"), rows)
+            + "\nMetrics are compared with neither, traces with metrics alone.")
 
 
 def _pick(results: dict[str, Any]) -> str:

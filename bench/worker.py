@@ -22,6 +22,7 @@ ROLES = {
     "paced": "bench.failover_load", "record": "bench.failover_load",
     "endpoint": "bench.isolation_load", "events": "bench.isolation_load",
     "fill": "bench.transfer_load",
+    "traced": "bench.tracing_load", "collector": "bench.tracing_load",
 }
 
 

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"grpc", "google", "rich", "asyncio", "uvloop", "xxhash"}
-RUNNERS = {"run", "spillway", "run_alone", "started", "main", "create_subprocess_exec", "Terminal", "Popen"}  # calls of tests that run commands
+# Calls of tests that run commands.
+RUNNERS = {"run", "spillway", "run_alone", "started", "main", "create_subprocess_exec", "Terminal", "Popen"}
 
 
 @pytest.fixture(scope="module")

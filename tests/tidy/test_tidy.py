@@ -238,3 +238,9 @@ def test_the_page_about_upgrades_has_every_feature_level() -> None:
     """With the version that brings it."""
     told = re.findall(r"^\| (\d+) \| (\S+) \| .+ \|$", (ROOT / "docs/upgrade.md").read_text(), re.MULTILINE)
     assert told == [(str(number), level.since) for number, level in LEVELS.items()]
+
+
+def test_the_page_about_metrics_has_every_metric() -> None:
+    """As it is defined, with the question that it answers."""
+    done = subprocess.run([sys.executable, "scripts/observability.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr

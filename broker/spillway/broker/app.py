@@ -33,6 +33,7 @@ from spillway.broker.services.principal import AdminFile, Authenticator, Limits
 from spillway.broker.services.queue import QueueService
 from spillway.broker.services.quotas import Quotas
 from spillway.broker.services.share import ShareService
+from spillway.broker.telemetry.telemetry import Telemetry
 from spillway.cluster.errors import StorageFailed, StoreRefused
 from spillway.cluster.placement import place
 from spillway.cluster.raft.host import RaftHost
@@ -148,6 +149,7 @@ class App:
         except (StoreRefused, StorageFailed):
             self.close()
             raise
+        self.telemetry = Telemetry(self.node) if config.metrics_listen or config.otlp_endpoint else None
         self.node.balance.joined = self.transport.set_peers
         self.node.balance.follow()
         self.forwarder = Forwarder(self.node, self.peer_tls)
@@ -228,6 +230,9 @@ class App:
         _bind("listen", self.config.listen, self.server, self.tls)
         _bind("peer_listen", self.config.peer_listen, self.peer_server, self.peer_tls)
         self._following = asyncio.get_running_loop().create_task(self._follow_files())
+        if self.telemetry is not None:
+            self.telemetry.collector.streams = lambda: self.queue.open_streams
+            await self.telemetry.listen()
         if self.config.join and (not self.journal.node.formed or len(self.node.members) == 1):
             await self._join()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -235,6 +240,8 @@ class App:
         await self.server.start()
         self._running = asyncio.get_running_loop().create_task(self.host.run())
         self.node.start(self.forwarder)
+        if self.telemetry is not None:
+            self.telemetry.start()
 
     async def _join(self) -> None:
         """Asks the cluster to take this node in, until it does. Raises ConfigError if it refuses."""
@@ -290,6 +297,8 @@ class App:
         await self.transport.close()
         await self.forwarder.close()
         await self.node.stop()
+        if self.telemetry is not None:
+            await self.telemetry.stop()
         self.close()
         log.info("stopped")
 

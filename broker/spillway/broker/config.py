@@ -17,6 +17,8 @@ from spillway.broker.errors import ConfigError
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND
 from spillway.cluster.raft.configuration import VOTERS_MAX
 from spillway.contract.limits import FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SHARDS_MAX
+from spillway.contract.telemetry.endpoint import is_http
+from spillway.contract.telemetry.logs import FORMATS
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -61,7 +63,12 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     connection_messages_per_second: Annotated[int, "records produced over one connection; beyond it requests wait; 0: no limit"] = 0
     connection_bytes_in_flight_max: Annotated[int, "produce requests of one connection that are not answered; beyond it further ones "
                                                    "wait; 0: no limit"] = 0
+    metrics_listen: Annotated[str, "host:port of the Prometheus endpoint /metrics; empty: none"] = ""
+    otlp_endpoint: Annotated[str, "http://host:4318 of a collector that takes OTLP over HTTP, for metrics and traces; empty: none"] = ""
+    trace_sample_ratio: Annotated[float, "0 to 1: of messages without a trace, for how many the broker begins one; with a trace, its flag "
+                                         "decides"] = 0.0
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
+    log_format: Annotated[str, "text, or json: one object a line, with the ids of traces"] = "text"
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -188,6 +195,14 @@ def validate(config: NodeConfig) -> NodeConfig:
     for name in ("connection_streams_max", "connection_messages_per_second", "connection_bytes_in_flight_max"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 0")
+    if config.metrics_listen:
+        split_address("metrics_listen", config.metrics_listen)
+    if config.otlp_endpoint and not is_http(config.otlp_endpoint):
+        raise ConfigError(f"otlp_endpoint is {config.otlp_endpoint!r}; write http://host:port or https://host:port")
+    if not 0 <= config.trace_sample_ratio <= 1:
+        raise ConfigError(f"trace_sample_ratio is {config.trace_sample_ratio}; it must be 0 to 1")
+    if config.log_format not in FORMATS:
+        raise ConfigError(f"log_format is {config.log_format!r}; say text or json")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"log_level is {config.log_level!r}; say debug, info, warning or error")
     for address in config.join:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import resource
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from spillway.broker.native_log import sort_out
 from spillway.broker.restore import check, restore_into
 from spillway.cluster.errors import ClusterError
 from spillway.contract.backup import BackupInvalid, read_manifest
+from spillway.contract.telemetry import logs
 
 EXIT_CONFIG = 2  # a wrong setting: do not restart without changing it
 DEV_SHARDS = 4  # enough to see that there are several
@@ -62,8 +62,7 @@ def _run(config: NodeConfig) -> int:
     """Runs a node until SIGTERM or SIGINT. Returns the exit code."""
     if config.tls_cert or config.peer_tls_cert:
         sort_out()
-    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr,
-                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(config.log_level, config.log_format, config.node_id)
     # Request-sized garbage dies by reference count, and full collections of millions of queue objects would stall the
     # loop: they are rare, and what is alive at start is never visited. Streams that end in an error leave cycles, in
     # grpcio, too: those of the middle generation are collected before they are many, and in a few milliseconds.

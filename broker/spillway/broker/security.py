@@ -35,9 +35,14 @@ def protection(config: NodeConfig) -> list[tuple[int, str]]:
         clients.append("certificates of tls_client_ca")
     clients.append("tokens" if config.auth == "tokens" else "no tokens")
     peers = "TLS both ways, certificates that name the node" if config.peer_tls_cert else "no TLS"
-    return [_line("clients", "listen", config.listen, ", ".join(clients),
+    lines = [_line("clients", "listen", config.listen, ", ".join(clients),
                   bool(config.tls_cert) and (config.auth == "tokens" or bool(config.tls_client_ca))),
             _line("nodes", "peer_listen", config.peer_listen, peers, bool(config.peer_tls_cert))]
+    if config.metrics_listen:
+        local = is_loopback(split_address("metrics_listen", config.metrics_listen)[0])
+        lines.append((logging.INFO, f"metrics on {config.metrics_listen}: no TLS, read only; "
+                      + ("only this machine reaches it" if local else "other machines reach it, and read names of destinations there")))
+    return lines
 
 
 def _line(who: str, setting: str, address: str, what: str, protected: bool) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from spillway.client.admin import Admin
 from spillway.client.cluster import Cluster
@@ -16,7 +16,11 @@ from spillway.client.leases import LeasedRun
 from spillway.client.producer import IN_FLIGHT_BYTES_MAX, Producer
 from spillway.client.security import Security
 from spillway.client.topology import Router, Topology, TopologyWatch
+from spillway.client.tracing import tracing
 from spillway.contract.limits import PAYLOAD_BYTES_MAX
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 Part = TypeVar("Part", Producer, Consumer)
 
@@ -31,17 +35,22 @@ class Client:
     `tls_cert` and `tls_key` are PEM files with a certificate of the client's own, where nodes demand one. `tls_server_name` is the name in
     the nodes' certificates, if that is not in their addresses. `token`, or the content of `token_file`, says who calls. Files are read
     again when they change: new calls and streams go with what is new. Raises InvalidArgument if something of this cannot be.
+
+    `tracer_provider` is OpenTelemetry's, for spans; by default the one that is configured for the process when the client is made, if
+    there is one.
     """
 
     def __init__(self, addresses: str | Sequence[str] = "127.0.0.1:7070", *,
                  payload_bytes_max: int = PAYLOAD_BYTES_MAX, tls_ca: str = "", tls_cert: str = "", tls_key: str = "",
-                 tls_server_name: str = "", token: str = "", token_file: str = "") -> None:
+                 tls_server_name: str = "", token: str = "", token_file: str = "",
+                 tracer_provider: TracerProvider | None = None) -> None:
         self._seeds = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self._seeds or not all(":" in address for address in self._seeds):
             raise InvalidArgument("addresses", f"{addresses!r} is not host:port, or a list of them")
         self._security = Security(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, tls_server_name=tls_server_name, token=token,
                                   token_file=token_file)
         self._payload_bytes_max = payload_bytes_max
+        self._tracing = tracing(tracer_provider)
         self._channels: Channels | None = None
         self._watch: TopologyWatch | None = None
         self._router: Router | None = None
@@ -113,7 +122,7 @@ class Client:
         router, channels = self._open()
         return self._kept(Producer(router, channels, linger=linger, in_flight_bytes_max=in_flight_bytes_max,
                                    producer_id=producer_id, payload_bytes_max=self._payload_bytes_max,
-                                   close_timeout=close_timeout))
+                                   close_timeout=close_timeout, tracing=self._tracing))
 
     def consumer(self, destinations: str | Sequence[str], *, name: str = "", credit_messages: int = CREDIT_MESSAGES,
                  credit_bytes: int = CREDIT_BYTES, run_messages_max: int = 0, lease_seconds: float | None = None,
@@ -134,7 +143,7 @@ class Client:
         return self._kept(Consumer(router, channels, names, name=name, credit_messages=credit_messages,
                                    credit_bytes=credit_bytes, run_messages_max=run_messages_max,
                                    lease_seconds=lease_seconds, lease_total_max=lease_total_max, on_stale=on_stale,
-                                   close_timeout=close_timeout))
+                                   close_timeout=close_timeout, tracing=self._tracing))
 
     def _open(self) -> tuple[Router, Channels]:
         if self._router is None or self._channels is None:

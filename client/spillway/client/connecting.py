@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
+    from opentelemetry.trace import TracerProvider
     from spillway.client.client import Client
     from spillway.client.contexts import Contexts
 
@@ -110,7 +111,7 @@ def from_arguments(found: argparse.Namespace) -> Connection:
     return resolve(flags, os.environ, Contexts(default_path(os.environ)), found.context)
 
 
-def connect(connection: Connection) -> Client:
+def connect(connection: Connection, tracer_provider: TracerProvider | None = None) -> Client:
     """The client of a connection, to be used with `async with`. The only place where commands make one."""
     from spillway.client.client import Client
     from spillway.client.errors import InvalidArgument
@@ -118,4 +119,4 @@ def connect(connection: Connection) -> Client:
     security = {name: value for name in OPTIONS if name != "address" and (value := getattr(connection, name)) is not None}
     for name in security.keys() - inspect.signature(Client).parameters:  # never left out silently: it is there for safety
         raise InvalidArgument(Option.flag(name), "this version of the client cannot do that; leave it out, or upgrade")
-    return Client(list(connection.address), **security)
+    return Client(list(connection.address), tracer_provider=tracer_provider, **security)

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from spillway.client import wire
@@ -30,6 +30,9 @@ from spillway.client.topology import Router, Topology
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.limits import LEASE_MS_MAX, LEASE_MS_MIN, RUN_MESSAGES_MAX, SUBSCRIBE_DESTINATIONS_MAX
 from spillway.v1 import queue_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.client")
 
@@ -244,7 +247,8 @@ class Consumer:
     def __init__(self, router: Router, channels: Channels, destinations: Sequence[str], *, name: str = "",
                  credit_messages: int = CREDIT_MESSAGES, credit_bytes: int = CREDIT_BYTES, run_messages_max: int = 0,
                  lease_seconds: float | None = None, lease_total_max: float = LEASE_TOTAL_SECONDS,
-                 on_stale: Callable[[LeasedRun, SpillwayError], None] | None = None, close_timeout: float = 10.0) -> None:
+                 on_stale: Callable[[LeasedRun, SpillwayError], None] | None = None, close_timeout: float = 10.0,
+                 tracing: Tracing | None = None) -> None:
         _check(destinations, name, credit_messages, credit_bytes, run_messages_max, lease_seconds)
         self.channels = channels
         self.destinations = tuple(destinations)
@@ -256,6 +260,7 @@ class Consumer:
         others never becomes a lease that this consumer holds, so it may be given back."""
         self._calls = itertools.count(1)
         self.on_stale = on_stale
+        self.tracing = tracing
         self._router = router
         self._run_messages_max = run_messages_max
         self._lease_seconds = lease_seconds
@@ -352,6 +357,8 @@ class Consumer:
             while buffer:
                 run = buffer.popleft()
                 if not run.ended:
+                    if self.tracing is not None:
+                        self.tracing.received(run, self.name, time.time_ns())
                     return run
             if self._fatal is not None:
                 raise self._fatal
@@ -580,9 +587,13 @@ class Consumer:
     def submit(self, settlement: Settlement) -> None:
         """Sends a settlement. For runs."""
         settlement.at = self._loop.time()
+        if self.tracing is not None:
+            settlement.span = self.tracing.settling(settlement)
         self._settler.submit(settlement)
 
     def _finished(self, settlement: Settlement, error: SpillwayError | None) -> None:
+        if settlement.span is not None and self.tracing is not None:
+            self.tracing.ended(settlement.span, error)
         run = settlement.run
         if error is None:
             if settlement.outcome == EXTEND:

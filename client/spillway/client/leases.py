@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spillway.client.errors import InternalError, StaleLease
 from spillway.client.model import Gap
@@ -19,8 +19,10 @@ from spillway.v1 import queue_service_pb2 as pb
 
 if TYPE_CHECKING:
     from spillway.client.consumer import Consumer
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.client")
+_NOTHING: set[int] = set()  # of all runs without tracing; never changed
 
 
 class LeasedRun:
@@ -33,7 +35,7 @@ class LeasedRun:
     """
 
     __slots__ = ("_consumer", "_later", "_messages", "_pb", "bytes", "count", "credited", "ended", "expire_at",
-                 "extend_at", "fencing_token", "given_up_at", "lease_seconds", "settled", "shard", "unsure")
+                 "extend_at", "fencing_token", "given_up_at", "lease_seconds", "settled", "shard", "told", "traced", "unsure")
 
     def __init__(self, consumer: Consumer, run: pb.LeasedRun, count: int, bytes: int, now: float, seconds_left: float,
                  lease_seconds: float, total_seconds: float) -> None:
@@ -53,6 +55,8 @@ class LeasedRun:
         self.expire_at = now + seconds_left  # by the loop's clock
         self.extend_at = now + seconds_left / 2
         self.given_up_at = now + total_seconds
+        self.traced: dict[int, Any] | None = None  # by position: contexts of sampled messages; set when it is handed out
+        self.told: set[int] = set() if consumer.tracing is not None else _NOTHING  # of these, those with a settlement
 
     def __repr__(self) -> str:
         return (f"<LeasedRun {self.destination!r} {self.tenant!r} {self.key!r} shard {self.shard} "
@@ -60,6 +64,11 @@ class LeasedRun:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def tracing(self) -> Tracing | None:
+        """Who makes spans; None: nobody."""
+        return self._consumer.tracing
 
     @property
     def destination(self) -> str:
@@ -96,6 +105,10 @@ class LeasedRun:
     def payloads(self) -> list[bytes]:
         """The payloads alone, oldest first: for handlers that need nothing else."""
         return [m.message.payload for m in self._pb.messages]
+
+    def headers_of_messages(self) -> list[Mapping[str, str]]:
+        """The headers alone, oldest first: for tracing."""
+        return [m.message.headers for m in self._pb.messages]
 
     def seconds_left(self) -> float:
         """Seconds until the lease ends by this client's clock, extensions included; negative if it has ended."""
@@ -225,12 +238,13 @@ class LeasedMessage:
     if it raises anything else; release if it is cancelled. No exception but cancellation and the like leaves the block.
     A message settled inside the block is left as it is. The settlement is committed in the background."""
 
-    __slots__ = ("_pb", "position", "run")
+    __slots__ = ("_pb", "position", "processing", "run")
 
     def __init__(self, run: LeasedRun, position: int, message: pb.LeasedMessage) -> None:
         self.run = run
         self.position = position  # in the run
         self._pb = message
+        self.processing: Any = None  # its span, while it is handled
 
     def __repr__(self) -> str:
         return f"<LeasedMessage {self.sequence} of {self.run!r}>"
@@ -337,7 +351,14 @@ class LeasedMessage:
         """See `LeasedRun.extend`."""
         return self.run.extend(seconds)
 
+    def begin(self) -> None:
+        """Its handling begins: with tracing, its span is the current one until `conclude`. `async with` does this."""
+        tracing = self.run.tracing
+        if tracing is not None:
+            self.processing = tracing.processing(self)
+
     async def __aenter__(self) -> LeasedMessage:
+        self.begin()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -346,6 +367,15 @@ class LeasedMessage:
 
     def conclude(self, error: BaseException | None) -> bool:
         """Settles it by how its handler ended; returns whether the exception is dealt with."""
+        processing, self.processing = self.processing, None
+        try:
+            return self.settle_by(error)
+        finally:
+            if processing is not None:
+                processing.end(error)
+
+    def settle_by(self, error: BaseException | None) -> bool:
+        """The settlement alone: whoever began a span ends it, in the thread where it began."""
         if self.settled:
             if self.run.ended and error is None:
                 return True

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from spillway.client import wire
@@ -36,6 +37,9 @@ from spillway.client.streams import Batch, BatchStream, check_answer
 from spillway.client.topology import Router, Topology
 from spillway.contract.limits import FRAME_BYTES_SOFT_MAX, PRODUCER_ID_BYTES_MAX, RECORDS_PER_REQUEST_MAX
 from spillway.v1 import queue_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.client")
 
@@ -215,7 +219,7 @@ class Producer:
 
     def __init__(self, router: Router, channels: Channels, *, linger: float = 0.0,
                  in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX, producer_id: str | None = None,
-                 payload_bytes_max: int, close_timeout: float = 30.0) -> None:
+                 payload_bytes_max: int, close_timeout: float = 30.0, tracing: Tracing | None = None) -> None:
         self.linger = linger
         self.payload_bytes_max = payload_bytes_max
         self._name = producer_id
@@ -241,6 +245,7 @@ class Producer:
         self._ending: asyncio.Future[None] = self._loop.create_future()  # done once closed
         self._warned = False
         self._close_timeout = close_timeout
+        self._tracing = tracing
         router.watch.listen(self._topology_changed)
 
     def __repr__(self) -> str:
@@ -272,9 +277,18 @@ class Producer:
         OverBudget or PermissionDenied (it is not stored), SendTimeout (see its `outcome_unknown`), OutcomeUnknown, Closed. If cancelled, a
         record that did not go out yet is forgotten; one that did may be stored.
         """
+        record = Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id)
+        if self._tracing is None:
+            return await self._send(record, timeout)
+        with self._tracing.sending(record) as sending:
+            receipt = await self._send(sending.record, timeout)
+            sending.stored(receipt)
+            return receipt
+
+    async def _send(self, record: Record, timeout: float | None) -> Receipt:
         deadline = None if timeout is None else self._loop.time() + timeout
         await self._ready(deadline)
-        lane, body = self._encode(Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id))
+        lane, body = self._encode(record)
         await self._reserve(len(body) + ENTRY_BYTES, deadline)
         future: asyncio.Future[Receipt] = self._loop.create_future()
         entry = self._accept(lane, body, _One(future), 0)
@@ -302,7 +316,21 @@ class Producer:
             raise Closed("the producer is closed")
         if not self._router.watch.current.shard_count:
             raise Unavailable("the topology is not known yet; await Client.wait_ready() first")
-        lane, body = self._encode(Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id))
+        record = Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id)
+        if self._tracing is None:
+            return self._send_nowait(record)
+        sending = self._tracing.sending(record)
+        try:
+            future = self._send_nowait(sending.record)
+        except BaseException as error:
+            sending.__exit__(type(error), error, error.__traceback__)
+            raise
+        if sending.span is not None:
+            future.add_done_callback(sending.concluded)
+        return future
+
+    def _send_nowait(self, record: Record) -> asyncio.Future[Receipt]:
+        lane, body = self._encode(record)
         if not self._take_room(len(body) + ENTRY_BYTES):
             raise BufferFull(f"{self._room_max - self._room} bytes are unacknowledged; the limit is {self._room_max}")
         future: asyncio.Future[Receipt] = self._loop.create_future()
@@ -316,6 +344,22 @@ class Producer:
         is stored. If records fail later, raises PartialFailure once every outcome is known. Waits while
         `in_flight_bytes_max` is reached.
         """
+        if self._tracing is None:
+            return await self._send_many(records, timeout)
+        begin = time.time_ns()
+        traced = [self._tracing.creating(record) for record in records]
+        created = [context for _, context in traced if context is not None]
+        failed: BaseException | None = None
+        try:
+            return await self._send_many([record for record, _ in traced], timeout)
+        except BaseException as error:
+            failed = error
+            raise
+        finally:
+            if created:
+                self._tracing.sent_many(begin, created, len(traced), failed)
+
+    async def _send_many(self, records: Iterable[Record], timeout: float | None) -> list[Receipt]:
         deadline = None if timeout is None else self._loop.time() + timeout
         await self._ready(deadline)
         encode = self._encode

@@ -42,7 +42,7 @@ class Settlement:
     """A settlement on its way. Await it to know that it is committed: raises StaleLease if the lease was lost. Without
     an await it goes out all the same, and a lost lease is reported to the consumer's `on_stale`."""
 
-    __slots__ = ("_error", "_waiters", "at", "delay", "done", "outcome", "reason", "run", "sequence", "upto")
+    __slots__ = ("_error", "_waiters", "at", "delay", "done", "outcome", "reason", "run", "sequence", "span", "upto")
 
     def __init__(self, run: LeasedRun, outcome: int, upto: int, sequence: int, delay: float | None, reason: str) -> None:
         self.run = run
@@ -53,6 +53,7 @@ class Settlement:
         self.reason = reason
         self.at = 0.0  # when it was handed in, by the loop's clock
         self.done = False
+        self.span: Any = None  # of a trace, if it is of a sampled message
         self._error: SpillwayError | None = None
         self._waiters: list[asyncio.Future[None]] | None = None
 

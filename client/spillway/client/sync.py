@@ -18,7 +18,7 @@ import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spillway.client import client as aio
 from spillway.client import consumer as aio_consumer
@@ -32,15 +32,20 @@ from spillway.client.sync_admin import Admin
 from spillway.client.topology import Topology
 from spillway.contract.limits import PAYLOAD_BYTES_MAX
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
 
 class Client:
     """See `spillway.client.Client`."""
 
     def __init__(self, addresses: str | Sequence[str] = "127.0.0.1:7070", *,
                  payload_bytes_max: int = PAYLOAD_BYTES_MAX, tls_ca: str = "", tls_cert: str = "", tls_key: str = "",
-                 tls_server_name: str = "", token: str = "", token_file: str = "") -> None:
+                 tls_server_name: str = "", token: str = "", token_file: str = "",
+                 tracer_provider: TracerProvider | None = None) -> None:
         self._client = aio.Client(addresses, payload_bytes_max=payload_bytes_max, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key,
-                                  tls_server_name=tls_server_name, token=token, token_file=token_file)
+                                  tls_server_name=tls_server_name, token=token, token_file=token_file,
+                                  tracer_provider=tracer_provider)
         self._loop: LoopThread | None = None
 
     def __enter__(self) -> Client:
@@ -295,11 +300,17 @@ class LeasedMessage(_Settles):
         return repr(self._message)
 
     def __enter__(self) -> LeasedMessage:
+        self._message.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> bool:
-        return self._loop.call(self._message.conclude, error)
+        processing, self._message.processing = self._message.processing, None
+        try:
+            return self._loop.call(self._message.settle_by, error)
+        finally:
+            if processing is not None:
+                processing.end(error)
 
     def ack(self, *, wait: bool = True) -> None:
         """Done: never delivered again."""

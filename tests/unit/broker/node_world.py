@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from spillway.broker.config import NodeConfig
@@ -19,6 +20,7 @@ from spillway.broker.services.admin import AdminService
 from spillway.broker.services.queue import QueueService
 from spillway.cluster.machine import GroupMachine, Role
 from spillway.cluster.state_store import StateStore
+from spillway.contract.telemetry.metrics import Histogram
 from spillway.v1.message_pb2 import Message
 from spillway.v1.queue_service_pb2 import (
     OUTCOME_ACK,
@@ -44,6 +46,15 @@ class Host:
         self.watchers: list[Callable[[int, str | None, int], None]] = []
         self.cluster_id = ""
         self.recovering = False
+        self.present: set[str] = set()
+        self.snapshot_bytes_sent = self.snapshot_bytes_received = 0
+        self.store = SimpleNamespace(syncs=Histogram())
+
+    def status(self) -> dict[int, Any]:
+        """As RaftHost."""
+        return {number: SimpleNamespace(term=1, role=Role.LEADER if machine.leading else Role.FOLLOWER,  # type: ignore[attr-defined]
+                                        commit_index=self.indexes[number], applied_index=self.indexes[number])
+                for number, machine in self.machines.items()}
 
     def fatal(self, error: BaseException) -> None:
         """As RaftHost."""
@@ -232,7 +243,7 @@ class World:
         for runtime in self.node.shards.values():
             if (c := runtime.state.counters.get(name.encode())) is not None:
                 for field in Counters.__slots__:
-                    if field not in ("name", "dirty"):
+                    if field not in ("name", "dirty", "meter"):
                         setattr(total, field, getattr(total, field) + getattr(c, field))
         return total
 

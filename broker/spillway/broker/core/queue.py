@@ -7,6 +7,11 @@ to it: a queue that merely waits is rows in the store (see `rows`).
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spillway.broker.core.meter import Meter
+
 # (sequence, enqueue time ms, deliver not before ms or 0, body, deliver not after ms or 0)
 Message = tuple[int, int, int, bytes, int]
 
@@ -27,14 +32,16 @@ class Counters:
     """Counters of one destination in one shard; see rows.StatsRow."""
 
     __slots__ = ("acked", "dead", "dead_lettered", "deduplicated", "dirty", "discarded", "enqueued", "expired", "leased",
-                 "messages", "name", "overflowed", "purged", "queues", "redriven", "retried", "size", "ttl_expired")
+                 "leases", "messages", "meter", "name", "overflowed", "purged", "queues", "redriven", "retried", "size", "ttl_expired")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self.queues = self.messages = self.leased = self.dead = 0
+        self.leases = 0  # live ones; as `leased`, which is of messages, it is not stored but counted
         self.enqueued = self.acked = self.dead_lettered = self.retried = self.expired = 0
         self.size = self.ttl_expired = self.purged = self.redriven = self.discarded = self.deduplicated = self.overflowed = 0
         self.dirty = False
+        self.meter: Meter | None = None  # while this node leads the shard, and somebody wants metrics
 
 
 class Queue:

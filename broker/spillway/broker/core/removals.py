@@ -158,6 +158,9 @@ class Removals(ShardState):
         count = queue.count
         if queue.token:
             del self.leases[queue.token]
+            queue.counters.leases -= 1
+            if queue.counters.meter is not None:
+                queue.counters.meter.outcomes[RELEASE] += 1
             queue.counters.leased -= queue.lease_size - queue.lease_acked
             effects.released.append((queue.token, name, RELEASE))
             queue.token = 0

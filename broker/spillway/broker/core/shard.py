@@ -245,6 +245,7 @@ class Shard(Removals):
         queue.consumer = consumer
         self.leases[token] = queue
         queue.counters.leased += messages
+        queue.counters.leases += 1
         self._touch(queue)
         return queue
 
@@ -295,6 +296,16 @@ class Shard(Removals):
             counters.dirty = True
             self._dirty_counters.append(counters)
         queue.lease_acked += count
+        meter = counters.meter
+        if meter is not None:
+            now = self.now_ms
+            if count == 1:
+                self.ensure(queue, 1)
+                meter.end_to_end.add(now - queue.front[0][1])
+            else:
+                self.ensure(queue, count)
+                times = [m[1] for m in queue.front[:count]]
+                meter.end_to_end.add_run(now - times[0], now - times[-1], now * count - sum(times), count)
         self._head_done(queue, self._remove_head(queue, count))
         if queue.lease_acked == queue.lease_size:
             self._remember_settled(queue.token, queue)
@@ -307,7 +318,11 @@ class Shard(Removals):
         """The lease is over: what is left of the queue becomes ready, now or later, or the queue vanishes."""
         token = queue.token
         del self.leases[token]
-        queue.counters.leased -= queue.lease_size - queue.lease_acked
+        counters = queue.counters
+        counters.leases -= 1
+        counters.leased -= queue.lease_size - queue.lease_acked
+        if counters.meter is not None:
+            counters.meter.outcomes[outcome] += 1
         effects.released.append((token, queue.key, outcome))
         queue.token = 0
         if not queue.front and not queue.cold:

@@ -128,6 +128,7 @@ class ShardState:
             if queue is None or key != rows.lease_key(queue.token):
                 raise CorruptEntry(f"a lease row names {leased!r}, which does not have this lease")
             self.leases[queue.token] = queue
+            queue.counters.leases += 1
             queue.counters.leased += queue.lease_size - queue.lease_acked
 
     def _measure(self, counters: Counters) -> None:
@@ -345,6 +346,29 @@ class ShardState:
             return 0
         row = rows.decode_queue(value)
         return row.head_ms or self._stored_head_ms(name, row.floor)
+
+    def waiting_head_ms(self, name: bytes, now: int) -> int:
+        """Enqueue time of a queue's first message in ms if it may be leased now; 0 if the queue is empty or leased, or that has to
+        wait. Loads nothing into memory."""
+        queue = self.queues.get(name)
+        if queue is None:
+            value = None if name in self._gone else self.view.get(rows.QUEUE + name)
+            if value is None:
+                return 0
+            row = rows.decode_queue(value)
+            if row.token or row.not_before > now:
+                return 0
+            floor = row.floor
+        elif queue.token or queue.not_before > now:
+            return 0
+        elif queue.front:
+            return queue.front[0][1] if queue.front[0][2] <= now else 0
+        else:
+            floor = queue.floor
+        for key, value in self.view.scan(rows.message_key(name, floor), rows.message_end(name), 1):
+            _, enqueue_ms, deliver_ms, _, _ = rows.decode_message(key, value)
+            return enqueue_ms if deliver_ms <= now else 0
+        raise CorruptEntry(f"queue {name!r} has no message row from {floor} on")
 
     def holds_since(self, name: bytes, head_ms: int) -> bool:
         """Whether the queue's head still is from that time."""

@@ -14,7 +14,7 @@ Error = tuple[int, int, str, str]
 class Call:
     """One ProduceRequest or AckRequest: its pieces are done one by one, then it answers as a whole."""
 
-    __slots__ = ("done", "errors", "grants", "on_done", "peer", "results", "size", "waiting")
+    __slots__ = ("done", "errors", "grants", "on_done", "peer", "results", "size", "traced", "traced_ns", "waiting")
 
     def __init__(self, count: int, size: int, loop: AbstractEventLoop, on_done: Callable[[Call], None],
                  peer: bool = False, grants: Grants | None = None) -> None:
@@ -25,6 +25,8 @@ class Call:
         self.done: Future[None] = loop.create_future()
         self.on_done = on_done
         self.grants = grants  # what leases may be settled; None: all
+        self.traced: dict[int, bytes] | None = None  # by index: the traceparent of sampled messages
+        self.traced_ns = 0  # when it came, if anybody makes spans
         self.peer = peer  # another node's: what cannot be done here goes back to it, and not on to a third one
 
     def fail(self, index: int, code: int, field: str, description: str) -> None:

@@ -42,6 +42,8 @@ from spillway.v1.queue_service_pb2 import Settlement
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.forward import Forwarder
+    from spillway.broker.telemetry.meters import Meters
+    from spillway.broker.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,10 @@ class Node:
         self.gates: dict[bytes, tuple[int, int]] = {}  # scope -> (until, step), of all shards that it leads
         self.ingress_bytes = 0  # accepted from producers and not yet committed
         self.disk_full = False
+        self.meters: Meters | None = None
+        """What is counted for metrics; None: nobody asked for any."""
+        self.tracing: Tracing | None = None
+        """Who makes spans of sampled messages; None: nobody does."""
         self.stopping = False
         self.revision = 0  # of the topology
         self._topology_event = asyncio.Event()
@@ -308,7 +314,12 @@ class Node:
             return False
         if len(queue.front) < queue.lease_size:
             runtime.state.ensure(queue, queue.lease_size)
-        sink.push(*run_parts(runtime.number, queue, queue.front[:queue.lease_size]))
+        messages = queue.front[:queue.lease_size]
+        sink.push(*run_parts(runtime.number, queue, messages))
+        if self.meters is not None:
+            self.meters.delivered(queue.counters, messages, queue.attempts, runtime.state.now_ms)
+        if self.tracing is not None:
+            self.tracing.delivered(runtime.number, runtime.traced, queue, messages)
         if sink.tap is not None:
             sink.tap(pick.messages, pick.bytes)
         return True
@@ -422,6 +433,12 @@ class Node:
         hold = self.meta.directory.holds.get(scope)
         remote = self._remote_holds.get(scope, 0)
         self.scheduler.hold(scope, remote if hold is None else -1 if hold.paused is not None else max(hold.parked_until, remote))
+
+    def closed_scopes(self) -> set[bytes]:
+        """Destinations and tenants that failures, operators or other nodes keep closed, as far as this node knows."""
+        now = self.now_ms()
+        return {*self.gates, *self._remote_holds,
+                *(scope for scope, hold in self.meta.directory.holds.items() if hold.paused is not None or hold.parked_until > now)}
 
     def remote_hold(self, scope: bytes, until: int) -> None:
         """Another node keeps a gate closed until then; 0: no longer."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ from spillway.v1.queue_service_pb2 import (
 
 if TYPE_CHECKING:
     from spillway.broker.runtime.node import Node
+    from spillway.broker.telemetry.tracing import TracedLeases
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class ShardRuntime:
         self._barriers: list[asyncio.Future[None]] = []
         self._barriers_in_flight: list[asyncio.Future[None]] = []
         self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick], Flight]] = deque()
+        self.traced: TracedLeases = {}  # leases of sampled messages, if anybody makes spans
+        self._proposed_at = 0.0  # when the entry in flight was made; only for metrics
         self._clear_pending()
 
     def _clear_pending(self) -> None:
@@ -113,6 +117,8 @@ class ShardRuntime:
             elif token in state.settled:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
+                if self.node.meters is not None:
+                    self.node.meters.stale += 1
             else:
                 # Perhaps another node leads, and granted it, and this one does not know yet. The log tells.
                 call.waiting += 1
@@ -159,6 +165,8 @@ class ShardRuntime:
         call.waiting += 1
         self._settles.append((token, position, sequence, outcome, argument, reason))
         self._settle_calls.append((call, index))
+        if self.traced and (lease := self.traced.get(token)) is not None:
+            lease.settling_ns = time.time_ns()
 
     def _extended(self, token: int, queue: Queue, delay_ms: int) -> int:
         """Until when EXTEND makes a lease last; 0 if that is longer than it may."""
@@ -292,6 +300,8 @@ class ShardRuntime:
         self._gates = []
         self._barriers, self._barriers_in_flight = [], self._barriers
         self._in_flight.append((made, batches, calls, picks, self.chores.fill(made)))
+        if self.node.meters is not None:
+            self._proposed_at = self.node.clock.monotonic()
         return encode_entry(made)
 
     def apply(self, index: int, term: int, command: bytes) -> None:
@@ -303,7 +313,17 @@ class ShardRuntime:
             made, batches, calls, picks, flight = self._in_flight.popleft()
             effects = Effects()
             self.state.apply(index, made, effects)
+            meters = self.node.meters
+            if meters is not None:
+                meters.commits.add(int((self.node.clock.monotonic() - self._proposed_at) * 1e6))
             self._answer(effects, batches, calls)
+            tracing = self.node.tracing
+            if tracing is not None:
+                for batch, skipped in zip(batches, effects.enqueued, strict=True):
+                    if skipped >= 0:
+                        tracing.stored(self.number, batch, skipped, made.now_ms)
+                if self.traced:
+                    tracing.applied(self.number, self.traced, made, effects)
             if made.trims or flight.purges or flight.redrives or flight.dead_purges:
                 self.chores.applied(made, flight, effects)
             self._schedule(effects, picks)
@@ -362,6 +382,8 @@ class ShardRuntime:
         self._samples.clear()
         self.sample(self.led_since_ms)
         self.copier.start(self.term)
+        if node.meters is not None:
+            node.meters.took_over(self)
 
     def _list_leases(self) -> None:
         """Live leases by their deadline."""
@@ -373,6 +395,9 @@ class ShardRuntime:
     def _resign(self) -> None:
         """Stops leading: what was proposed may still commit, what was not never will; the callers retry."""
         node = self.node
+        if node.meters is not None:
+            node.meters.resigned(self)
+        self.traced.clear()  # another node will see how they end
         self.rebuild = None
         for made, batches, calls, picks, flight in self._in_flight:
             self.chores.lost(flight)
@@ -439,6 +464,8 @@ class ShardRuntime:
                     results[position] = sequence
                     sequence += 1
                 if skipped:
+                    if self.node.meters is not None:
+                        self.node.meters.duplicates += skipped
                     for position in batch.positions[:skipped]:
                         results[position] = 1
                 sequence -= len(batch.positions)
@@ -464,6 +491,8 @@ class ShardRuntime:
             else:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 if status == SettleStatus.STALE:
+                    if self.node.meters is not None:
+                        self.node.meters.stale += 1
                     call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
                 else:
                     call.fail(index, ERROR_CODE_INVALID_ARGUMENT, f"settlements[{index}].sequence",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -30,6 +31,7 @@ from spillway.contract.limits import (
     RECORDS_PER_REQUEST_MAX,
     TTL_MS_MAX,
 )
+from spillway.contract.telemetry.context import sampled
 from spillway.peer.v1.queue_view_pb2 import ProduceRecordView, ProduceRequestView
 from spillway.v1.message_pb2 import (
     ERROR_CODE_DESTINATION_NOT_FOUND,
@@ -103,6 +105,9 @@ class Intake:
                 raise RequestError("producer_id", f"has {len(producer)} bytes; at most {PRODUCER_ID_BYTES_MAX}")
         call = Call(count, len(data), self._loop, node.call_done, self.peer)
         node.ingress_bytes += len(data)
+        tracing = node.tracing
+        if tracing is not None:
+            call.traced_ns = time.time_ns()
         if node.disk_full:
             for i in range(count):
                 call.fail(i, ERROR_CODE_RESOURCE_EXHAUSTED, "",
@@ -149,6 +154,9 @@ class Intake:
                 if problem is not None:
                     call.fail(*problem)
                     continue
+                if tracing is not None and (context := sampled(body)) is not None:
+                    call.traced = call.traced or {}
+                    call.traced[i] = context
             option: Option | None = None
             if self.peer:
                 if record.deliver_unix_ms or record.expire_unix_ms or record.dedup_digest:
@@ -272,6 +280,10 @@ class Intake:
         batch = Batch(call, view.producer_id, view.copy_previous)
         batch.epoch = view.copy_epoch
         batch.copies = []
+        tracing = self.node.tracing
+        if tracing is not None:
+            call.traced_ns = time.time_ns()
+            call.traced = {i: found for i, record in enumerate(view.records) if (found := sampled(record.message)) is not None}
         for i, record in enumerate(view.records):
             name = queue_key(record.destination, record.tenant, record.key)
             if not self.node.policy(record.destination.encode()).ordered:

@@ -113,10 +113,10 @@ class QueueService:
 
         def respond(call: Call) -> bytes:
             self._note_denied(call, context, "Produce")
-            return _produce_response(call)
+            return self._produced(call)
 
         await self._pump(requests, context, lambda data: self._intake.ingest(stream, data, grants),
-                         _produce_response if grants is None else respond, lambda: self.node.ingress_bytes > config.ingress_bytes_max,
+                         self._produced if grants is None else respond, lambda: self.node.ingress_bytes > config.ingress_bytes_max,
                          produces=True)
 
     async def ack(self, requests: AsyncIterator[bytes], context: Any) -> None:
@@ -137,6 +137,13 @@ class QueueService:
             if code == ERROR_CODE_PERMISSION_DENIED:
                 self._audit.refused(current().name, context, "QueueService/" + method, "", "PERMISSION_DENIED", why)
                 return
+
+    def _produced(self, call: Call) -> bytes:
+        meters = self.node.meters
+        if call.errors and meters is not None and not self.peer:  # another node's are told of there
+            for error in call.errors:
+                meters.refused[error[1]] = meters.refused.get(error[1], 0) + 1
+        return _produce_response(call)
 
     async def _pump(self, requests: AsyncIterator[bytes], context: Any, start: Any, respond: Any,
                     full: Callable[[], bool], produces: bool = False) -> None:

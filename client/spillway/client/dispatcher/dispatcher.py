@@ -13,12 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, fields
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from spillway.client.dispatcher.lane import CLOSED, Counts, Lane
+from spillway.client.dispatcher.metrics import Past
 from spillway.client.dispatcher.sender import AddressCheck, Resolver, Sender
 from spillway.client.dispatcher.source import Broker, Target
 from spillway.client.errors import SpillwayError
 from spillway.contract.version import VERSION
+
+if TYPE_CHECKING:
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.dispatcher")
 
@@ -83,7 +88,7 @@ class Dispatcher:
     """Delivers all destinations with an HTTP target whose name fits, until `stop`."""
 
     def __init__(self, broker: Broker, patterns: Sequence[str] = (), grace_seconds: float = GRACE_SECONDS,
-                 address_check: AddressCheck | None = None,
+                 address_check: AddressCheck | None = None, tracing: Tracing | None = None,
                  watch_seconds: float = WATCH_SECONDS, summary_seconds: float = SUMMARY_SECONDS) -> None:
         """
         Args:
@@ -91,6 +96,7 @@ class Dispatcher:
             patterns: names of destinations, '*' standing for anything; empty: all.
             grace_seconds: how long `stop` waits for requests under way.
             address_check: asked before every connection; see `AddressCheck`.
+            tracing: makes spans of deliveries, of messages that are sampled.
             watch_seconds: how often the broker is asked for targets.
             summary_seconds: how often a summary is logged.
         """
@@ -98,6 +104,7 @@ class Dispatcher:
         self._wanted = matcher(patterns)
         self._grace_seconds = grace_seconds
         self._address_check = address_check
+        self._tracing = tracing
         self._watch_seconds = watch_seconds
         self._summary_seconds = summary_seconds
         self._members: dict[str, _Member] = {}
@@ -105,6 +112,7 @@ class Dispatcher:
         self._executor = ThreadPoolExecutor(RESOLVER_THREADS, "resolve")
         self._resolver = Resolver(self._executor)
         self._past = Counts()  # of lanes that ended
+        self.past = Past()  # the same by destination
         self._summarised = Counts()
         self._reachable = True
         self._unusable: dict[Target, str] = {}
@@ -117,6 +125,20 @@ class Dispatcher:
     def counts(self) -> Counts:
         """What all lanes did since the dispatcher started."""
         return total([self._past, *(m.lane.counts for m in self._members.values() if m.lane is not None)])
+
+    def lanes(self) -> list[tuple[str, Lane]]:
+        """Those that there are, by destination."""
+        return [(name, member.lane) for name, member in self._members.items() if member.lane is not None]
+
+    @property
+    def reachable(self) -> bool:
+        """Whether targets could be read the last time."""
+        return self._reachable
+
+    @property
+    def unusable(self) -> int:
+        """How many destinations have a target that is of no use."""
+        return len(self._unusable)
 
     def states(self) -> dict[str, str | None]:
         """Each destination's state; None: nothing was sent yet."""
@@ -237,7 +259,7 @@ class Dispatcher:
         try:
             sender.open()
             member.sender = sender
-            lane = member.lane = Lane(member.target, self._broker, sender)
+            lane = member.lane = Lane(member.target, self._broker, sender, tracing=self._tracing)
             running = asyncio.create_task(lane.run())
             leaving = asyncio.create_task(member.leaving.wait())
             try:
@@ -257,6 +279,7 @@ class Dispatcher:
         finally:
             if member.lane is not None:
                 self._past = total([self._past, member.lane.counts])
+                self.past.ended(member.target.destination, member.lane)
             del self._members[member.target.destination]
             log.info("destination=%s ended", member.target.destination)
 

@@ -17,13 +17,21 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from spillway.client.dispatcher.headers import request_headers, run_headers
 from spillway.client.dispatcher.outcome import RELEASED, Action, Outcome, decide
 from spillway.client.dispatcher.sender import Answer
 from spillway.client.dispatcher.source import Broker, Message, Run, Target
 from spillway.client.errors import SpillwayError, StaleLease
+from spillway.contract.telemetry.context import TRACEPARENT
+from spillway.contract.telemetry.metrics import Histogram
+from spillway.contract.telemetry.names import STATUS
+from yarl import URL
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, SpanContext
+    from spillway.client.spans import Tracing
 
 log = logging.getLogger("spillway.dispatcher")
 
@@ -78,9 +86,12 @@ class Lane:
     """
 
     def __init__(self, target: Target, broker: Broker, sender: Sends,
-                 wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+                 wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic,
+                 tracing: Tracing | None = None) -> None:
         self.target = target
         self.counts = Counts()
+        self.latency = Histogram()  # of requests, whatever came of them, in ms
+        self._tracing = tracing
         self.last_failure = ""  # reason of the latest outcome that was no success
         self.last_failure_at: float | None = None  # seconds since 1970
         self.last_status: int | None = None  # of the latest answer
@@ -262,7 +273,12 @@ class Lane:
                 await run.extend(self._lease_seconds)
             if run.ended:
                 raise StaleLease("the lease was lost")
-            outcome = await self._request(run, message, request_headers(shared, run.shard, message, gap))
+            headers = request_headers(shared, run.shard, message, gap)
+            context = None if self._tracing is None else self._tracing.context_of(message.headers)
+            if context is None:
+                outcome = await self._request(run, message, headers)
+            else:
+                outcome = await self._traced(run, message, headers, context)
             gap = None
             if outcome.action is not Action.ACK:
                 progress.outcome = outcome
@@ -273,17 +289,44 @@ class Lane:
                 acked_at = now
                 self._ack(run, progress)
 
-    async def _request(self, run: Run, message: Message, headers: dict[str, str]) -> Outcome:
+    async def _traced(self, run: Run, message: Message, headers: dict[str, str], context: SpanContext) -> Outcome:
+        """As `_request`, of a message of a sampled trace: the receiver's spans become children of the request's."""
+        assert self._tracing is not None
+        processing = self._tracing.process(run, message, context)
+        url = URL(self.target.url)
+        span = self._tracing.request(url.host or "", url.port, message.attempt)
+        headers[TRACEPARENT] = self._tracing.header_of(span)
+        error: BaseException | None = None
+        why = "cancelled"
+        try:
+            outcome = await self._request(run, message, headers, span)
+            why = "" if outcome.action is Action.ACK else outcome.action.value
+            return outcome
+        except BaseException as e:
+            error = e
+            raise
+        finally:
+            self._tracing.ended(span, error)
+            processing.end(None, why)
+
+    async def _request(self, run: Run, message: Message, headers: dict[str, str], span: Span | None = None) -> Outcome:
         sender = self._sender
+        begin = self._monotonic()
         probe = self._open
         self._probes += probe
         try:
             status, answered, failure, detail = await sender.post(message.payload, headers)
         finally:
             self._probes -= probe
+            self.latency.add(int((self._monotonic() - begin) * 1000))
         outcome = decide(status, answered, failure, self._wall(), detail)
         action = outcome.action
         self._count(outcome, status or None)
+        if span is not None and self._tracing is not None:
+            if status:
+                span.set_attribute(STATUS, status)
+            if action is not Action.ACK:
+                self._tracing.failed(span, None, str(status) if status else failure.value if failure is not None else action.value)
         if sender is not self._sender:
             return outcome  # it says nothing about the target as it is now
         self._open = action is Action.DOWN

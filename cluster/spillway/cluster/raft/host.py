@@ -128,6 +128,7 @@ class RaftHost:
         self.groups: dict[int, RaftGroup] = {}
         self.fetches: dict[int, str] = {}  # group -> peer: snapshots to fetch, for `run` or a simulator to take
         self.failed: BaseException | None = None
+        self.snapshot_bytes_sent = self.snapshot_bytes_received = 0
         self._fatal = fatal
         self._pending: dict[int, tuple[list[str], GroupMachine]] = {}
         self._started = False
@@ -555,6 +556,7 @@ class RaftHost:
             async with aclosing(self.snapshots.export(group, peer, position)) as chunks:
                 async for chunk in chunks:
                     replica.exported(peer, len(chunk), moment_of(chunk))
+                    self.snapshot_bytes_sent += len(chunk)
                     yield chunk
 
     def installed(self, group: int, index: int, term: int) -> None:
@@ -585,7 +587,7 @@ class RaftHost:
                 raise StoreRefused(f"group {group} needs a snapshot, and there is no state store to take it")
             log.info("group %d: fetches a snapshot from node %s", group, peer)
             index, term = await self.snapshots.install(
-                group, peer, lambda position: self.transport.fetch_snapshot(peer, group, position), replica.engine.applied)
+                group, peer, lambda position: self._chunks(peer, group, position), replica.engine.applied)
             # Nothing else of the loop runs between the end of `install` and this.
             replica.machine.reload()
         except (StoreRefused, StorageFailed) as error:
@@ -598,6 +600,11 @@ class RaftHost:
         else:
             log.info("group %d: installed a snapshot from node %s as of entry %d", group, peer, index)
             self.installed(group, index, term)
+
+    async def _chunks(self, peer: str, group: int, position: Position | None) -> AsyncIterator[bytes]:
+        async for chunk in self.transport.fetch_snapshot(peer, group, position):
+            self.snapshot_bytes_received += len(chunk)
+            yield chunk
 
     # -- running -------------------------------------------------------------------------------------------------
 

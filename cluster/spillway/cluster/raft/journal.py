@@ -20,6 +20,7 @@ import bisect
 import os
 import secrets
 import struct
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed,
 from spillway.cluster.raft.configuration import Configuration, decode_configuration
 from spillway.cluster.raft.seam import CONFIGURATION, NO_OP, REGULAR, Journal
 from spillway.cluster.raft.wire import NUMBER_MAX
+from spillway.contract.telemetry.metrics import Histogram
 
 FORMAT = 3  # 1: without configurations, 2: without admissions of founders; read, and raised when the host starts
 WRITE_BUFFER_BYTES = 16 << 20  # most entries are compacted away before they leave the memtable
@@ -246,6 +248,8 @@ class JournalStore:
         self.disk: Disk = RocksDisk(source) if isinstance(source, Path) else source
         self._batch = self.disk.batch()
         self.batch_bytes = 0
+        self.syncs = Histogram()
+        """How long they took, in microseconds."""
         self.groups: dict[int, GroupJournal] = {}
         self.founding = True
         """The replicas of this node are those that it is founded with; else those that it `has_replica` of."""
@@ -326,7 +330,9 @@ class JournalStore:
 
     def sync(self) -> None:
         """Makes everything written durable. May run in a thread. Raises StorageFailed."""
+        begin = time.perf_counter_ns()
         self.disk.sync()
+        self.syncs.add((time.perf_counter_ns() - begin) // 1000)
 
     def rest(self) -> None:
         """Gives back the memory of write buffers; for quiet times, in a thread. Raises StorageFailed."""
