@@ -43,6 +43,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     snapshot_bytes_per_second: Annotated[int, "all snapshots together that this node sends to others; less leaves more for traffic, "
                                               "but a replica that is behind catches up later"] = SNAPSHOT_BYTES_PER_SECOND
     streams_max: Annotated[int, "open streams of clients; further ones are refused"] = 10_000
+    probe_listen: Annotated[str, "host:port of plaintext gRPC health checks (startup, readiness, liveness) for Kubernetes; empty: none"] = ""
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
 
 
@@ -151,6 +152,8 @@ def validate(config: NodeConfig) -> NodeConfig:
             raise ConfigError(f"{name} is {value!r}; use 1 to 63 letters, digits, '-', '_' or '.'")
     for name in ("listen", "peer_listen"):
         split_address(name, getattr(config, name))
+    if config.probe_listen:
+        split_address("probe_listen", config.probe_listen)
     if not 1 <= config.shards <= SHARDS_MAX:
         raise ConfigError(f"shards is {config.shards}; it must be 1 to {SHARDS_MAX}")
     if not 1 <= config.replicas <= 7:

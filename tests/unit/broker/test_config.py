@@ -17,8 +17,8 @@ OTHER = {
     "shards": "4", "replicas": "5", "auto_create": "false", "payload_bytes_max": "1000", "ingress_bytes_max": "1048576",
     "disk_free_bytes_min": "0", "streams_max": "1", "log_level": "debug", "join": "a:1,b:2", "advertise": "a:1/b:2", "zone": "z",
     "host": "h", "replace_after_seconds": "1", "snapshot_bytes_per_second": "1048576",
-    "feature_level_max": "1"}
-TEXTS = ("node_id", "cluster", "listen", "peer_listen", "data_dir", "log_level", "advertise", "zone", "host")
+    "feature_level_max": "1", "probe_listen": "127.0.0.1:7999"}
+TEXTS = ("node_id", "cluster", "listen", "peer_listen", "data_dir", "probe_listen", "log_level", "advertise", "zone", "host")
 LISTS = ("peers", "join")
 VALUES = {name: text if name in TEXTS else text.split(",") if name in LISTS else text == "true" if name == "auto_create" else int(text)
           for name, text in OTHER.items()}
