@@ -43,7 +43,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     snapshot_bytes_per_second: Annotated[int, "all snapshots together that this node sends to others; less leaves more for traffic, "
                                               "but a replica that is behind catches up later"] = SNAPSHOT_BYTES_PER_SECOND
     streams_max: Annotated[int, "open streams of clients; further ones are refused"] = 10_000
-    probe_listen: Annotated[str, "host:port of plaintext gRPC health checks (startup, readiness, liveness) for Kubernetes; empty: none"] = ""
+    probe_listen: Annotated[str, "host:port of plaintext health checks for Kubernetes: startup, readiness, liveness; empty: none"] = ""
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
 
 

@@ -96,5 +96,6 @@ def status_from_pb(response: pb.GetClusterStatusResponse) -> ClusterStatus:
                          NodeState(n.node.state) if n.node.state in _STATES else NodeState.UNSPECIFIED,
                          n.reachable, n.version, n.replicas, n.leads, n.feature_max) for n in response.nodes),
         tuple(GroupReport(g.group, g.leader, g.term, tuple(g.wanted), tuple(g.voters), tuple(g.learners),
-                          tuple(ReplicaReport(r.node, r.applied_index, r.lag, r.role) for r in g.replicas), g.moving) for g in response.groups),
+                          tuple(ReplicaReport(r.node, r.applied_index, r.lag, r.role) for r in g.replicas), g.moving)
+              for g in response.groups),
         tuple(Problem(p.what, p.remedy) for p in response.problems), response.feature_level or 1)
