@@ -38,7 +38,8 @@ CASES: dict[str, Values] = {
     "tls by secrets": {"tls": {"clients": {"enabled": True, "secretName": "a", "requireClientCertificate": True, "clientSecretName": "b"},
                                "peers": {"enabled": True, "secretName": "c"}}},
     "tokens": {"auth": {"mode": "tokens"}},
-    "tokens and keys": {"auth": {"mode": "tokens", "adminTokenSecret": "admin", "jwt": {"jwksSecret": "keys", "issuer": "i", "audience": "a"}}},
+    "tokens and keys": {"auth": {"mode": "tokens", "adminTokenSecret": "admin",
+                                 "jwt": {"jwksSecret": "keys", "issuer": "i", "audience": "a"}}},
     "insecure": {"allowInsecure": True},
     "metrics": {"metrics": {"enabled": True, "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
                             "prometheusRule": {"enabled": True}, "dashboards": {"enabled": True}}},
@@ -61,7 +62,8 @@ CASES: dict[str, Values] = {
     "settings": {"config": {"payload_bytes_max": 1048576, "ingress_bytes_max": 134217728, "auto_create": False}},
     "escape hatches": {"extraArgs": ["--log-level=debug"], "extraEnv": [{"name": "A", "value": "b"}],
                        "extraVolumes": [{"name": "x", "emptyDir": {}}], "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
-                       "extraContainers": [{"name": "y", "image": "y"}], "podSpec": {"dnsConfig": {"options": [{"name": "ndots", "value": "2"}]}, "hostNetwork": False},
+                       "extraContainers": [{"name": "y", "image": "y"}],
+                       "podSpec": {"dnsConfig": {"options": [{"name": "ndots", "value": "2"}]}, "hostNetwork": False},
                        "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-x"}}]},
 }
 # Settings of broker and client that the chart may write.
@@ -87,10 +89,11 @@ def test_kubernetes_takes_every_object(case: str, version: str) -> None:
 
 def test_what_an_installation_makes() -> None:
     """Neither less nor more."""
-    assert kinds(render()) == ["ConfigMap", "NetworkPolicy", "Pod", "PodDisruptionBudget", "Service", "Service", "ServiceAccount", "StatefulSet"]
+    assert kinds(render()) == ["ConfigMap", "NetworkPolicy", "Pod", "PodDisruptionBudget", "Service", "Service", "ServiceAccount",
+                               "StatefulSet"]
     more = kinds(render({**ALL_TLS, "auth": {"mode": "tokens"}, "metrics": {"enabled": True, "serviceMonitor": {"enabled": True}},
                          "dispatcher": {"enabled": True, "autoscaling": {"enabled": True}}}))
-    assert {"Certificate", "Secret", "ServiceMonitor", "Deployment", "HorizontalPodAutoscaler"} <= set(more) and more.count("Certificate") == 3
+    assert {"Secret", "ServiceMonitor", "Deployment", "HorizontalPodAutoscaler"} <= set(more) and more.count("Certificate") == 3
 
 
 # -- what nodes are told -----------------------------------------------------------------------------------------------
@@ -157,7 +160,8 @@ def test_peers_certificate_names_every_node(tmp_path: Path) -> None:
         host = (settings.get("advertise") or settings["peers"][ordinal].partition("=")[2]).partition(":")[0]
         assert settings["node_id"] in names and host in names
     clients = find(objects, "Certificate", "queue-spillway-clients-tls")["spec"]["dnsNames"]
-    assert {"queue-spillway.queues.svc.cluster.local", "*.queue-spillway-nodes.queues.svc.cluster.local", "queue.example.com"} <= set(clients)
+    assert {"queue-spillway.queues.svc.cluster.local", "*.queue-spillway-nodes.queues.svc.cluster.local",
+            "queue.example.com"} <= set(clients)
 
 
 def pods(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -206,7 +210,8 @@ def test_monitoring_takes_what_the_folders_have(tmp_path: Path) -> None:
 
     def made() -> list[dict[str, Any]]:
         with helm_python.Chart.load(copy) as loaded:
-            return list(filter(None, yaml.safe_load_all(loaded.render(values, name="q", namespace="n")["spillway/templates/monitoring.yaml"])))
+            rendered = loaded.render(values, name="q", namespace="n")
+        return [one for one in yaml.safe_load_all(rendered["spillway/templates/monitoring.yaml"]) if one]
     assert not made()
     rule = {"alert": "Stuck", "expr": "a > 1", "annotations": {"summary": "{{ $labels.destination }} is stuck"}}
     (copy / "rules").mkdir()
