@@ -24,7 +24,7 @@ from tests.helm.chart import Object, find
 from tests.pods.container import ROOT, Container, Image, Mount
 
 NETWORK = "10.113"
-WAIT_SECONDS = 90.0
+WAIT_SECONDS = 60.0
 
 
 def until(what: str, condition: Any, seconds: float = WAIT_SECONDS) -> Any:

@@ -117,7 +117,7 @@ def test_scaling_up_and_down(cluster: Kubelet) -> None:
     cluster.pods.pop(again.name)
     cluster.apply(render({**VALUES, "replicas": 3, "removedNodes": [fourth.name]}, namespace=NAMESPACE), NAMESPACE)
     assert fourth.name not in cluster.replicas()
-    assert [n["id"] for n in status(pods["queue-spillway-0"])["nodes"]] == cluster.replicas()
+    until("all know", lambda: all([n["id"] for n in status(pods[name])["nodes"]] == cluster.replicas() for name in cluster.replicas()))
     assert done(pods["queue-spillway-1"], "consume", "orders", "--count", "1", "--idle", "30") == "before\n"
     cluster.claim("data", fourth.name).rename(cluster.directory / "deleted")  # kubectl delete pvc
     cluster.apply(render({**VALUES, "replicas": 4}, namespace=NAMESPACE), NAMESPACE)

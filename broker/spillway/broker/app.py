@@ -173,10 +173,11 @@ class App:
 
     def unready(self) -> str:
         """See probes.Subject."""
-        meta = self.host.groups.get(META_GROUP)
+        meta, own = self.host.groups.get(META_GROUP), self.config.node_id
+        leader = self.host.leader_of(META_GROUP)[0]  # a follower that cannot win an election goes on to name one that is gone
         return unready_of(serves=self._running is not None, stopping=self.node.stopping,
-                          member=meta is not None and self.config.node_id in meta.configuration, recovering=self.host.recovering,
-                          leader=self.host.leader_of(META_GROUP)[0])
+                          member=meta is not None and own in meta.configuration, recovering=self.host.recovering,
+                          led=leader == own or (leader is not None and self.host.hello_of(leader) is not None))
 
     def turned(self) -> float | None:
         """See probes.Subject."""

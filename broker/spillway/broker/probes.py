@@ -6,8 +6,8 @@ answers is only looked up; the loop says how it is twice a second (`Probes.beat`
 
     startup    SERVING once the stores are open, what is in them has been read, and the first turn was made, or the node waits to be
                let into its cluster. Never depends on other nodes.
-    readiness  SERVING while the node is a member of the meta group, has recovered what it lost, knows the meta group's leader, serves
-               clients, and is not stopping.
+    readiness  SERVING while the node is a member of the meta group, has recovered what it lost, is in touch with the meta group's
+               leader or leads it, serves clients, and is not stopping.
     liveness   NOT_SERVING only if the loop, or the turns of the Raft host, have made no progress for STUCK_SECONDS; before the start
                is over, startup is what to look at. Lost quorum, other nodes, destinations and queues have no part in it.
 
@@ -131,7 +131,7 @@ class ProbeServer:
         self._threads.shutdown()
 
 
-def unready_of(*, serves: bool, stopping: bool, member: bool, recovering: bool, leader: str | None) -> str:
+def unready_of(*, serves: bool, stopping: bool, member: bool, recovering: bool, led: bool) -> str:
     """Why a node cannot serve clients now, for people; empty if it can."""
     if stopping:
         return "it stops"
@@ -141,7 +141,7 @@ def unready_of(*, serves: bool, stopping: bool, member: bool, recovering: bool, 
         return "it is no member of the meta group yet"
     if recovering:
         return "it has not yet recovered what it lost, or lacks as a new node"
-    if leader is None:
-        return "no leader of the meta group is known"
+    if not led:
+        return "it is in touch with no leader of the meta group"
     return ""
 

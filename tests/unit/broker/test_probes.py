@@ -13,7 +13,7 @@ from spillway.broker.errors import ConfigError
 from spillway.broker.probes import STALE_SECONDS, STUCK_SECONDS, Probes, ProbeServer, unready_of
 
 NAMES = ("startup", "readiness", "liveness")
-UP = {"serves": True, "stopping": False, "member": True, "recovering": False, "leader": "n2"}
+UP = {"serves": True, "stopping": False, "member": True, "recovering": False, "led": True}
 
 
 @dataclass
@@ -67,7 +67,7 @@ def test_a_node_without_quorum_is_started_and_alive_and_not_ready() -> None:
     probes = Probes(clock)
     for _ in range(1000):
         clock.now += 1
-        probes.beat(Subject(True, unready_of(**{**UP, "leader": None}), clock.now))
+        probes.beat(Subject(True, unready_of(**{**UP, "led": False}), clock.now))
     assert answers(probes) == (True, False, True)
     probes.beat(Subject(True, unready_of(**UP), clock.now))
     assert answers(probes) == (True, True, True)
@@ -75,7 +75,7 @@ def test_a_node_without_quorum_is_started_and_alive_and_not_ready() -> None:
     assert probes.serving("spillway.v1.QueueService") is None
 
 
-@pytest.mark.parametrize("change", [{"serves": False}, {"stopping": True}, {"member": False}, {"recovering": True}, {"leader": None}])
+@pytest.mark.parametrize("change", [{"serves": False}, {"stopping": True}, {"member": False}, {"recovering": True}, {"led": False}])
 def test_each_reason_alone_makes_a_node_unready(change: dict[str, object]) -> None:
     """And says so."""
     assert unready_of(**UP) == ""
