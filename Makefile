@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
 # What needs processors only runs on all of them; real processes, which tests watch, have the machine to themselves.
-ALONE := tests/hostile tests/integration tests/torture tests/upgrade
+ALONE := tests/hostile tests/integration tests/pods tests/torture tests/upgrade
 TOGETHER := $(filter-out $(ALONE) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 .PHONY: help run demo test sim torture fuzz lint protos cli-page screenshots bench clean venv dev

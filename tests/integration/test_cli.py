@@ -532,6 +532,9 @@ def test_nodes_are_drained_taken_back_and_removed(run: Run, tmp_path: Path) -> N
         assert code in (0, 4), err  # 4: without n2 the cluster stands no failure, which is worth a word
         found = json.loads(out)
         assert [(one["id"], one["state"], one["replicas"]) for one in found["nodes"] if one["id"] == "n2"] == [("n2", "draining", 0)]
+        assert json.loads(run("cluster", "stoppable", "n2", *at, "-o", "json")[1])["stoppable"]
+        code, out, err = run("cluster", "stoppable", "n1", *at, "-o", "json")
+        assert code == 4 and json.loads(out)["thin"], err  # the only replica of its shards
         assert run("cluster", "undrain", "n2", *at)[:2] == (0, "node n2 gets replicas again\n")
         assert run("cluster", "remove", "n3", *at, stdin="n\n")[0] == 1
         code, out, err = run("cluster", "remove", "n3", "--yes", *at)

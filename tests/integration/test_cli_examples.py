@@ -148,6 +148,8 @@ def test_examples_of_help_work(world: World, group: str) -> None:
     if group == "route":
         world.fill()
         world.type("spillway destination apply -f policy.toml && spillway route apply -f policy.toml")
+    if group == "cluster":
+        world.type("spillway cluster status --until-healthy --timeout 60s")
     if group == "backup":
         shutil.rmtree(world.directory / "backup-1", ignore_errors=True)
     if group == "restore" and not (world.directory / "backup-1").exists():

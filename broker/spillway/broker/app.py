@@ -6,17 +6,19 @@ import itertools
 import logging
 import secrets
 import signal
-import socket
 import sys
 import time
+from contextlib import nullcontext
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from spillway.broker.config import NodeConfig, members_of, meta_founders, split_address
+from spillway.broker.config import NodeConfig, members_of, meta_founders
 from spillway.broker.core import features
 from spillway.broker.datadir import claim, raise_format
 from spillway.broker.errors import ConfigError, DataDirError, Unavailable
+from spillway.broker.ports import check_free
+from spillway.broker.probes import Probes, ProbeServer, unready_of
 from spillway.broker.runtime.balance import META_GROUP
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
@@ -72,6 +74,18 @@ PEER_OPTIONS = [*CLIENT_OPTIONS, ("grpc.max_receive_message_length", 64 << 20), 
 
 async def serve_until_stopped(config: NodeConfig) -> int:
     """Runs a node until SIGTERM or SIGINT; returns the exit code."""
+    probes = Probes()
+    try:
+        # Before the stores are opened: a node that reads a long log answers that it has not started.
+        server = ProbeServer(probes, config.probe_listen) if config.probe_listen else nullcontext()
+    except ConfigError as error:
+        print(f"spillway serve: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    with server:
+        return await _serve(config, probes)
+
+
+async def _serve(config: NodeConfig, probes: Probes) -> int:
     try:
         app = App(config)
     except (DataDirError, StoreRefused, StorageFailed, ConfigError) as error:
@@ -82,6 +96,8 @@ async def serve_until_stopped(config: NodeConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     app.node.on_removed = stop.set
+    watching = loop.create_task(probes.watch(app))
+    watching.add_done_callback(app.node.task_done)
     starting, stopping = loop.create_task(app.start()), loop.create_task(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():  # it waits for a cluster that it is to join
@@ -96,7 +112,10 @@ async def serve_until_stopped(config: NodeConfig) -> int:
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
     _greet(config)
     await stopping
+    app.node.stopping = True
+    probes.beat(app)
     await app.stop()
+    watching.cancel()
     return 0
 
 
@@ -167,6 +186,23 @@ class App:
         self.health = health.aio.HealthServicer()
         self._running: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
+        self._joining = False
+
+    def started(self) -> bool:
+        """See probes.Subject."""
+        return self._joining or self.host.turned is not None
+
+    def unready(self) -> str:
+        """See probes.Subject."""
+        meta, own = self.host.groups.get(META_GROUP), self.config.node_id
+        leader = self.host.leader_of(META_GROUP)[0]  # a follower that cannot win an election goes on to name one that is gone
+        return unready_of(serves=self._running is not None, stopping=self.node.stopping,
+                          member=meta is not None and own in meta.configuration, recovering=self.host.recovering,
+                          led=leader == own or (leader is not None and self.host.hello_of(leader) is not None))
+
+    def turned(self) -> float | None:
+        """See probes.Subject."""
+        return None if self._running is None or self._running.done() else self.host.turned
 
     def _blank(self) -> bool:
         node = self.journal.node
@@ -234,6 +270,7 @@ class App:
             self.telemetry.collector.streams = lambda: self.queue.open_streams
             await self.telemetry.listen()
         if self.config.join and (not self.journal.node.formed or len(self.node.members) == 1):
+            self._joining = True
             await self._join()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.peer_server.start()
@@ -311,15 +348,7 @@ class App:
 
 
 def _bind(setting: str, address: str, server: grpc.aio.Server, tls: TlsFiles | None) -> None:
-    host, port = split_address(setting, address)
-    if port:  # gRPC only logs why it cannot bind; the socket says it
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ConfigError(f"{setting} {address} cannot be used: {error.strerror}") from None
+    check_free(setting, address)
     try:
         bound = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.server_credentials())
     except RuntimeError as error:

@@ -67,6 +67,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     otlp_endpoint: Annotated[str, "http://host:4318 of a collector that takes OTLP over HTTP, for metrics and traces; empty: none"] = ""
     trace_sample_ratio: Annotated[float, "0 to 1: of messages without a trace, for how many the broker begins one; with a trace, its flag "
                                          "decides"] = 0.0
+    probe_listen: Annotated[str, "host:port of plaintext health checks for Kubernetes: startup, readiness, liveness; empty: none"] = ""
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
     log_format: Annotated[str, "text, or json: one object a line, with the ids of traces"] = "text"
 
@@ -176,6 +177,8 @@ def validate(config: NodeConfig) -> NodeConfig:
             raise ConfigError(f"{name} is {value!r}; use 1 to 63 letters, digits, '-', '_' or '.'")
     for name in ("listen", "peer_listen"):
         split_address(name, getattr(config, name))
+    if config.probe_listen:
+        split_address("probe_listen", config.probe_listen)
     if not 1 <= config.shards <= SHARDS_MAX:
         raise ConfigError(f"shards is {config.shards}; it must be 1 to {SHARDS_MAX}")
     if not 1 <= config.replicas <= 7:

@@ -20,6 +20,7 @@ from spillway.v1 import cluster_service_pb2_grpc as rpc
 
 T = TypeVar("T")
 BACKUP_ATTEMPTS = 8  # for each group, with pauses that grow: long enough for an election, or a node that starts again
+LAG_IN_STEP = 1000  # entries: the nodes' answers are of different moments, and a shard under load writes hundreds a second
 _STATES = {int(state) for state in NodeState}
 
 
@@ -79,6 +80,14 @@ class Cluster(Calls):
             raise NodeNotFound(str(error)) from None
 
 
+def thin_without(found: ClusterStatus, node_id: str) -> tuple[int, ...]:
+    """Numbers of the groups that would have no majority in step if a node stopped now, or that have no leader to say so; 0 is the meta
+    group. Groups without a vote of the node do not count, nor do those of one or two voters, which never can do without one."""
+    return tuple(g.group for g in found.groups if node_id in g.voters and len(g.voters) > 2 and (not g.leader or sum(
+        r.node in g.voters and r.node != node_id and r.role != "recovering" and r.lag <= LAG_IN_STEP for r in g.replicas
+    ) <= len(g.voters) // 2))
+
+
 def status_from_pb(response: pb.GetClusterStatusResponse) -> ClusterStatus:
     """As the client has it."""
     return ClusterStatus(
@@ -87,5 +96,6 @@ def status_from_pb(response: pb.GetClusterStatusResponse) -> ClusterStatus:
                          NodeState(n.node.state) if n.node.state in _STATES else NodeState.UNSPECIFIED,
                          n.reachable, n.version, n.replicas, n.leads, n.feature_max) for n in response.nodes),
         tuple(GroupReport(g.group, g.leader, g.term, tuple(g.wanted), tuple(g.voters), tuple(g.learners),
-                          tuple(ReplicaReport(r.node, r.applied_index, r.lag) for r in g.replicas), g.moving) for g in response.groups),
+                          tuple(ReplicaReport(r.node, r.applied_index, r.lag, r.role) for r in g.replicas), g.moving)
+              for g in response.groups),
         tuple(Problem(p.what, p.remedy) for p in response.problems), response.feature_level or 1)

@@ -26,6 +26,7 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 250),  # a node that has started again leads a second later
+    ("grpc.dns_min_time_between_resolutions_ms", 500),  # a pod that starts again has its name, and another address; by default 30 s
     ("grpc.enable_retries", 0),  # they stop at the first response header: streams resume by themselves here
     ("grpc.use_local_subchannel_pool", 1),  # else kinds would share a connection
 ]

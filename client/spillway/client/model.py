@@ -359,6 +359,7 @@ class ReplicaReport:
     node: str
     applied_index: int
     lag: int  # entries that the leader had committed and this one had not applied
+    role: str = ""  # "leader", "follower", "candidate" or "recovering"; "": told by a node of an older version
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!spillway/v1/cluster_service.proto\x12\x0bspillway.v1\"\x9e\x01\n\x08Topology\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x13\n\x0bshard_count\x18\x02 \x01(\r\x12 \n\x05nodes\x18\x03 \x03(\x0b\x32\x11.spillway.v1.Node\x12\"\n\x06shards\x18\x04 \x03(\x0b\x32\x12.spillway.v1.Shard\x12\x12\n\ncluster_id\x18\x05 \x01(\t\x12\x12\n\nformer_ids\x18\x06 \x03(\t\"f\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04zone\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.spillway.v1.NodeState\"F\n\x05Shard\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06leader\x18\x02 \x01(\t\x12\x10\n\x08replicas\x18\x03 \x03(\t\x12\x0c\n\x04term\x18\x04 \x01(\x04\"\x14\n\x12GetTopologyRequest\">\n\x13GetTopologyResponse\x12\'\n\x08topology\x18\x01 \x01(\x0b\x32\x15.spillway.v1.Topology\"\x16\n\x14WatchTopologyRequest\"@\n\x15WatchTopologyResponse\x12\'\n\x08topology\x18\x01 \x01(\x0b\x32\x15.spillway.v1.Topology\"\x16\n\x14GetNodeStatusRequest\"\xa1\x01\n\x15GetNodeStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12(\n\x06groups\x18\x03 \x03(\x0b\x32\x18.spillway.v1.GroupStatus\x12\x13\n\x0b\x66\x65\x61ture_min\x18\x04 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x05 \x01(\r\x12\x15\n\rfeature_level\x18\x06 \x01(\r\"\xfc\x01\n\x0bGroupStatus\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0e\n\x06leader\x18\x03 \x01(\t\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x14\n\x0c\x63ommit_index\x18\x05 \x01(\x04\x12\x15\n\rapplied_index\x18\x06 \x01(\x04\x12\x15\n\rdurable_index\x18\x07 \x01(\x04\x12\x17\n\x0flog_first_index\x18\x08 \x01(\x04\x12\x16\n\x0elog_last_index\x18\t \x01(\x04\x12\x0e\n\x06voters\x18\n \x03(\t\x12\x10\n\x08learners\x18\x0b \x03(\t\x12\x1b\n\x13\x63onfiguration_index\x18\x0c \x01(\x04\"\x19\n\x17GetClusterStatusRequest\"\xbc\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12&\n\x05nodes\x18\x02 \x03(\x0b\x32\x17.spillway.v1.NodeReport\x12(\n\x06groups\x18\x03 \x03(\x0b\x32\x18.spillway.v1.GroupReport\x12&\n\x08problems\x18\x04 \x03(\x0b\x32\x14.spillway.v1.Problem\x12\x15\n\rfeature_level\x18\x05 \x01(\r\"\x87\x01\n\nNodeReport\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.spillway.v1.Node\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\r\n\x05leads\x18\x05 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x06 \x01(\r\"\xaa\x01\n\x0bGroupReport\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06leader\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x0e\n\x06wanted\x18\x04 \x03(\t\x12\x0e\n\x06voters\x18\x05 \x03(\t\x12\x10\n\x08learners\x18\x06 \x03(\t\x12,\n\x08replicas\x18\x07 \x03(\x0b\x32\x1a.spillway.v1.ReplicaReport\x12\x0e\n\x06moving\x18\x08 \x01(\x08\"A\n\rReplicaReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x15\n\rapplied_index\x18\x02 \x01(\x04\x12\x0b\n\x03lag\x18\x03 \x01(\x04\"\'\n\x07Problem\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x0e\n\x06remedy\x18\x02 \x01(\t\"#\n\x10\x44rainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x13\n\x11\x44rainNodeResponse\"%\n\x12UndrainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x15\n\x13UndrainNodeResponse\"$\n\x11RemoveNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x14\n\x12RemoveNodeResponse\"\x1e\n\rBackupRequest\x12\r\n\x05group\x18\x01 \x01(\r\"X\n\x0e\x42\x61\x63kupResponse\x12-\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x1a.spillway.v1.BackupClusterH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"]\n\rBackupCluster\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x13\n\x0bshard_count\x18\x02 \x01(\r\x12\x15\n\rreplica_count\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\t*p\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11NODE_STATE_ACTIVE\x10\x01\x12\x17\n\x13NODE_STATE_DRAINING\x10\x02\x12\x17\n\x13NODE_STATE_REMOVING\x10\x03\x32\xa7\x05\n\x0e\x43lusterService\x12P\n\x0bGetTopology\x12\x1f.spillway.v1.GetTopologyRequest\x1a .spillway.v1.GetTopologyResponse\x12X\n\rWatchTopology\x12!.spillway.v1.WatchTopologyRequest\x1a\".spillway.v1.WatchTopologyResponse0\x01\x12V\n\rGetNodeStatus\x12!.spillway.v1.GetNodeStatusRequest\x1a\".spillway.v1.GetNodeStatusResponse\x12_\n\x10GetClusterStatus\x12$.spillway.v1.GetClusterStatusRequest\x1a%.spillway.v1.GetClusterStatusResponse\x12J\n\tDrainNode\x12\x1d.spillway.v1.DrainNodeRequest\x1a\x1e.spillway.v1.DrainNodeResponse\x12P\n\x0bUndrainNode\x12\x1f.spillway.v1.UndrainNodeRequest\x1a .spillway.v1.UndrainNodeResponse\x12M\n\nRemoveNode\x12\x1e.spillway.v1.RemoveNodeRequest\x1a\x1f.spillway.v1.RemoveNodeResponse\x12\x43\n\x06\x42\x61\x63kup\x12\x1a.spillway.v1.BackupRequest\x1a\x1b.spillway.v1.BackupResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!spillway/v1/cluster_service.proto\x12\x0bspillway.v1\"\x9e\x01\n\x08Topology\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x13\n\x0bshard_count\x18\x02 \x01(\r\x12 \n\x05nodes\x18\x03 \x03(\x0b\x32\x11.spillway.v1.Node\x12\"\n\x06shards\x18\x04 \x03(\x0b\x32\x12.spillway.v1.Shard\x12\x12\n\ncluster_id\x18\x05 \x01(\t\x12\x12\n\nformer_ids\x18\x06 \x03(\t\"f\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04zone\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.spillway.v1.NodeState\"F\n\x05Shard\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06leader\x18\x02 \x01(\t\x12\x10\n\x08replicas\x18\x03 \x03(\t\x12\x0c\n\x04term\x18\x04 \x01(\x04\"\x14\n\x12GetTopologyRequest\">\n\x13GetTopologyResponse\x12\'\n\x08topology\x18\x01 \x01(\x0b\x32\x15.spillway.v1.Topology\"\x16\n\x14WatchTopologyRequest\"@\n\x15WatchTopologyResponse\x12\'\n\x08topology\x18\x01 \x01(\x0b\x32\x15.spillway.v1.Topology\"\x16\n\x14GetNodeStatusRequest\"\xa1\x01\n\x15GetNodeStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12(\n\x06groups\x18\x03 \x03(\x0b\x32\x18.spillway.v1.GroupStatus\x12\x13\n\x0b\x66\x65\x61ture_min\x18\x04 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x05 \x01(\r\x12\x15\n\rfeature_level\x18\x06 \x01(\r\"\xfc\x01\n\x0bGroupStatus\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0e\n\x06leader\x18\x03 \x01(\t\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x14\n\x0c\x63ommit_index\x18\x05 \x01(\x04\x12\x15\n\rapplied_index\x18\x06 \x01(\x04\x12\x15\n\rdurable_index\x18\x07 \x01(\x04\x12\x17\n\x0flog_first_index\x18\x08 \x01(\x04\x12\x16\n\x0elog_last_index\x18\t \x01(\x04\x12\x0e\n\x06voters\x18\n \x03(\t\x12\x10\n\x08learners\x18\x0b \x03(\t\x12\x1b\n\x13\x63onfiguration_index\x18\x0c \x01(\x04\"\x19\n\x17GetClusterStatusRequest\"\xbc\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12&\n\x05nodes\x18\x02 \x03(\x0b\x32\x17.spillway.v1.NodeReport\x12(\n\x06groups\x18\x03 \x03(\x0b\x32\x18.spillway.v1.GroupReport\x12&\n\x08problems\x18\x04 \x03(\x0b\x32\x14.spillway.v1.Problem\x12\x15\n\rfeature_level\x18\x05 \x01(\r\"\x87\x01\n\nNodeReport\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.spillway.v1.Node\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\r\n\x05leads\x18\x05 \x01(\r\x12\x13\n\x0b\x66\x65\x61ture_max\x18\x06 \x01(\r\"\xaa\x01\n\x0bGroupReport\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06leader\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x0e\n\x06wanted\x18\x04 \x03(\t\x12\x0e\n\x06voters\x18\x05 \x03(\t\x12\x10\n\x08learners\x18\x06 \x03(\t\x12,\n\x08replicas\x18\x07 \x03(\x0b\x32\x1a.spillway.v1.ReplicaReport\x12\x0e\n\x06moving\x18\x08 \x01(\x08\"O\n\rReplicaReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x15\n\rapplied_index\x18\x02 \x01(\x04\x12\x0b\n\x03lag\x18\x03 \x01(\x04\x12\x0c\n\x04role\x18\x04 \x01(\t\"\'\n\x07Problem\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x0e\n\x06remedy\x18\x02 \x01(\t\"#\n\x10\x44rainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x13\n\x11\x44rainNodeResponse\"%\n\x12UndrainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x15\n\x13UndrainNodeResponse\"$\n\x11RemoveNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x14\n\x12RemoveNodeResponse\"\x1e\n\rBackupRequest\x12\r\n\x05group\x18\x01 \x01(\r\"X\n\x0e\x42\x61\x63kupResponse\x12-\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x1a.spillway.v1.BackupClusterH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"]\n\rBackupCluster\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x13\n\x0bshard_count\x18\x02 \x01(\r\x12\x15\n\rreplica_count\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\t*p\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11NODE_STATE_ACTIVE\x10\x01\x12\x17\n\x13NODE_STATE_DRAINING\x10\x02\x12\x17\n\x13NODE_STATE_REMOVING\x10\x03\x32\xa7\x05\n\x0e\x43lusterService\x12P\n\x0bGetTopology\x12\x1f.spillway.v1.GetTopologyRequest\x1a .spillway.v1.GetTopologyResponse\x12X\n\rWatchTopology\x12!.spillway.v1.WatchTopologyRequest\x1a\".spillway.v1.WatchTopologyResponse0\x01\x12V\n\rGetNodeStatus\x12!.spillway.v1.GetNodeStatusRequest\x1a\".spillway.v1.GetNodeStatusResponse\x12_\n\x10GetClusterStatus\x12$.spillway.v1.GetClusterStatusRequest\x1a%.spillway.v1.GetClusterStatusResponse\x12J\n\tDrainNode\x12\x1d.spillway.v1.DrainNodeRequest\x1a\x1e.spillway.v1.DrainNodeResponse\x12P\n\x0bUndrainNode\x12\x1f.spillway.v1.UndrainNodeRequest\x1a .spillway.v1.UndrainNodeResponse\x12M\n\nRemoveNode\x12\x1e.spillway.v1.RemoveNodeRequest\x1a\x1f.spillway.v1.RemoveNodeResponse\x12\x43\n\x06\x42\x61\x63kup\x12\x1a.spillway.v1.BackupRequest\x1a\x1b.spillway.v1.BackupResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spillway.v1.cluster_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=2040
-  _globals['_NODESTATE']._serialized_end=2152
+  _globals['_NODESTATE']._serialized_start=2054
+  _globals['_NODESTATE']._serialized_end=2166
   _globals['_TOPOLOGY']._serialized_start=51
   _globals['_TOPOLOGY']._serialized_end=209
   _globals['_NODE']._serialized_start=211
@@ -62,27 +62,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUPREPORT']._serialized_start=1363
   _globals['_GROUPREPORT']._serialized_end=1533
   _globals['_REPLICAREPORT']._serialized_start=1535
-  _globals['_REPLICAREPORT']._serialized_end=1600
-  _globals['_PROBLEM']._serialized_start=1602
-  _globals['_PROBLEM']._serialized_end=1641
-  _globals['_DRAINNODEREQUEST']._serialized_start=1643
-  _globals['_DRAINNODEREQUEST']._serialized_end=1678
-  _globals['_DRAINNODERESPONSE']._serialized_start=1680
-  _globals['_DRAINNODERESPONSE']._serialized_end=1699
-  _globals['_UNDRAINNODEREQUEST']._serialized_start=1701
-  _globals['_UNDRAINNODEREQUEST']._serialized_end=1738
-  _globals['_UNDRAINNODERESPONSE']._serialized_start=1740
-  _globals['_UNDRAINNODERESPONSE']._serialized_end=1761
-  _globals['_REMOVENODEREQUEST']._serialized_start=1763
-  _globals['_REMOVENODEREQUEST']._serialized_end=1799
-  _globals['_REMOVENODERESPONSE']._serialized_start=1801
-  _globals['_REMOVENODERESPONSE']._serialized_end=1821
-  _globals['_BACKUPREQUEST']._serialized_start=1823
-  _globals['_BACKUPREQUEST']._serialized_end=1853
-  _globals['_BACKUPRESPONSE']._serialized_start=1855
-  _globals['_BACKUPRESPONSE']._serialized_end=1943
-  _globals['_BACKUPCLUSTER']._serialized_start=1945
-  _globals['_BACKUPCLUSTER']._serialized_end=2038
-  _globals['_CLUSTERSERVICE']._serialized_start=2155
-  _globals['_CLUSTERSERVICE']._serialized_end=2834
+  _globals['_REPLICAREPORT']._serialized_end=1614
+  _globals['_PROBLEM']._serialized_start=1616
+  _globals['_PROBLEM']._serialized_end=1655
+  _globals['_DRAINNODEREQUEST']._serialized_start=1657
+  _globals['_DRAINNODEREQUEST']._serialized_end=1692
+  _globals['_DRAINNODERESPONSE']._serialized_start=1694
+  _globals['_DRAINNODERESPONSE']._serialized_end=1713
+  _globals['_UNDRAINNODEREQUEST']._serialized_start=1715
+  _globals['_UNDRAINNODEREQUEST']._serialized_end=1752
+  _globals['_UNDRAINNODERESPONSE']._serialized_start=1754
+  _globals['_UNDRAINNODERESPONSE']._serialized_end=1775
+  _globals['_REMOVENODEREQUEST']._serialized_start=1777
+  _globals['_REMOVENODEREQUEST']._serialized_end=1813
+  _globals['_REMOVENODERESPONSE']._serialized_start=1815
+  _globals['_REMOVENODERESPONSE']._serialized_end=1835
+  _globals['_BACKUPREQUEST']._serialized_start=1837
+  _globals['_BACKUPREQUEST']._serialized_end=1867
+  _globals['_BACKUPRESPONSE']._serialized_start=1869
+  _globals['_BACKUPRESPONSE']._serialized_end=1957
+  _globals['_BACKUPCLUSTER']._serialized_start=1959
+  _globals['_BACKUPCLUSTER']._serialized_end=2052
+  _globals['_CLUSTERSERVICE']._serialized_start=2169
+  _globals['_CLUSTERSERVICE']._serialized_end=2848
 # @@protoc_insertion_point(module_scope)

@@ -570,22 +570,26 @@ class ReplicaReport(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     APPLIED_INDEX_FIELD_NUMBER: _builtins.int
     LAG_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Node id."""
     applied_index: _builtins.int
     """Highest index applied."""
     lag: _builtins.int
     """Entries that the leader had committed and this one had not applied."""
+    role: _builtins.str
+    """As GroupStatus.role. Empty: told by a node of an older version."""
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
         applied_index: _builtins.int = ...,
         lag: _builtins.int = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_index", b"applied_index", "lag", b"lag", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_index", b"applied_index", "lag", b"lag", "node", b"node", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,7 +21,8 @@ OTHER = {
     "feature_level_max": "1", "tls_cert": "/c", "tls_key": "/k", "tls_client_ca": "/a", "peer_tls_cert": "/pc", "peer_tls_key": "/pk",
     "peer_tls_ca": "/pa", "auth": "tokens", "admin_token_file": "/t", "jwt_jwks_file": "/j", "jwt_issuer": "i", "jwt_audience": "a",
     "allow_insecure": "true", "connection_streams_max": "1", "connection_messages_per_second": "1", "connection_bytes_in_flight_max": "1",
-    "metrics_listen": "127.0.0.1:9464", "otlp_endpoint": "http://127.0.0.1:4318", "trace_sample_ratio": "0.5", "log_format": "json"}
+    "metrics_listen": "127.0.0.1:9464", "otlp_endpoint": "http://127.0.0.1:4318", "trace_sample_ratio": "0.5", "log_format": "json",
+    "probe_listen": "127.0.0.1:7999"}
 LISTS, SWITCHES = ("peers", "join"), ("auto_create", "allow_insecure")
 TEXTS = [name for name, value in msgspec.to_builtins(NodeConfig()).items() if isinstance(value, str)]
 VALUES = {name: text if name in TEXTS else text.split(",") if name in LISTS else text == "true" if name in SWITCHES

@@ -65,7 +65,9 @@ ROTATED_GRACE_SECONDS = 600.0  # consumers' streams over a channel with former c
 NOT_LEADER = "leader"  # field of an ItemError between nodes: refused before anything was done
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
                    ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
-                   ("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1)]
+                   ("grpc.max_reconnect_backoff_ms", 500),
+                   ("grpc.dns_min_time_between_resolutions_ms", 500),  # one that starts again may have another address
+                   ("grpc.use_local_subchannel_pool", 1)]
 
 
 class _Stream:

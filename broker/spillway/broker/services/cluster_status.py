@@ -47,7 +47,8 @@ def _group(number: int, wanted: list[str], replicas: Mapping[str, pb.GroupStatus
     out.moving = bool(wanted and members.voters) and (set(wanted) != set(members.voters) or bool(members.learners))
     for node_id, status in sorted(replicas.items()):
         if node_id in members.voters or node_id in members.learners or not telling:
-            out.replicas.add(node=node_id, applied_index=status.applied_index, lag=max(0, newest.commit_index - status.applied_index))
+            out.replicas.add(node=node_id, applied_index=status.applied_index, lag=max(0, newest.commit_index - status.applied_index),
+                             role=status.role)
     return out
 
 

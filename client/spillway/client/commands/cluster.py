@@ -155,6 +155,44 @@ def drain(node: NodeId, wait: Wait = 600.0, output: Format = Output.TABLE, conne
     _leave("drain", node, wait, output, connection)
 
 
+@command(app, "stoppable", examples=("spillway cluster stoppable n2 --wait 10m",))
+def stoppable(
+    node: Annotated[str, typer.Argument(help="Id of the node.", metavar="NODE", envvar="SPILLWAY_NODE_ID")],
+    wait: Annotated[float, typer.Option("--wait", parser=seconds, metavar="DURATION", help=(
+        "Wait for so long until it is so: 30s, 10m."))] = 0.0,
+    settle: Annotated[float, typer.Option("--settle", parser=seconds, metavar="DURATION", help=(
+        "Take at least so long, for load balancers to hear that the node goes."))] = 0.0,
+    output: Format = Output.TABLE,
+    connection: Connection = HERE,
+) -> None:
+    """Waits until a node can be stopped without any group losing its majority. Exit code 4 if it cannot."""
+    from spillway.client.cluster import thin_without
+    from spillway.client.errors import Unavailable
+
+    async def work() -> int:
+        import asyncio
+
+        begun = time.monotonic()
+        until = begun + max(wait, settle)
+        why = ""
+        thin: tuple[int, ...] = ()
+        async with connect(connection) as client:
+            while True:
+                try:
+                    thin = thin_without(await client.cluster.status(timeout=max(POLL_SECONDS, min(5.0, until - time.monotonic()))), node)
+                    why = "no majority without it: " + ", ".join(f"shard {n}" if n else "the meta group" for n in thin) if thin else ""
+                except Unavailable as error:
+                    why = str(error)
+                if (left := (until if why else begun + settle) - time.monotonic()) <= 0:
+                    break
+                await asyncio.sleep(min(POLL_SECONDS, left))
+        print_done(f"node {node} should not be stopped now: {why}" if why else f"node {node} can be stopped", output, node=node,
+                   stoppable=not why, thin=list(thin))
+        return EXIT_UNAVAILABLE if why else 0
+
+    run_async(work)
+
+
 @command(app, "undrain", examples=("spillway cluster undrain n2",))
 def undrain(node: NodeId, output: Format = Output.TABLE, connection: Connection = HERE) -> None:
     """Undoes drain: the node gets its share of replicas again."""

@@ -149,6 +149,8 @@ class RaftHost:
         self._leads: dict[int, int] = {}  # group -> term, as announced
         self._watchers: list[Callable[[int, str | None, int], None]] = []
         self._known: dict[int, tuple[str | None, int]] = {}
+        self.turned: float | None = None
+        """When the last turn that ended had begun, as the clock has it; None before the first."""
         self._last_turn = 0.0
         self._last_tick = 0.0
         self._written = 0
@@ -489,6 +491,7 @@ class RaftHost:
                 epoch = self._epochs.get(peer)
                 if epoch is not None and epoch == self._out_epochs[peer]:
                     self._release(peer, epoch, messages)
+        self.turned = self._last_turn
 
     def turn(self, now: float) -> None:
         """All three phases at once."""

@@ -45,6 +45,7 @@ OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messag
            ("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1),
            ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
            ("grpc.max_reconnect_backoff_ms", int(RECONNECT_SECONDS_MAX * 1000)),
+           ("grpc.dns_min_time_between_resolutions_ms", 500),  # a pod that starts again has its name, and another address; by default 30 s
            ("grpc.http2.lookahead_bytes", 4 << 20)]
 
 
