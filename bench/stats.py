@@ -27,3 +27,14 @@ def longest_gap(times: Iterable[float], since: float, until: float) -> float:
     """The longest stretch of [since, until] without an event."""
     inside = [since, *sorted(t for t in times if since <= t <= until), until]
     return max(b - a for a, b in pairwise(inside))
+
+
+def series(samples: Iterable[tuple[float, float]], since: float, until: float, width: float) -> list[dict[str, float | int | None]]:
+    """`summary` of each stretch of `width` seconds of [since, until): of (time, seconds) pairs, with `at`, when it begins, counted from
+    `since`."""
+    steps = math.ceil((until - since) / width - 1e-9)
+    found: list[list[float]] = [[] for _ in range(steps)]
+    for at, seconds in samples:
+        if since <= at < until:
+            found[min(int((at - since) / width), steps - 1)].append(seconds)
+    return [{"at": round(i * width, 3), **summary(one)} for i, one in enumerate(found)]
