@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bench.stats import longest_gap, percentile
+from bench.stats import longest_gap, percentile, stretches
 
 
 class Trace(NamedTuple):
@@ -47,12 +47,13 @@ def outage(traces: Sequence[Trace], since: float, until: float) -> dict[str, Any
 
 
 def timeline(traces: Sequence[Trace], since: float, until: float, width: float) -> list[dict[str, Any]]:
-    """For each stretch of `width` seconds of [since, until): messages handed in, stored and delivered in it for each second, and the
+    """For each whole stretch of `width` seconds of [since, until): messages handed in, stored and delivered in it for each second, and the
     longest wait until delivered of those handed in in it (None: of none, or for ever). `at` counts from `since`."""
-    steps = math.ceil((until - since) / width - 1e-9)
+    steps = stretches(since, until, width)
 
     def place(at: float) -> int | None:
-        return min(int((at - since) / width), steps - 1) if since <= at < until else None
+        found = math.floor((at - since) / width)
+        return found if 0 <= found < steps else None
 
     counts = [[0, 0, 0] for _ in range(steps)]
     longest: list[float | None] = [None] * steps

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # importlib mode puts no folder on sys.path; the helpers beside the tests are loaded by name once.
-for _name in ("cluster_process", "plain_client", "traffic"):
+for _name in ("cluster_process", "doc_page", "plain_client", "traffic"):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None and _spec.loader is not None
