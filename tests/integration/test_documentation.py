@@ -23,6 +23,16 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert page.run() >= 12
 
 
+def test_the_guide_of_the_client(tmp_path: Path) -> None:
+    """Its programs are typed, and print what the page says."""
+    page = Page(ROOT / "docs" / "client.md", tmp_path, ENVIRONMENT)
+    assert page.run() == 3
+    for program in ("guide.py", "raw.py"):
+        checked = subprocess.run([sys.executable, "-m", "mypy", "--strict", str(tmp_path / program)], cwd=ROOT, capture_output=True, text=True,
+                                 timeout=200, check=False)
+        assert not checked.returncode, checked.stdout
+
+
 def write(tmp_path: Path, text: str) -> Path:
     """A page."""
     page = tmp_path / "page.md"
