@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from doc_page import ROOT, Block, Page, PageError, blocks, checkout, commands, matches
 
+RUN = {"client.md", "migrating.md", "production.md", "quickstart.md"}
 ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
 
 
@@ -23,14 +24,24 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert page.run() >= 12
 
 
-def test_the_guide_of_the_client(tmp_path: Path) -> None:
-    """Its programs are typed, and print what the page says."""
-    page = Page(ROOT / "docs" / "client.md", tmp_path, ENVIRONMENT)
-    assert page.run() == 3
-    for program in ("guide.py", "raw.py"):
-        checked = subprocess.run([sys.executable, "-m", "mypy", "--strict", str(tmp_path / program)], cwd=ROOT, capture_output=True, text=True,
-                                 timeout=200, check=False)
+@pytest.mark.parametrize(("page", "commands", "programs"), [
+    ("client.md", 3, ["guide.py", "raw.py"]),
+    ("migrating.md", 7, ["bridge.py"]),
+    ("production.md", 2, []),
+])
+def test_a_page_says_what_happens(tmp_path: Path, page: str, commands: int, programs: list[str]) -> None:
+    """Its commands print what it says, and its programs are typed."""
+    assert Page(ROOT / "docs" / page, tmp_path, ENVIRONMENT).run() == commands
+    for program in programs:
+        checked = subprocess.run([sys.executable, "-m", "mypy", "--strict", str(tmp_path / program)], cwd=ROOT, capture_output=True,
+                                 text=True, timeout=200, check=False)
         assert not checked.returncode, checked.stdout
+
+
+def test_every_page_with_marks_is_run() -> None:
+    """A page that says what is run is run."""
+    marked = {p.name for p in (ROOT / "docs").glob("*.md") if any(block.mark in ("run", "program") for block in blocks(p))}
+    assert marked >= {"client.md", "quickstart.md"} and marked == RUN
 
 
 def write(tmp_path: Path, text: str) -> Path:

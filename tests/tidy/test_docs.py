@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import itertools
 import re
@@ -132,9 +133,9 @@ def typed(page: str) -> Iterator[str]:
     """What a page says to type that begins with `spillway`."""
     text = (ROOT / page).read_text()
     for line in re.sub(r"\\\n\s*>?", " ", text).splitlines():
-        if found := re.match(r"^\s*(?:\$ )?(?:\.venv/bin/)?(spillway [a-z].*)$", line):
+        if found := re.match(r"^\s*(?:\$ )?(?:\.venv/bin/)?(spillway [a-z-]+(?![\w:]).*)$", line):
             yield found[1]
-        yield from re.findall(r"`(?:\.venv/bin/)?(spillway [^`]+)`", line)
+        yield from re.findall(r"`(?:\.venv/bin/)?(spillway [a-z-]+(?![\w:])[^`]*)`", line)
 
 
 def check_command(line: str) -> None:
@@ -144,7 +145,7 @@ def check_command(line: str) -> None:
     if words[0] in plugged:
         plugged_parser(words[0]).parse_args(words[1:])
         return
-    command: Any = typer.main.get_command(app)
+    command: Any = commands()
     context = command.make_context("spillway", words[:1])
     while hasattr(command, "resolve_command"):
         name, command, words = command.resolve_command(context, words)
@@ -152,6 +153,12 @@ def check_command(line: str) -> None:
             context = command.make_context(name, words[:1] if hasattr(command, "resolve_command") else list(words), parent=context)
         else:
             return  # a group by itself, as in "`spillway cluster`"
+
+
+@functools.cache
+def commands() -> Any:
+    """The commands that talk to a cluster, for their parser: it is slow to make."""
+    return typer.main.get_command(app)
 
 
 def plugged_parser(name: str) -> Any:
