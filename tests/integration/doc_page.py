@@ -70,7 +70,8 @@ class PageError(AssertionError):
 def blocks(page: Path) -> Iterator[Block]:
     """All fenced blocks and marks of a page, in order. Raises PageError for a `console` block without a mark."""
     mark = argument = fence = language = ""
-    begun, text = 0, []
+    begun = 0
+    text: list[str] = []
     for number, line in enumerate(page.read_text().splitlines(), 1):
         stripped = line.strip()
         if fence:
