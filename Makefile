@@ -6,7 +6,7 @@ ARGS ?=
 ALONE := tests/hostile tests/integration tests/pods tests/torture tests/upgrade
 TOGETHER := $(filter-out $(ALONE) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-.PHONY: help run demo test sim torture fuzz lint protos cli-page screenshots bench clean venv dev
+.PHONY: help run demo test sim torture fuzz lint protos cli-page screenshots bench plots clean venv dev
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -53,6 +53,10 @@ screenshots: dev  ## what commands print of a running cluster, into docs/cli.md
 
 bench: venv  ## all benchmarks (ARGS="a b --quick" to choose)
 	@$(PY) -m bench $(ARGS)
+
+plots: venv  ## the plots and figures of docs/ from a new run (ARGS="--dir DIR" for the nodes' data); on a quiet machine
+	@$(PY) -m bench c e g --out build/plots/results.json $(ARGS)
+	@$(PY) -m bench.plots build/plots/results.json docs/plots
 
 clean:  ## remove the environment and caches; data stays
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

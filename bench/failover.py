@@ -14,11 +14,12 @@ from bench.counters import DELIVERED, FINISH, PRODUCED, READY_CONSUMER, READY_PR
 from bench.failover_load import DESTINATION, TENANT
 from bench.history import Delivery, judge
 from bench.nodes import Nodes
-from bench.outage import Trace, outage
+from bench.outage import Trace, outage, timeline
 
 QUEUES, PER_SECOND, PAYLOAD_BYTES, CREDIT = 200, 2_000.0, 1024, 512
 CATCH_UP_SECONDS = 60.0
 LEADERS_BACK_SECONDS = 15.0
+TIMELINE_BEFORE_SECONDS, TIMELINE_SECONDS = 3.0, 0.1  # for plots
 ROLES_AT_WORK = ("leader", "follower")
 
 
@@ -86,6 +87,9 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         "others": outage([t for t in traces if t.queue not in affected], killed_at, restarted_at),
         "all": outage(traces, killed_at, restarted_at),
         "around_restart": around_restart,
+        "killed_at_seconds": TIMELINE_BEFORE_SECONDS,
+        "restarted_at_seconds": round(restarted_at - killed_at + TIMELINE_BEFORE_SECONDS, 3),
+        "timeline": timeline(traces, killed_at - TIMELINE_BEFORE_SECONDS, end - 1.0, TIMELINE_SECONDS),
         "slowest_deliveries_around_restart": [
             {"number": number, "shard": shard, "at": round(at - restarted_at, 3), "fencing_token": token, "attempt": attempt}
             for number, _, shard, _, at, token, attempt in got["deliveries"] if number in slow],

@@ -9,13 +9,14 @@ from typing import Any
 from bench.children import Child, Children, Worker, poll
 from bench.counters import FINISH, GO, READY_CONSUMER, READY_PRODUCER, STOP, Counters
 from bench.nodes import Nodes, free_ports
-from bench.stats import summary
+from bench.stats import series, summary
 
 DESTINATIONS = 10
 DEAD = (0, 1, 5)  # how many of them, phase by phase
 PER_SECOND = 40.0  # messages for each destination
 TENANTS, KEYS = 20, 5
 SETTLE_SECONDS = 4.0
+SERIES_SECONDS = 1.0  # for plots
 
 
 def measure(directory: Path, seconds: float) -> dict[str, Any]:
@@ -55,5 +56,8 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         phases.append({"dead": dead, "per_second": round(len(waits) / (end - begin), 1), **summary(waits)})
     return {"destinations": DESTINATIONS, "sent": sent["sent"], "sender_late_max_ms": round(sent["late_max"] * 1e3, 1),
             "phases": phases,
+            "changes": [{"dead": dead, "at": round(begin - SETTLE_SECONDS - windows[0][1], 3)} for dead, begin, _ in windows[1:]],
+            "series": series(((at, wait) for at, wait, number in got["arrived"] if number >= max(DEAD)), windows[0][1], windows[-1][2],
+                             SERIES_SECONDS),
             "throughput_ratio": [round(p["per_second"] / phases[0]["per_second"], 3) for p in phases],
             "p99_ratio": [round(p["p99_ms"] / phases[0]["p99_ms"], 2) for p in phases]}

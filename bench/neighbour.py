@@ -8,13 +8,14 @@ from typing import Any
 from bench.children import Children, Worker, poll
 from bench.counters import FINISH, GO, READY_BURST, READY_CONSUMER, READY_PRODUCER, SETTLED, STOP, Counters
 from bench.nodes import Nodes
-from bench.stats import summary
+from bench.stats import series, summary
 
 TENANTS, PER_SECOND = 100, 5.0
 BURST_MESSAGES, BURST_KEYS = 50_000, 1_000
 HANDLERS, HANDLER_SECONDS = 50, 0.05
 PAYLOAD_BYTES = 1024
 SETTLE_SECONDS = 2.0
+SERIES_SECONDS = 0.5  # for plots
 
 
 def measure(directory: Path, seconds: float) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
         "quiet_sender_late_max_ms": round(sent["late_max"] * 1e3, 1),
         "burst_stored_seconds": round(dump["end"] - dump["start"], 2), "burst_handled": got["burst_handled"],
         "burst_backlog_at_end": BURST_MESSAGES - got["burst_handled"], "handled_per_second": round(capacity),
+        "dump_at_seconds": round(dump["start"] - begin, 3), "series": series(got["begun"], begin, end, SERIES_SECONDS),
         "to_handler": {"before": between(got["begun"], begin, dump["start"]),
                        "while_dumping": between(got["begun"], dump["start"], dump["end"]),
                        "during": between(got["begun"], dump["start"], end)},

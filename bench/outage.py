@@ -1,10 +1,11 @@
 """What a fault cost, from the traces of the messages around it. Pure."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bench.stats import longest_gap, percentile
+from bench.stats import longest_gap, percentile, stretches
 
 
 class Trace(NamedTuple):
@@ -43,6 +44,29 @@ def outage(traces: Sequence[Trace], since: float, until: float) -> dict[str, Any
         "delivery_gap_of_worst_queue": round(max(gaps), 3),
         "delivery_gap_of_median_queue": round(percentile(gaps, 50), 3),
     }
+
+
+def timeline(traces: Sequence[Trace], since: float, until: float, width: float) -> list[dict[str, Any]]:
+    """For each whole stretch of `width` seconds of [since, until): messages handed in, stored and delivered in it for each second, and the
+    longest wait until delivered of those handed in in it (None: of none, or for ever). `at` counts from `since`."""
+    steps = stretches(since, until, width)
+
+    def place(at: float) -> int | None:
+        found = math.floor((at - since) / width)
+        return found if 0 <= found < steps else None
+
+    counts = [[0, 0, 0] for _ in range(steps)]
+    longest: list[float | None] = [None] * steps
+    for t in traces:
+        for kind, at in enumerate((t.sent_at, t.stored_at, t.delivered_at)):
+            if at is not None and (where := place(at)) is not None:
+                counts[where][kind] += 1
+        if (where := place(t.sent_at)) is not None:
+            longest[where] = max(longest[where] or 0.0, _wait(t))
+    return [{"at": round(i * width, 3), "sent_per_second": round(sent / width), "stored_per_second": round(stored / width),
+             "delivered_per_second": round(delivered / width),
+             "send_to_delivered_max": None if wait is None else _finite(wait)}
+            for i, ((sent, stored, delivered), wait) in enumerate(zip(counts, longest, strict=True))]
 
 
 def slow(trace: Trace, since: float) -> dict[str, Any]:

@@ -27,3 +27,19 @@ def longest_gap(times: Iterable[float], since: float, until: float) -> float:
     """The longest stretch of [since, until] without an event."""
     inside = [since, *sorted(t for t in times if since <= t <= until), until]
     return max(b - a for a, b in pairwise(inside))
+
+
+def series(samples: Iterable[tuple[float, float]], since: float, until: float, width: float) -> list[dict[str, float | int | None]]:
+    """`summary` of each whole stretch of `width` seconds of [since, until): of (time, seconds) pairs, with `at`, when it begins, counted
+    from `since`."""
+    found: list[list[float]] = [[] for _ in range(stretches(since, until, width))]
+    for at, seconds in samples:
+        place = math.floor((at - since) / width)
+        if 0 <= place < len(found):
+            found[place].append(seconds)
+    return [{"at": round(i * width, 3), **summary(one)} for i, one in enumerate(found)]
+
+
+def stretches(since: float, until: float, width: float) -> int:
+    """How many whole stretches of `width` there are."""
+    return max(math.floor((until - since) / width + 1e-9), 0)

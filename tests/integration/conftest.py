@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # importlib mode puts no folder on sys.path; the helpers beside the tests are loaded by name once.
-for _name in ("cluster_process", "certificates", "otlp_receiver", "plain_client", "terminal", "traffic"):
+for _name in ("cluster_process", "certificates", "doc_page", "otlp_receiver", "plain_client", "terminal", "traffic"):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None and _spec.loader is not None

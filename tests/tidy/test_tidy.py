@@ -225,15 +225,6 @@ def test_every_definition_of_the_protocol_has_a_comment(tmp_path: Path) -> None:
     assert seen > 150 and not silent
 
 
-@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in sorted(ROOT.rglob("*.md"))
-                                  if not {".venv", "build", ".pytest_cache"} & set(p.parts)])
-def test_links_of_a_page_lead_somewhere(page: str) -> None:
-    """Relative links of the documentation exist."""
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-        if "://" not in target:
-            assert (ROOT / page).parent.joinpath(target).exists(), target
-
-
 def test_the_page_about_upgrades_has_every_feature_level() -> None:
     """With the version that brings it."""
     told = re.findall(r"^\| (\d+) \| (\S+) \| .+ \|$", (ROOT / "docs/upgrade.md").read_text(), re.MULTILINE)

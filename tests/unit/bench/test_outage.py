@@ -1,7 +1,7 @@
 """What a fault cost is read off traces whose answer is known."""
 from __future__ import annotations
 
-from bench.outage import Trace, outage
+from bench.outage import Trace, outage, timeline
 
 
 def traces(stalled: range, queues: int = 2) -> list[Trace]:
@@ -44,3 +44,12 @@ def test_never_arrived() -> None:
     found = outage(lost, 4.0, 9.0)
     assert found["send_to_delivered_max"] is None and found["send_to_stored_max"] == 0.01
     assert outage([], 4.0, 9.0) == {"messages": 0}
+
+
+def test_timeline() -> None:
+    """Each tenth of a second has what was handed in, stored and delivered in it, and its longest wait; nothing means no wait."""
+    found = timeline([Trace(0, 0, 1.01, 1.02, 1.15), Trace(1, 0, 1.02, 1.12, 1.16), Trace(2, 0, 0.99, 1.0, 1.0),
+                      Trace(3, 0, 1.25, None, None)], 1.0, 1.35, 0.1)
+    assert [(one["at"], one["sent_per_second"], one["stored_per_second"], one["delivered_per_second"]) for one in found] == [
+        (0.0, 20, 20, 10), (0.1, 0, 10, 20), (0.2, 10, 0, 0)]
+    assert [one["send_to_delivered_max"] for one in found] == [0.14, None, None]

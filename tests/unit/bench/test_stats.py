@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.stats import longest_gap, percentile, summary
+from bench.stats import longest_gap, percentile, series, summary
 
 
 def test_percentile_is_nearest_rank() -> None:
@@ -33,3 +33,11 @@ def test_longest_gap() -> None:
     assert longest_gap([5.0, 1.0, 2.0, 99.0], 0.0, 6.0) == 3.0
     assert longest_gap([1.0], 0.0, 6.0) == 5.0
     assert longest_gap([], 2.0, 6.0) == 4.0
+
+
+def test_series() -> None:
+    """Each whole stretch has its own summary, an empty one none; what is outside, and of a stretch that is not whole, is left out."""
+    found = series([(9.9, 9.0), (10.0, 0.001), (10.4, 0.003), (11.5, 0.002), (12.2, 9.0)], 10.0, 12.3, 1.0)
+    assert [(one["at"], one["count"], one["max_ms"]) for one in found] == [(0.0, 2, 3.0), (1.0, 1, 2.0)]
+    assert [one["count"] for one in series([(0.5, 1.0)], 0.0, 2.0, 1.0)] == [1, 0]
+    assert series([], 1.0, 1.5, 1.0) == []
