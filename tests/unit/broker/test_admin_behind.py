@@ -11,7 +11,13 @@ from spillway.broker.core.directory import destination
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import NotFound
 from spillway.broker.services.admin import AdminService
-from spillway.v1.admin_service_pb2 import GetDestinationRequest, GetDestinationResponse
+from spillway.v1.admin_service_pb2 import (
+    Destination,
+    GetDestinationRequest,
+    GetDestinationResponse,
+    UpdateDestinationRequest,
+    UpdateDestinationResponse,
+)
 
 
 class Leader:
@@ -56,3 +62,19 @@ async def test_only_the_leader_says_that_there_is_none() -> None:
     with pytest.raises(NotFound):
         await service({}, Leader(set(), names.append)).known("name", "none")
     assert names == ["none"]
+
+
+async def test_what_the_leader_stored_is_known_here_before_the_answer() -> None:
+    """Who asks this node next must not be told what was before: its next change would be refused, as made of something old."""
+    at = SimpleNamespace(applied_index=6)
+
+    class Storing(Leader):
+        async def UpdateDestination(self, request: UpdateDestinationRequest, timeout: float) -> UpdateDestinationResponse:
+            asyncio.get_running_loop().call_later(0.05, setattr, at, "applied_index", 7)
+            return UpdateDestinationResponse(destination=Destination(name="d", etag="7"))
+
+    asked = service({}, Storing(set(), print))
+    asked.node.meta.rows = at  # type: ignore[assignment]
+    asked.node.config.payload_bytes_max = 1 << 20  # type: ignore[misc]
+    answer = await asked.UpdateDestination(UpdateDestinationRequest(destination=Destination(name="d")), None)
+    assert answer.destination.etag == "7" and at.applied_index == 7

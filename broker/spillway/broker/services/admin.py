@@ -27,6 +27,7 @@ from spillway.v1 import admin_service_pb2_grpc
 from spillway.v1.message_pb2 import Message
 
 POLL_SECONDS = 0.02
+BEHIND_SECONDS = 1.0  # that an answer waits for this node to know what it says
 DEAD_LETTERS_AT_ONCE = 16  # read from the store; each may have as much as a message may
 
 
@@ -44,6 +45,7 @@ class AdminService(Explain, Gates, Routes, Stats, Tokens, admin_service_pb2_grpc
             wanted = parse_destination(request.destination, self.node.config.payload_bytes_max)
             if (stub := await self._meta_leader()) is not None:
                 created: pb.CreateDestinationResponse = await stub.CreateDestination(request, timeout=CALL_SECONDS)
+                await self._known_here(created.destination.etag)
                 return created
             stored = await self.node.meta.put(wanted, create=True, replace=False, etag=0)
         except (BrokerError, grpc.aio.AioRpcError) as error:
@@ -57,11 +59,18 @@ class AdminService(Explain, Gates, Routes, Stats, Tokens, admin_service_pb2_grpc
             etag = parse_etag("destination.etag", request.destination.etag)
             if (stub := await self._meta_leader()) is not None:
                 updated: pb.UpdateDestinationResponse = await stub.UpdateDestination(request, timeout=CALL_SECONDS)
+                await self._known_here(updated.destination.etag)
                 return updated
             stored = await self.node.meta.put(wanted, create=request.allow_missing, replace=True, etag=etag)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.UpdateDestinationResponse(destination=destination_proto(stored))
+
+    async def _known_here(self, etag: str) -> None:
+        """Waits, for a while at most, until this node knows what another one stored: who asks the same node next finds it."""
+        deadline = asyncio.get_running_loop().time() + BEHIND_SECONDS
+        while self.node.meta.rows.applied_index < int(etag or 0) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _meta_leader(self) -> Any:
         """The stub of the meta leader, or None if it is this node."""

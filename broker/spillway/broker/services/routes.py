@@ -25,6 +25,7 @@ class Routes:
 
     node: Node
     _meta_leader: Callable[[], Awaitable[Any]]  # the stub of the meta group's leader, None if it is this node
+    _known_here: Callable[[str], Awaitable[None]]  # waits until this node knows what has this etag
 
     async def CreateRoute(self, request: pb.CreateRouteRequest, context: Any) -> pb.CreateRouteResponse:
         """See admin_service.proto."""
@@ -32,6 +33,7 @@ class Routes:
             wanted = parse_route(request.route)
             if (stub := await self._meta_leader()) is not None:
                 created: pb.CreateRouteResponse = await stub.CreateRoute(request, timeout=CALL_SECONDS)
+                await self._known_here(created.route.etag)
                 return created
             self._check_copies(wanted)
             stored = await self.node.meta.put_route(wanted, create=True, replace=False, etag=0)
@@ -46,6 +48,7 @@ class Routes:
             etag = parse_etag("route.etag", request.route.etag)
             if (stub := await self._meta_leader()) is not None:
                 updated: pb.UpdateRouteResponse = await stub.UpdateRoute(request, timeout=CALL_SECONDS)
+                await self._known_here(updated.route.etag)
                 return updated
             self._check_copies(wanted)
             stored = await self.node.meta.put_route(wanted, create=request.allow_missing, replace=True, etag=etag)
