@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -434,6 +436,16 @@ def test_tokens_from_the_command_line(started: Any) -> None:
     assert json.loads(spillway(cluster, "token", "list", "-o", "json", **admins).stdout) == []
     wrong = spillway(cluster, "status", code=4, SPILLWAY_TLS_CA="")
     assert "has told the topology" in wrong.stderr or "cannot be reached" in wrong.stderr
+
+
+def test_the_end_of_certificates_is_a_metric(started: Any) -> None:
+    """Of both ports, for the alert that comes before it."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    started(1, flags=["--metrics-listen", address])
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=LONG) as response:
+        text = response.read().decode()
+    ends = dict(re.findall(r'^spillway_certificate_end_timestamp_seconds\{port="(\w+)"\} (\S+)$', text, re.MULTILINE))
+    assert ends.keys() == {"clients", "nodes"} and min(map(float, ends.values())) > time.time()
 
 
 async def test_limits_of_connections_and_tokens(started: Any) -> None:

@@ -268,6 +268,9 @@ class App:
         self._following = asyncio.get_running_loop().create_task(self._follow_files())
         if self.telemetry is not None:
             self.telemetry.collector.streams = lambda: self.queue.open_streams
+            certificates = {"clients": self.tls, "nodes": self.peer_tls}
+            self.telemetry.collector.certificate_ends = lambda: {
+                port: files.ends for port, files in certificates.items() if files is not None}
             await self.telemetry.listen()
         if self.config.join and (not self.journal.node.formed or len(self.node.members) == 1):
             self._joining = True

@@ -65,6 +65,17 @@ def test_what_is_wrong_with_files_is_said(authority: Authority, tmp_path: Path) 
             TlsFiles(NAMES, *paths, node_id)
 
 
+def test_when_a_certificate_ends_is_known(authority: Authority) -> None:
+    """With an authority for the other side or without, and of the new one once files change; one that has ended says 0."""
+    cert, key, ca = authority.issue("n1", until=2041)
+    end = datetime(2041, 1, 1, tzinfo=UTC).timestamp()
+    files = TlsFiles(NAMES, cert, key, ca, "n1")
+    assert files.ends == TlsFiles(NAMES, cert, key).ends == end
+    authority.issue("n1", until=2050)
+    assert files.poll() and files.ends == datetime(2050, 1, 1, tzinfo=UTC).timestamp()
+    assert TlsFiles(NAMES, *authority.issue("old", until=2021)[:2]).ends == 0
+
+
 def test_changed_files_are_taken_if_they_are_valid(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
     """What is half written, wrong or gone changes nothing, is said once, and is tried again when it changes."""
     files = authority.files("n1")

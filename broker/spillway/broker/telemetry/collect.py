@@ -55,6 +55,8 @@ class Collector:
         self.fairness = Fairness(node)
         self.streams: Callable[[], int] = lambda: 0
         """How many streams clients have open."""
+        self.certificate_ends: Callable[[], dict[str, float]] = dict
+        """Port -> when its certificate ends, Unix time."""
         self.spans: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         """How many spans were made, left out, and not taken by the collector."""
         node.host.on_leadership(self._leader_changed)
@@ -249,6 +251,8 @@ class Collector:
         tell(r.INGRESS_LIMIT, config.ingress_bytes_max)
         tell(r.STREAMS, self.streams())
         tell(r.STREAMS_LIMIT, config.streams_max)
+        for port, end in self.certificate_ends().items():
+            tell(r.CERTIFICATE_END, end, port)
         for result, count in zip(("made", "dropped", "lost"), self.spans(), strict=True):
             tell(r.SPANS, count, result)
         for metric, value in process.values().items():

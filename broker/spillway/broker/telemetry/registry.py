@@ -151,6 +151,9 @@ INGRESS_LIMIT = _gauge("spillway_ingress_limit_bytes", "By", "The setting ingres
                        "How near is the limit?")
 STREAMS = _gauge("spillway_streams", "{stream}", "Open streams of clients.", "How many clients are there?")
 STREAMS_LIMIT = _gauge("spillway_streams_limit", "{stream}", "The setting streams_max.", "How near is the limit?")
+CERTIFICATE_END = _gauge("spillway_certificate_end_timestamp_seconds", "s",
+                         "Unix time at which the certificate in use ends, of the port for `clients` or for `nodes`; 0 if it has ended.",
+                         "Must a certificate be replaced?", "port")
 SPANS = _counter("spillway_spans_total", "{span}",
                  "Spans that were `made`, `dropped` as more than the limit came in a second, or `lost` as the collector did not take them.",
                  "Are traces whole?", "result")

@@ -42,6 +42,7 @@ class TlsFiles:
         self._node_id = node_id
         self._refused: tuple[Any, ...] = ()
         self.version = 0  # grows whenever other files are taken into use
+        self.ends = 0.0  # when the certificate in use ends, Unix time; 0 if it has ended
         self._stamp = self._look()
         self._take(self._read())
 
@@ -144,28 +145,48 @@ class TlsFiles:
 
     def _shake_with_itself(self) -> Mapping[str, Any]:
         """The certificate, as others see it if both sides have it. Raises TlsInvalid if it is none for both."""
-        left = ssl.MemoryBIO(), ssl.MemoryBIO()
-        one = self._context(ssl.PROTOCOL_TLS_SERVER).wrap_bio(left[0], left[1], server_side=True)
-        other = self._context(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(left[1], left[0])
-        open_ = [other, one]
         try:
-            for _ in range(8):
-                for side in list(open_):
-                    try:
-                        side.do_handshake()
-                        open_.remove(side)
-                    except ssl.SSLWantReadError:
-                        pass
+            server, _ = _meet(self._context(ssl.PROTOCOL_TLS_SERVER), self._context(ssl.PROTOCOL_TLS_CLIENT))
         except ssl.SSLError as error:
             raise TlsInvalid(f"{self._names[0]} {self._paths[0]} is not valid between nodes with {self._names[2]} {self._paths[2]}: "
                              f"{_said(error)}. It must be of that authority, not expired, and for both server and client") from None
-        return one.getpeercert() or {}
+        return server.getpeercert() or {}
+
+    def _end(self) -> float:
+        """See `ends`. By a handshake with somebody who trusts this certificate and nothing else: Python decodes what it verified only."""
+        cert, key, _ = self._paths
+        server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname = False
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        try:
+            server.load_cert_chain(cert, key)
+            client.load_verify_locations(cert)
+            found = _meet(server, client)[1].getpeercert() or {}
+            return float(ssl.cert_time_to_seconds(str(found["notAfter"])))
+        except (ssl.SSLError, OSError, KeyError):
+            return 0.0
 
     def _take(self, pem: list[bytes]) -> None:
         cert, key, ca = pem
         self._server = grpc.ssl_server_certificate_configuration([(key, cert)], ca or None)
         self._channel = grpc.ssl_channel_credentials(ca or None, key, cert)
+        self.ends = self._end()
         self.version += 1
+
+
+def _meet(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """A handshake in memory: what the server and the client have then. Raises ssl.SSLError."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = server.wrap_bio(there, back, server_side=True), client.wrap_bio(back, there)
+    waiting = [sides[1], sides[0]]
+    for _ in range(8):
+        for side in list(waiting):
+            try:
+                side.do_handshake()
+                waiting.remove(side)
+            except ssl.SSLWantReadError:
+                pass
+    return sides
 
 
 def certified_names(context: Any) -> tuple[str, ...]:
