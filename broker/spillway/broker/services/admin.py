@@ -69,7 +69,9 @@ class AdminService(Explain, Gates, Routes, Stats, Tokens, admin_service_pb2_grpc
     async def _known_here(self, etag: str) -> None:
         """Waits, for a while at most, until this node knows what another one stored: who asks the same node next finds it."""
         deadline = asyncio.get_running_loop().time() + BEHIND_SECONDS
-        while self.node.meta.rows.applied_index < int(etag or 0) and asyncio.get_running_loop().time() < deadline:
+        while self.node.meta.rows.applied_index < int(etag or 0):
+            if asyncio.get_running_loop().time() > deadline:
+                return
             await asyncio.sleep(POLL_SECONDS)
 
     async def _meta_leader(self) -> Any:
