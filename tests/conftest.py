@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable
 
 import pytest
 from spillway.client import cli
+
+# A shell starts what runs in its background with SIGINT ignored, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
