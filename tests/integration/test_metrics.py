@@ -154,6 +154,22 @@ async def test_totals_of_a_cluster_are_those_of_its_nodes(cluster: Cluster) -> N
     assert found["spillway_raft_leaderless_groups"] == 0
 
 
+async def test_shards_whose_leaders_died_are_counted(cluster: Cluster) -> None:
+    """Also by a node that cannot win an election, and goes on to follow who is gone: the alert looks at that. `explain` names them."""
+    [port] = free_ports(1)
+    nodes = cluster(3, start=False)
+    nodes.nodes["n1"].argv += ["--metrics-listen", f"127.0.0.1:{port}"]
+    nodes.start()
+    shards = len((await asyncio.to_thread(nodes.topology)).shards)
+    async with Client(nodes.nodes["n1"].address) as client:
+        await client.admin.create_destination("d")
+        for name in ("n2", "n3"):
+            nodes.nodes[name].kill()
+        await until(f"127.0.0.1:{port}", lambda found: found["spillway_raft_leaderless_groups"] == shards)
+        explained = await client.admin.explain("d")
+        assert f"Shards without a leader, whose messages are not counted: {', '.join(map(str, range(1, shards + 1)))}" in explained.sentence
+
+
 async def test_a_port_that_is_taken_is_said(cluster: Cluster) -> None:
     """A node that cannot serve its metrics does not start, and says which setting is to blame."""
     [port] = free_ports(1)

@@ -43,7 +43,7 @@ def service(world: World, leaders: dict[int, str | None], peers: dict[str, Peer]
     async def await_meta_leader() -> str:
         return meta_leader
 
-    world.node.leader_of = lambda shard: leaders[shard]  # type: ignore[method-assign]
+    world.node.leader_of = world.node.leader_in_touch = lambda shard: leaders[shard]  # type: ignore[method-assign]
     forwarder: Any = SimpleNamespace(await_meta_leader=await_meta_leader, link=lambda node: SimpleNamespace(admin=peers[node]))
     return AdminService(world.node, forwarder)
 

@@ -206,7 +206,8 @@ async def test_changes_go_to_the_meta_groups_leader() -> None:
     async def await_meta_leader() -> str:
         return "n2"
 
-    node: Any = SimpleNamespace(config=SimpleNamespace(node_id="n1"), meta=SimpleNamespace(directory=d.Directory()))
+    node: Any = SimpleNamespace(config=SimpleNamespace(node_id="n1"), meta=SimpleNamespace(
+        directory=d.Directory(), rows=SimpleNamespace(applied_index=0)))
     forwarder: Any = SimpleNamespace(await_meta_leader=await_meta_leader, link=lambda _: SimpleNamespace(admin=leader))
     service = AdminService(node, forwarder)
     requests = [("CreateRoute", pb.CreateRouteRequest(route=route("s", "a"))),

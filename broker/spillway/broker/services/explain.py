@@ -119,7 +119,7 @@ class Explain(Operations):
             total.sentence = best.sentence[:cut] + _tail(total.messages, total, now)
         missing = self._leaderless()
         if missing:
-            total.sentence += f" Shards without a leader, whose messages are not counted: {missing}."
+            total.sentence += f" Shards without a leader, whose messages are not counted: {', '.join(map(str, missing))}."
             if not total.messages:
                 total.cause = pb.STALL_CAUSE_NO_QUORUM
         return total

@@ -407,7 +407,7 @@ class Operations:
         return sorted(leader for leader in leaders if leader is not None and leader != own)
 
     def _leaderless(self) -> list[int]:
-        return [shard for shard in range(1, self.node.config.shards + 1) if self.node.leader_of(shard) is None]
+        return [shard for shard in range(1, self.node.config.shards + 1) if self.node.leader_in_touch(shard) is None]
 
     async def _plan(self, context: Any) -> dict[str, list[int]]:
         """Who leads which shards, each shard once. For another node's call, those of this node that it asks for. Raises

@@ -226,7 +226,7 @@ class Collector:
             tell(r.RAFT_TERM, max(v[0] for v in rest), r.OTHER)
             tell(r.RAFT_LEADING, sum(v[1] for v in rest), r.OTHER)
             tell(r.RAFT_LAG, max(v[2] for v in rest), r.OTHER)
-        tell(r.RAFT_LEADERLESS, sum(node.leader_of(n) is None for n in range(1, node.config.shards + 1)))
+        tell(r.RAFT_LEADERLESS, sum(node.leader_in_touch(n) is None for n in range(1, node.config.shards + 1)))
         tell(r.RAFT_CHANGES, meters.leader_changes)
         tell(r.RAFT_PEERS, len(host.present))
         tell(r.MEMBERS, len(node.members))

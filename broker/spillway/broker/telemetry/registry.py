@@ -123,7 +123,8 @@ RAFT_TERM = _gauge("spillway_raft_term", "1", "Term of a Raft group's replica he
 RAFT_LEADING = _gauge("spillway_raft_leading", "1", "1 if this node leads the group and serves, else 0.", "Who leads what?", "group")
 RAFT_LAG = _gauge("spillway_raft_applied_lag_entries", "{entry}", "Entries that are committed and not applied here.",
                   "Does a replica fall behind?", "group")
-RAFT_LEADERLESS = _gauge("spillway_raft_leaderless_groups", "{group}", "Groups that this node knows no leader of.",
+RAFT_LEADERLESS = _gauge("spillway_raft_leaderless_groups", "{group}",
+                         "Shards whose leader this node does not know, or is not connected to.",
                          "Is a part of the queues out of reach?")
 RAFT_CHANGES = _counter("spillway_raft_leader_changes_total", "{change}", "Changes of leader that this node saw, over all groups.",
                         "Do leaders come and go?")
