@@ -137,6 +137,7 @@ class App:
     def __init__(self, config: NodeConfig) -> None:
         """Opens the stores. Raises DataDirError, StoreRefused, StorageFailed or ConfigError."""
         self.config = config
+        self._following: asyncio.Task[None] | None = None  # whatever fails from here on closes what is open
         members = members_of(config)
         self.tls, self.peer_tls = clients_tls(config), peers_tls(config)
         self._admin_file = AdminFile(config.admin_token_file) if config.admin_token_file else None
@@ -185,7 +186,6 @@ class App:
         self.peer_server = grpc.aio.server(options=PEER_OPTIONS, interceptors=[ParseErrors(), *named])
         self.health = health.aio.HealthServicer()
         self._running: asyncio.Task[None] | None = None
-        self._following: asyncio.Task[None] | None = None
         self._joining = False
 
     def started(self) -> bool:
