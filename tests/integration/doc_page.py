@@ -130,8 +130,10 @@ class Shell:
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         self._scratch = directory / ".page"
         self._scratch.mkdir(parents=True)
+        # Of a make that runs the tests, and would change what a make of the page says.
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         self._process = subprocess.Popen(["bash", "--noprofile", "--norc"], cwd=directory, stdin=subprocess.PIPE, text=True,
-                                         env={**os.environ, **environment})
+                                         env={**outside, **environment})
         self._number = 0
         self._background: dict[str, tuple[int, Path]] = {}
 

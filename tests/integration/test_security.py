@@ -97,6 +97,7 @@ async def test_whoever_has_no_valid_certificate_is_refused_at_the_clients_port(t
     users = Authority(tmp_path, "users")
     cluster = SecureCluster(tmp_path, 1, ["--tls-client-ca", str(users.path)], tokens=False)
     node = cluster.nodes["n1"]
+    node.env["GRPC_VERBOSITY"] = "ERROR"  # as the command line has it
     mine = users.issue("app", "app")
     node.start()
     try:

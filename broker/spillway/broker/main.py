@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-from spillway.broker.app import serve_until_stopped
 from spillway.broker.config import NodeConfig, load, parser, settings
 from spillway.broker.errors import BrokerError
 from spillway.broker.native_log import sort_out
@@ -62,6 +61,8 @@ def _run(config: NodeConfig) -> int:
     """Runs a node until SIGTERM or SIGINT. Returns the exit code."""
     if config.tls_cert or config.peer_tls_cert:
         sort_out()
+    from spillway.broker.app import serve_until_stopped  # gRPC, which reads how much to say as it is loaded
+
     logs.configure(config.log_level, config.log_format, config.node_id)
     # Request-sized garbage dies by reference count, and full collections of millions of queue objects would stall the
     # loop: they are rare, and what is alive at start is never visited. Streams that end in an error leave cycles, in

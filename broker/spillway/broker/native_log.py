@@ -41,8 +41,9 @@ def explained(line: str) -> str:
 
 
 def sort_out() -> None:
-    """Takes standard error of native code in this process, from now on. Python's own, `sys.stderr`, goes where it went before."""
-    os.environ["GRPC_VERBOSITY"] = "INFO"  # the level of those lines; read when gRPC is used first
+    """Takes standard error of native code in this process, from now on; gRPC must not be loaded yet. Python's own, `sys.stderr`, goes where
+    it went before."""
+    os.environ["GRPC_VERBOSITY"] = "INFO"  # the level of those lines, whatever the command line has set
     real = os.dup(2)
     reads, writes = os.pipe()
     os.set_blocking(writes, False)  # whoever writes may hold the interpreter, which the reader waits for: a line is lost instead
