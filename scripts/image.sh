@@ -47,7 +47,7 @@ lock)
   "$tools/bin/python" -m $pip install --quiet uv
   compile=("$tools/bin/uv" pip compile --quiet --generate-hashes --python-version 3.11 --python-platform linux --no-emit-index-url
            --custom-compile-command "scripts/image.sh lock")
-  "${compile[@]}" pyproject.toml --extra broker --extra dispatch --extra cli -o requirements/image.txt
+  "${compile[@]}" pyproject.toml --extra broker --extra jwt --extra dispatch --extra cli -o requirements/image.txt
   printf 'hatchling\nsetuptools\nwheel\n' | "${compile[@]}" - -o requirements/build.txt
   ;;
 *)

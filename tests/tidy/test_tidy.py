@@ -235,3 +235,14 @@ def test_the_page_about_metrics_has_every_metric() -> None:
     """As it is defined, with the question that it answers."""
     done = subprocess.run([sys.executable, "scripts/observability.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
+
+
+def test_the_image_has_all_that_the_extras_ask_for() -> None:
+    """What pyproject.toml asks for, of everything that the image is to do, is pinned in requirements/image.txt."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"--extra (\w+)", (ROOT / "scripts" / "image.sh").read_text())
+    assert {"broker", "jwt", "dispatch", "cli"} <= set(extras)
+    pinned = set(re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "requirements" / "image.txt").read_text(), re.MULTILINE))
+    asked = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", one)[0]).lower() for one in asked}
+    assert not names - {re.sub(r"[-_.]+", "-", one).lower() for one in pinned}

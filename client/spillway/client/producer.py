@@ -707,8 +707,8 @@ class Producer:
     def _warn(self, error: SpillwayError) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("a produce request failed (%s); failed records are sent again unless their send says otherwise. "
-                        "Further failures of this producer are logged at DEBUG.", error)
+            log.warning("a produce request failed (%s); what may still succeed is sent again, other sends raise. Further failures of this "
+                        "producer are logged at DEBUG.", error)
         else:
             log.debug("a produce request failed: %s", error)
 
