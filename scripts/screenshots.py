@@ -62,7 +62,8 @@ async def traffic(client: Client) -> None:
         async with client.producer() as producer:
             while True:
                 tenant = tenants[number * number % 7 % len(tenants)]
-                producer.send_nowait(destination, b"x" * 400, tenant=tenant, key=f"user-{number % 50}")
+                sent = producer.send_nowait(destination, b"x" * 400, tenant=tenant, key=f"user-{number % 50}")
+                sent.add_done_callback(lambda one: one.cancelled() or one.exception())  # the last ones fail as it ends
                 number += 1
                 await asyncio.sleep(1 / per_second)
 
