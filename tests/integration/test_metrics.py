@@ -22,6 +22,7 @@ Cluster = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_MAX = 60.0
 OF_PROMETHEUS = {"up"}
+WITH_TLS = {"spillway_certificate_end_timestamp_seconds"}  # see test_security.py
 
 
 async def scraped(address: str) -> dict[str, float]:
@@ -115,7 +116,7 @@ async def test_rules_and_dashboards_find_what_they_name(cluster: Cluster, target
             again = await scraped(address)
             assert again['spillway_messages_acked_total{destination="web"}'] == 20
             assert {k for k in again if "tenant" not in k} == {k for k in node if "tenant" not in k}
-            there = OF_PROMETHEUS | {series.partition("{")[0] for series in (*node, *told)}
+            there = OF_PROMETHEUS | WITH_TLS | {series.partition("{")[0] for series in (*node, *told)}
             missing = {name: where for name, where in named().items() if name not in there}
             assert not missing
         dispatcher.terminate()
