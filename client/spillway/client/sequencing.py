@@ -189,7 +189,8 @@ class Lane:
                 self.acked = max(self.acked, entry.number)
                 continue
             verdict = refusal.verdict
-            entry.gap = entry.first and verdict is Verdict.OUT_OF_SEQUENCE
+            # Of the batch's first record only: its parts may have changed places on the way, and then the others come too early.
+            entry.gap = i == 0 and entry.first and verdict is Verdict.OUT_OF_SEQUENCE
             if verdict is Verdict.REFUSED or verdict is Verdict.REFUSED_UNKNOWN:
                 self._holes[entry.number] = entry.tainted or verdict is Verdict.REFUSED_UNKNOWN
                 self._fail(entry, refusal.error)

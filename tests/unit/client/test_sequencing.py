@@ -332,3 +332,22 @@ def test_exactly_once_in_order_whatever_happens(data: st.DataObject) -> None:
     assert not bad & set(shard.log)
     for position, error in sink.errors.items():
         assert position in bad or isinstance(error, OutcomeUnknown)
+
+
+def test_a_batch_whose_parts_changed_places_is_sent_again() -> None:
+    """A node that loses its leadership passes on what it had not proposed before it learns what became of what it had: the second half of a
+    batch is refused as out of sequence, and then the first one is stored. The shard has forgotten nobody, so nothing is in doubt."""
+    lane, sink, shard = make()
+    fill(lane, sink, 4)
+    entries = take(lane, 4)
+    lane.mixed(entries, [0] * 4, {i: Refusal(Verdict.UNKNOWN, Unavailable("the leader changed")) for i in range(4)})
+    lane.resume()
+    entries = take(lane, 4)
+    assert all(entry.tainted for entry in entries)
+    late = [shard.offer(lane.producer_id, entry.number, entry.position) for entry in entries[2:]]
+    early = [shard.offer(lane.producer_id, entry.number, entry.position) for entry in entries[:2]]
+    answers = [*early, *late]
+    lane.mixed(entries, [one if isinstance(one, int) else 0 for one in answers],
+               {i: one for i, one in enumerate(answers) if isinstance(one, Refusal)})
+    settle(lane, shard)
+    assert not sink.errors and sorted(sink.receipts) == [0, 1, 2, 3] and shard.log == [0, 1, 2, 3] and lane.producer_id == "p0"
