@@ -32,6 +32,7 @@ BATCH_SECONDS = 0.1  # events of this time are produced in one go
 DOWN_SECONDS = 5.0  # between the kill and the restart of the node
 CONCURRENCY_MAX = 16
 TIMEOUT_SECONDS = 5.0
+LAST_LOOKS_MAX = 40
 SETTLED_LOOKS = 2  # this often nothing may be left before it counts as finished
 
 
@@ -141,7 +142,11 @@ class Demo:
                 looking.cancel()
             self.phase = "verifying"
             await self.dispatcher.end()
-            await self.look(client, session)
+            for _ in range(LAST_LOOKS_MAX):  # a node that has just come back takes its leaderships back: some shards may not answer then
+                await self.look(client, session)
+                if all(stats is not None and not stats.shards_missing for stats in self.stats.values()):
+                    break
+                await asyncio.sleep(LOOK_SECONDS)
             self.display.show(self.view(await self.cluster.statuses()), last=True)
             return await self.judge(session, finished)
 
