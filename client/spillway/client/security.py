@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from spillway.client.errors import InvalidArgument
+from spillway.contract.files import stamp_of
 
 log = logging.getLogger("spillway.client")
 
@@ -131,10 +132,9 @@ def _stamp(name: str, paths: Sequence[str]) -> _Stamp:
     for path in paths:
         if path:
             try:
-                found = Path(path).stat()
+                out.append(stamp_of(path))
             except OSError as error:
                 raise InvalidArgument(name, f"{path} cannot be read: {error.strerror}") from None
-            out.append((found.st_mtime_ns, found.st_size, found.st_ino))
     return tuple(out)
 
 

@@ -23,6 +23,7 @@ from spillway.contract.limits import (
     REASON_BYTES_MAX,
     TTL_MS_MAX,
 )
+from spillway.contract.varint import varint
 from spillway.v1 import message_pb2
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -34,16 +35,6 @@ _SETTLEMENT = struct.Struct("<BIBQBQBB")  # shard = 1, fencing_token = 2, sequen
 # The same inside `settlements = 1`, for those that have no more fields.
 _PLAIN = struct.Struct("<BBBIBQBQBB")
 _pack_plain = _PLAIN.pack
-
-
-def varint(value: int) -> bytes:
-    """Base-128 varint of a number >= 0."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 _VARINTS = [varint(i) for i in range(0x1000)]

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from spillway.broker.core.queue import Counters, Message, Queue, Tenant
-from spillway.broker.runtime.wire import gap_field, name_fields, run_parts, varint
+from spillway.broker.runtime.wire import gap_field, name_fields, run_parts
 from spillway.contract.hashing import PART
 from spillway.contract.limits import NAME_BYTES_MAX
+from spillway.contract.varint import varint
 from spillway.v1 import message_pb2
 from spillway.v1.queue_service_pb2 import Gap, LeasedMessage, LeasedRun, LeaseResponse
 

@@ -10,6 +10,7 @@ import struct
 
 from spillway.broker.core.queue import Message, Queue
 from spillway.contract.hashing import PART
+from spillway.contract.varint import varint
 
 # LeasedRun: shard = 1 fixed32, fencing_token = 2 fixed64, expire_unix_ms = 3 fixed64
 _RUN = struct.Struct("<BIBQBQ")
@@ -18,20 +19,6 @@ _MESSAGE = struct.Struct("<BQBIBQB")
 _run = _RUN.pack
 _message = _MESSAGE.pack
 _MESSAGE_SIZE = _MESSAGE.size
-
-
-def varint(value: int) -> bytes:
-    """Base-128 varint of a number >= 0."""
-    if value < 0x80:
-        return bytes((value,))
-    if value < 0x4000:
-        return bytes((value & 0x7F | 0x80, value >> 7))
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 LENGTHS = [varint(i) for i in range(0x4000)]  # of one or two bytes

@@ -18,6 +18,7 @@ from spillway.broker.core.access import ACTIONS, ANY, LEASE, SCOPES_MAX, Grants,
 from spillway.broker.errors import ConfigError, RequestError, Unauthenticated
 from spillway.broker.services.names import check_name
 from spillway.broker.services.principal import Principal
+from spillway.contract.files import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class Keys:
     def poll(self) -> bool:
         """Looks at the file; whether there are other keys now. What cannot be read is left."""
         try:
-            found = self._path.stat()
-            stamp: object = (found.st_mtime_ns, found.st_size, found.st_ino)
+            stamp: object = stamp_of(self._path)
             if stamp == self._stamp:
                 return False
             self._stamp = stamp

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from spillway.broker.core.access import ADMIN, Grants, Scope, Token
 from spillway.broker.core.directory import Directory
 from spillway.broker.errors import ConfigError, Unauthenticated
+from spillway.contract.files import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +111,7 @@ class AdminFile:
     def poll(self) -> bool:
         """Looks at the file; whether there is another token now."""
         try:
-            found = self._path.stat()
-            stamp: object = (found.st_mtime_ns, found.st_size, found.st_ino)
+            stamp: object = stamp_of(self._path)
             if stamp == self._stamp:
                 return False
             text = self._path.read_bytes().decode(errors="replace").strip()

@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 from spillway.cluster.errors import ClusterError
+from spillway.contract.files import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +105,9 @@ class TlsFiles:
             if not path:
                 continue
             try:
-                found = Path(path).stat()
+                stamp.append(stamp_of(path))
             except OSError as error:
                 raise TlsInvalid(f"{name} {path} cannot be read: {error.strerror}") from None
-            stamp.append((found.st_mtime_ns, found.st_size, found.st_ino))
         return tuple(stamp)
 
     def _read(self) -> list[bytes]:

@@ -8,21 +8,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
+from spillway.contract.varint import varint
+
 INTERNAL = 1  # Span.kind
 _TIMES = struct.Struct("<BQBQ")  # start_time_unix_nano = 7, end_time_unix_nano = 8
 _times = _TIMES.pack
 _ROOT, _CHILD = struct.pack("<BBI", 0x85, 0x01, 0x101), struct.pack("<BBI", 0x85, 0x01, 0x301)  # flags = 16; sampled, parent elsewhere
 _ERROR = b"\x7a\x02\x18\x02"  # status = 15 { code = 3: ERROR }
-
-
-def varint(value: int) -> bytes:
-    """Base-128 varint of a number >= 0."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 _VARINTS = [varint(i) for i in range(0x1000)]
