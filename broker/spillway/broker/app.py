@@ -195,10 +195,10 @@ class App:
     def unready(self) -> str:
         """See probes.Subject."""
         meta, own = self.host.groups.get(META_GROUP), self.config.node_id
-        leader = self.host.leader_of(META_GROUP)[0]  # a follower that cannot win an election goes on to name one that is gone
+        leader = self.host.leader_of(META_GROUP)[0]
         return unready_of(serves=self._running is not None, stopping=self.node.stopping,
                           member=meta is not None and own in meta.configuration, recovering=self.host.recovering,
-                          led=leader == own or (leader is not None and self.host.hello_of(leader) is not None))
+                          led=leader is not None and self.host.in_touch(leader))
 
     def turned(self) -> float | None:
         """See probes.Subject."""

@@ -210,10 +210,9 @@ class Node:
         return None if leader == self.config.node_id else leader
 
     def leader_in_touch(self, shard: int) -> str | None:
-        """As `leader_of`, but only a node that this one is connected to: a follower that cannot win an election goes on to name a leader
-        that is gone."""
+        """As `leader_of`, but only a node that this one is in touch with."""
         leader = self.leader_of(shard)
-        return leader if leader is None or leader == self.config.node_id or self.host.hello_of(leader) is not None else None
+        return leader if leader is not None and self.host.in_touch(leader) else None
 
     def topology_changed(self) -> None:
         """Wakes whoever watches the topology."""

@@ -259,6 +259,10 @@ class RaftHost:
         """What a peer that is connected said of itself; None of others."""
         return self._hellos[peer] if peer in self._epochs else None
 
+    def in_touch(self, node_id: str) -> bool:
+        """Whether this is that node, or is connected to it. A follower that cannot win an election goes on to name a leader that went."""
+        return node_id == self.node_id or self.hello_of(node_id) is not None
+
     def transfer(self, group: int, to: str | None = None) -> bool:
         """Hands a group over to a follower; proposals pause meanwhile. False if it cannot now."""
         drive(self.clock.monotonic(), self.chance)
