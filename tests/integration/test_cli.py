@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from cluster_process import ClusterProcesses, free_ports
 from spillway.client import Client, sync
-from spillway.client.connecting import OPTIONS, Option
 from terminal import Terminal
 
 Run = Callable[..., tuple[int, str, str]]
@@ -37,11 +36,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def run(node: str, command_line: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(node: str, command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """(exit code, stdout, stderr) of one command; `stdin` is what it reads."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    for name in ("SPILLWAY_CONTEXT", *map(Option.variable, OPTIONS)):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SPILLWAY_ADDRESS", node)
     return command_line
 

@@ -2,7 +2,6 @@
 others are run in this process, which takes a tenth of the time."""
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import re
@@ -15,11 +14,12 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from cluster_process import ClusterProcesses, free_ports
 from spillway.client import AlreadyExists, Record, cli, sync
+
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "policies.md").read_text()
@@ -28,16 +28,7 @@ GOES_ON = re.compile(r"spillway (serve|dev|dispatch)\b|--watch")  # until it is 
 SAYS = {"serve": "serves ", "dev": "serves ", "dispatch": "destinations=", "cluster": "cluster 'spillway'"}  # once it does its work
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "scripts" / "cli_page.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cli_page"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-LEAVES = list(_script().leaves())
+LEAVES = list(load("cli_page").leaves())
 # What parks destinations, or takes nodes away, comes after the others.
 GROUPS = sorted(dict.fromkeys(leaf.path[0] for leaf in LEAVES), key=lambda name: ("dispatch", "cluster").index(name) if name in (
     "dispatch", "cluster") else -1)

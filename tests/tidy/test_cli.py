@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import load
+
 ROOT = Path(__file__).parents[2]
 HEAVY = {"grpc", "google", "rich", "asyncio", "uvloop", "xxhash"}
 # Calls of tests that run commands.
@@ -22,12 +23,7 @@ RUNNERS = {"run", "spillway", "run_alone", "started", "main", "create_subprocess
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """scripts/cli_page.py."""
-    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "scripts" / "cli_page.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cli_page"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("cli_page")
 
 
 def literals(tree: ast.AST) -> Iterator[tuple[str, ...]]:
