@@ -653,6 +653,11 @@ class GroupJournal(Journal):  # type: ignore[misc]
         """Of the entry that has it; 0 for the one that the group was founded with."""
         return self._configurations[-1][0]
 
+    @property
+    def configuration_before(self) -> Configuration | None:
+        """The one before that; None if it is not kept, and the last one is committed since long."""
+        return self._configurations[-2][1] if len(self._configurations) > 1 else None
+
     def begin_install(self, applied: int) -> None:
         """A snapshot will replace the state, which is as of `applied`: the next start must look whether it did."""
         self.install_above = applied

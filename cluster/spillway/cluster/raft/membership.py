@@ -6,8 +6,8 @@
   leader and its own could be two steps apart, with majorities that have no node in common (Ongaro's correction of 2015).
 - A node comes in as a learner and is promoted when it has caught up: until then a majority would wait for it.
 - A leader does not remove or demote itself: it hands over first, so that nobody leads a group that it is not a member of.
-- Who is removed is told only after that is committed. A removed node with the entry in its log could not campaign, and nobody
-  who lacks the entry could get its vote.
+- Who is removed or demoted is told only after that is committed. A node with such an entry in its log could not campaign, and
+  nobody who lacks the entry could get its vote, though by the configuration before that may be the vote that decides.
 - Votes are given to whoever asks and is up to date, member or not, by voters, learners and those who know no configuration: a
   new voter may be needed before it knows that it is one. They are counted by the candidate, from the voters of its own log.
 - A change is refused that would leave fewer voters in touch than the new majority: it could not be committed, nor undone. The
@@ -44,6 +44,7 @@ class Membership:
         """The one that counts."""
         self.leader_commit = 0
         """What the leader had committed when it was heard last."""
+        self._pending = False  # the configuration may not be committed
         self._leaving: tuple[str, int] | None = None  # who was removed by this leader, by which entry
         self._farewell: tuple[str, float] | None = None  # who still hears from it, until when
 
@@ -72,14 +73,17 @@ class Membership:
     @property
     def receivers(self) -> list[str]:
         """To whom a leader sends entries though they do not count."""
-        learners = [n for n in self.configuration.learners if n != self._group.node_id]
+        before = self._group.journal.configuration_before if self._pending else None
+        demoted = before.voters if before is not None else ()
+        learners = [n for n in self.configuration.learners if n != self._group.node_id and n not in demoted]
         return learners if self._farewell is None else [*learners, self._farewell[0]]
 
     def follow(self) -> bool:
-        """Goes by the last configuration in the log. True if that is another one."""
+        """Goes by the last configuration in the log. True if that is another one, or is committed now."""
         configuration = self._group.journal.configuration
+        was_pending, self._pending = self._pending, self.index > self._group.engine.commit
         if configuration is self.configuration:
-            return False
+            return was_pending and not self._pending
         self.configuration = configuration
         if self._farewell is not None and self._farewell[0] in configuration:
             self._farewell = None
@@ -125,13 +129,14 @@ class Membership:
 
     def pursue(self) -> bool:
         """In every tick. True if those who receive are others now."""
+        committed = self._pending and self._group.engine.commit >= self.index
         if self._leaving is not None and self._group.engine.commit >= self._leaving[1]:
             self._farewell, self._leaving = (self._leaving[0], source.now + FAREWELL_SECONDS), None
             return True
         if self._farewell is not None and source.now >= self._farewell[1]:
             self._farewell = None
             return True
-        return False
+        return committed
 
     def resigned(self) -> bool:
         """A leadership is over. True if those who receive are others now."""

@@ -211,6 +211,45 @@ def test_a_removed_node_hears_of_it_once_it_is_committed() -> None:
     assert "C" not in bench["A"].group._progress and not bench.links["A", "C"]
 
 
+def test_a_demoted_node_hears_of_it_once_it_is_committed() -> None:
+    """Before that it must not have the entry: as a learner it could not campaign, nobody who lacks the entry could get its vote, and the
+    others, who have to go by the configuration before, may need that vote when the leader is lost."""
+    bench = _bench(founders="ABCD")
+    bench.drive()
+    index = bench["A"].group.propose_change(Change(DEMOTE, "D"))
+    bench.put("A", b"x")
+    bench["A"].sync()
+    bench.turn("A")
+    bench.move("A", "D")
+    assert bench["D"].journal.last < index
+    for name in "BCD":
+        bench.cut("A", name)  # for ever
+    bench.elect("B", *"BCD")
+    bench.settle(*"BCD")
+    assert bench["B"].group.serving and _now(bench, "D") == Configuration(("A", "B", "C", "D"))
+
+
+def test_a_demotion_that_a_new_leader_inherits_is_kept_back_likewise() -> None:
+    """It has it in its log, uncommitted: the one that it demotes hears of it once it is committed."""
+    bench = _bench(founders="ABCD")
+    bench.drive()
+    index = bench["A"].group.propose_change(Change(DEMOTE, "D"))
+    bench["A"].sync()
+    bench.turn("A")
+    bench.move("A", "B")
+    for name in "BCD":
+        bench.cut("A", name)  # for ever
+    bench.elect("B", *"BC")
+    for _ in range(4):
+        bench.turn("B")
+        bench.move("B", "D")
+        bench.move("D", "B")
+    assert bench["B"].journal.last > index > bench["B"].engine.commit and bench["D"].journal.last < index
+    bench.settle(*"BCD")
+    assert bench["B"].engine.commit > index and _now(bench, "D") == Configuration(("A", "B", "C"), ("D",))
+    assert bench["D"].machine.commands == bench["B"].machine.commands
+
+
 def test_a_replica_on_its_way_to_its_return_stays() -> None:
     """A node that was removed and added again meets its removal in the log; it does not end by it."""
     bench = _bench()
