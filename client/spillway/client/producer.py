@@ -11,7 +11,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -235,8 +236,9 @@ class Producer:
         self._names: dict[tuple[str, str, str], tuple[_Lane, wire.QueueName]] = {}
         self._room = in_flight_bytes_max
         self._room_max = in_flight_bytes_max
-        self._room_waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._granted = 0  # of those who waited for room, who have it and have not gone on yet: nobody may overtake them
+        self._line = asyncio.Lock()  # where sends wait for room, in the order of their calls; the first one holds it
+        self._in_line = 0  # how many do: nobody may overtake them
+        self._vacancy: asyncio.Future[None] | None = None  # what the first of them waits for
         self._early = 0  # sends that came before the first topology and have not gone on yet
         self._entrance = asyncio.Lock()  # where they wait, in the order of their calls
         self._flushes: list[tuple[dict[_Lane, int], asyncio.Future[None]]] = []
@@ -289,9 +291,17 @@ class Producer:
         deadline = None if timeout is None else self._loop.time() + timeout
         await self._ready(deadline)
         lane, body = self._encode(record)
-        await self._reserve(len(body) + ENTRY_BYTES, deadline)
         future: asyncio.Future[Receipt] = self._loop.create_future()
-        entry = self._accept(lane, body, _One(future), 0)
+        sink = _One(future)
+        if self._take_room(len(body) + ENTRY_BYTES):
+            entry = self._accept(lane, body, sink, 0)
+        else:
+            try:
+                async with asyncio.timeout_at(deadline), self._turn():
+                    await self._room_for(len(body) + ENTRY_BYTES)
+                    entry = self._accept(lane, body, sink, 0)
+            except TimeoutError:
+                raise SendTimeout("the buffer stayed full", outcome_unknown=False) from None
         if deadline is None:
             try:
                 return await future
@@ -311,10 +321,10 @@ class Producer:
                     headers: Mapping[str, str] | None = None, id: str = "", delay: float | None = None,
                     deliver_at: datetime | None = None, ttl: float | None = None, dedup_id: str = "") -> asyncio.Future[Receipt]:
         """As `send`, but returns a future of the receipt at once. Raises BufferFull instead of waiting, and Unavailable
-        until the first topology arrived (`Client.wait_ready`)."""
+        until the first topology arrived (`Client.wait_ready`) and sends that waited for it have gone on."""
         if self._closed:
             raise Closed("the producer is closed")
-        if not self._router.watch.current.shard_count:
+        if self._early or not self._router.watch.current.shard_count:
             raise Unavailable("the topology is not known yet; await Client.wait_ready() first")
         record = Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id)
         if self._tracing is None:
@@ -373,14 +383,13 @@ class Producer:
             return []
         many = _Many(len(encoded), self._loop.create_future())
         entries: list[Entry] = []
-        accept = self._accept
         try:
             async with asyncio.timeout_at(deadline):
-                for lane, body in encoded:
-                    size = len(body) + ENTRY_BYTES
-                    if not self._take_room(size):
-                        await self._wait_for_room(size)
-                    entries.append(accept(lane, body, many, len(entries)))
+                try:
+                    await self._accept_many(encoded, many, entries)
+                except Closed as closed:  # those before have outcomes of their own
+                    for i in range(len(entries), len(encoded)):
+                        many.failed(i, closed)
                 await many.future
         except TimeoutError:
             forgotten = self._forget_many(encoded, entries)
@@ -418,6 +427,7 @@ class Producer:
             return
         self._closed = True
         self._ending.set_result(None)
+        self._vacated()  # whoever is in line is turned away
         try:
             if flush:
                 async with asyncio.timeout(self._close_timeout):
@@ -426,8 +436,6 @@ class Producer:
             log.warning("%r closed with records unacknowledged", self)
         finally:
             self._router.watch.forget(self._topology_changed)
-            while self._room_waiters:
-                self._grant()  # each gives it back when it finds the producer closed
             for lane in self._lanes.values():
                 if lane.timer is not None:
                     lane.timer.cancel()
@@ -499,6 +507,19 @@ class Producer:
             self._offer(lane)
         return entry
 
+    async def _accept_many(self, encoded: list[tuple[_Lane, bytes]], many: _Many, entries: list[Entry]) -> None:
+        """Accepts them as there is room, with nobody's in between."""
+        accept = self._accept
+        for lane, body in encoded:
+            if not self._take_room(len(body) + ENTRY_BYTES):
+                break
+            entries.append(accept(lane, body, many, len(entries)))
+        if len(entries) < len(encoded):
+            async with self._turn():
+                for lane, body in encoded[len(entries):]:
+                    await self._room_for(len(body) + ENTRY_BYTES)
+                    entries.append(accept(lane, body, many, len(entries)))
+
     def _forget_many(self, encoded: list[tuple[_Lane, bytes]], entries: list[Entry]) -> set[int]:
         """Drops those that never went out; returns their positions."""
         return {entry.position for (lane, _), entry in zip(encoded, entries, strict=False) if self._forget(lane, entry)}
@@ -509,7 +530,7 @@ class Producer:
         dropped = lane.drop(entry, Closed("nobody waits for it any more"))
         if dropped:
             self._room += size
-            self._wake_senders()
+            self._vacated()
             self._check_flushes()
         return dropped
 
@@ -521,54 +542,38 @@ class Producer:
                            outcome_unknown=True)
 
     def _take_room(self, size: int) -> bool:
-        """Takes `size` bytes of the buffer if nobody waits for them; a record larger than the buffer goes alone."""
-        if self._room_waiters or self._granted or (size > self._room and self._room < self._room_max):
+        """Takes `size` bytes of the buffer if they are free and nobody waits for some; a record larger than the buffer goes alone."""
+        if self._in_line or (size > self._room and self._room < self._room_max):
             return False
         self._room -= size
         return True
 
-    async def _reserve(self, size: int, deadline: float | None) -> None:
-        if self._take_room(size):
-            return
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Waits in line; inside, it is this send's turn."""
+        self._in_line += 1
         try:
-            async with asyncio.timeout_at(deadline):
-                await self._wait_for_room(size)
-        except TimeoutError:
-            raise SendTimeout("the buffer stayed full", outcome_unknown=False) from None
+            async with self._line:
+                yield
+        finally:
+            self._in_line -= 1
 
-    async def _wait_for_room(self, size: int) -> None:
-        """Waits in line until `size` bytes are free, and takes them."""
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        turn = (size, waiter)
-        self._room_waiters.append(turn)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if turn in self._room_waiters:
-                self._room_waiters.remove(turn)
-            else:
-                self._granted -= 1
-                self._room += size  # granted at the same moment
-            self._wake_senders()
-            raise
-        self._granted -= 1
+    async def _room_for(self, size: int) -> None:
+        """In its turn: waits until `size` bytes are free, and takes them. Raises Closed."""
+        while not self._closed and size > self._room and self._room < self._room_max:
+            self._vacancy = self._loop.create_future()
+            try:
+                await self._vacancy
+            finally:
+                self._vacancy = None
         if self._closed:
-            self._room += size
             raise Closed("the producer is closed")
-        self._wake_senders()  # who came meanwhile, and is behind this one
-
-    def _grant(self) -> None:
-        """Gives the first who waits for room what it wants. If it was cancelled and has not heard of it, it gives it back itself."""
-        size, waiter = self._room_waiters.popleft()
         self._room -= size
-        self._granted += 1
-        if not waiter.done():
-            waiter.set_result(None)
 
-    def _wake_senders(self) -> None:
-        waiters = self._room_waiters
-        while waiters and (waiters[0][0] <= self._room or self._room >= self._room_max):
-            self._grant()
+    def _vacated(self) -> None:
+        """There is more room: the first in line looks whether it is enough."""
+        if self._vacancy is not None and not self._vacancy.done():
+            self._vacancy.set_result(None)
 
     # -- inner: routing ------------------------------------------------------------------------------------------
 
@@ -639,8 +644,8 @@ class Producer:
                     self._blocked(lane)
                 else:
                     self._offer(lane)
-        if self._room_waiters:
-            self._wake_senders()
+        if self._vacancy is not None:
+            self._vacated()
         if self._flushes:
             self._check_flushes()
 
@@ -668,7 +673,7 @@ class Producer:
                 self._blocked(lane)
             else:
                 self._offer(lane)
-        self._wake_senders()
+        self._vacated()
         self._check_flushes()
 
     def _blocked(self, lane: _Lane) -> None:
@@ -689,7 +694,7 @@ class Producer:
             self._blocked(lane)
         else:
             self._offer(lane)
-        self._wake_senders()
+        self._vacated()
         self._check_flushes()
 
     def _check_flushes(self) -> None:

@@ -79,6 +79,28 @@ async def test_sends_before_the_first_topology_are_not_overtaken() -> None:
         await cluster.stop()
 
 
+async def test_a_send_that_does_not_wait_overtakes_none_that_waited_for_the_topology() -> None:
+    """It is turned away until those have gone on, as it is before the topology came."""
+    async with asyncio.timeout(20):
+        cluster = await FakeCluster().start()
+        async with Client(cluster.addresses) as client, client.producer() as producer:
+            sends = [asyncio.ensure_future(producer.send("d", b"%d" % i)) for i in range(3)]
+            refused = []
+
+            def arrived(old: object, new: object) -> None:
+                if not refused:
+                    with pytest.raises(Unavailable) as error:
+                        producer.send_nowait("d", b"early")
+                    refused.append(error)
+
+            client._router.watch.listen(arrived)
+            await asyncio.gather(*sends)
+            assert refused
+            await producer.send_nowait("d", b"last")
+            assert cluster.stored("d") == [b"0", b"1", b"2", b"last"]
+        await cluster.stop()
+
+
 async def test_sends_that_wait_for_the_buffer_are_not_overtaken() -> None:
     """By one that is made in the moment in which there is room for both."""
     async with serving() as (cluster, client), client.producer(in_flight_bytes_max=3000) as producer:
@@ -93,15 +115,13 @@ async def test_sends_that_wait_for_the_buffer_are_not_overtaken() -> None:
 
 
 async def test_a_send_that_is_cancelled_in_its_moment_gives_the_room_back_once() -> None:
-    """When room comes for one that was cancelled and has not heard of it."""
+    """When room comes for one that is cancelled and has not heard of either."""
     async with serving() as (_, client), client.producer(in_flight_bytes_max=3000) as producer:
         first = asyncio.ensure_future(producer.send("d", bytes(2700)))
         second = asyncio.ensure_future(producer.send("d", bytes(2700)))
-        await until(lambda: producer._room_waiters)
+        await until(lambda: producer._vacancy)
         second.cancel()
-        producer._room += 3000
-        producer._wake_senders()
-        producer._room -= 3000
+        producer._vacated()
         await asyncio.wait((first, second))
         await producer.flush()
         assert producer._room == producer._room_max
@@ -323,7 +343,7 @@ async def test_a_full_buffer_makes_senders_wait_in_line() -> None:
     async with serving() as (cluster, client), client.producer(in_flight_bytes_max=3000) as producer:
         cluster.nodes["n1"].hang.clear()
         sends = [asyncio.create_task(producer.send("d", b"%03d" % i + bytes(600))) for i in range(20)]
-        await until(lambda: producer._room_waiters)
+        await until(lambda: producer._vacancy)
         with pytest.raises(BufferFull):
             producer.send_nowait("d", b"x")
         many = asyncio.create_task(producer.send_many([Record("d", b"%03d" % i + bytes(600)) for i in range(20, 40)]))
@@ -334,12 +354,26 @@ async def test_a_full_buffer_makes_senders_wait_in_line() -> None:
         await producer.send("d", bytes(10_000))  # larger than the buffer: alone, but it passes
 
 
+async def test_a_batch_that_waits_for_the_buffer_stays_together() -> None:
+    """Sends that come while it has handed in a part only go behind all of it."""
+    async with serving() as (cluster, client), client.producer(in_flight_bytes_max=3000) as producer:
+        cluster.nodes["n1"].hang.clear()
+        many = asyncio.create_task(producer.send_many([Record("d", b"%03d" % i + bytes(600)) for i in range(20)]))
+        await until(lambda: producer._vacancy)
+        sends = [asyncio.create_task(producer.send("d", b"%03d" % i + bytes(600))) for i in range(20, 30)]
+        await until(lambda: producer._in_line == 11)
+        cluster.nodes["n1"].hang.set()
+        await asyncio.gather(many, *sends)
+        assert [p[:3] for p in cluster.stored("d")] == [b"%03d" % i for i in range(30)]
+        assert producer._room == producer._room_max
+
+
 async def test_a_cancelled_sender_gives_its_place_away() -> None:
     """Cancelling one that waits for room neither blocks nor leaks."""
     async with serving() as (cluster, client), client.producer(in_flight_bytes_max=2000) as producer:
         cluster.nodes["n1"].hang.clear()
         sends = [asyncio.create_task(producer.send("d", bytes(900))) for _ in range(6)]
-        await until(lambda: len(producer._room_waiters) == 5)
+        await until(lambda: producer._in_line == 5)
         sends[1].cancel()
         sends[3].cancel()
         cluster.nodes["n1"].hang.set()
@@ -418,10 +452,18 @@ async def test_closing_turns_waiting_senders_away() -> None:
         async with client.producer(in_flight_bytes_max=1000, close_timeout=0.1) as producer:
             cluster.nodes["n1"].hang.clear()
             sends = [asyncio.create_task(producer.send("d", bytes(700))) for _ in range(3)]
-            await until(lambda: len(producer._room_waiters) == 2)
+            await until(lambda: producer._in_line == 2)
         results = await asyncio.gather(*sends, return_exceptions=True)
         assert [type(r) for r in results] == [OutcomeUnknown, Closed, Closed]
         cluster.nodes["n1"].hang.set()
+        async with client.producer(in_flight_bytes_max=1000) as producer:
+            many = asyncio.create_task(producer.send_many([Record("d", bytes(700)) for _ in range(3)]))
+            await until(lambda: producer._in_line == 1)
+        with pytest.raises(PartialFailure) as failure:
+            await many
+        assert [receipt is not None for receipt in failure.value.receipts] == [True, False, False]
+        assert {i: type(error) for i, error in failure.value.errors.items()} == {1: Closed, 2: Closed}
+        assert producer._room == producer._room_max
     async with Client("127.0.0.1:1") as client:
         async with client.producer() as producer:
             send = asyncio.create_task(producer.send("d", b"x"))
