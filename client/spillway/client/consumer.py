@@ -274,7 +274,7 @@ class Consumer:
         self._forward_timer: asyncio.TimerHandle | None = None
         self._closing_streams: set[asyncio.Task[None]] = set()
         self._buffer: deque[LeasedRun] = deque()  # delivered, not handed out
-        self._live: set[LeasedRun] = set()  # delivered, not settled for certain
+        self._live: dict[LeasedRun, None] = {}  # delivered, not settled for certain; in the order in which they came
         self._doubtful: set[LeasedRun] = set()  # of these, not handed out before it is known that they are not over
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._partly: deque[LeasedMessage] = deque()  # of a run handed out in part, to iterators over messages
@@ -283,7 +283,7 @@ class Consumer:
         self._extend_timer: asyncio.TimerHandle | None = None
         self._extend_due = 0.0
         self._resubscribe_timer: asyncio.TimerHandle | None = None
-        self._moved: set[str] = set()
+        self._moved: dict[str, None] = {}  # nodes that lead something new, or nothing that they led; in the order of that
         self._shortest_lease = lease_seconds or 30.0
         self._fatal: SpillwayError | None = None
         self._closed = False
@@ -396,16 +396,16 @@ class Consumer:
         return pb.LeaseRequest(subscribe=subscribe)
 
     def _topology_changed(self, old: Topology, new: Topology) -> None:
-        moves: set[tuple[str, str]] = set()
+        moves: dict[tuple[str, str], None] = {}
         if old.shard_count == new.shard_count:
-            moves = {move for move in zip(old.leaders, new.leaders, strict=True) if move[0] != move[1]}
+            moves = dict.fromkeys(move for move in zip(old.leaders, new.leaders, strict=True) if move[0] != move[1])
         for _, after in moves:
             if after in self._streams:
                 self._streams[after].hurry()
         self._subscribe_everywhere(new)
         # An election usually shows as leader, none, leader: the last step counts, whatever came before it.
         # The old leader's stream, too, begins anew: what is on its way there would be taken for lost, and come.
-        self._moved.update(node for move in moves for node in move if node in self._streams)
+        self._moved.update(dict.fromkeys(node for move in moves for node in move if node in self._streams))
         self._resubscribe_soon()
 
     def _resubscribe_soon(self) -> None:
@@ -414,7 +414,7 @@ class Consumer:
 
     def _resubscribe_moved(self) -> None:
         self._resubscribe_timer = None
-        moved, self._moved = self._moved, set()
+        moved, self._moved = self._moved, {}
         for node in moved:
             if node in self._streams:
                 self._streams[node].resubscribe()
@@ -456,7 +456,7 @@ class Consumer:
 
     def _stand_in_closed(self, _: asyncio.Task[None]) -> None:
         """What other nodes granted to the stand-in and it did not deliver is lost on the way: ask each for it anew."""
-        self._moved.update(self._streams)
+        self._moved.update(dict.fromkeys(self._streams))
         self._resubscribe_soon()
 
     def _close_stream(self, stream: _Stream) -> asyncio.Task[None]:
@@ -548,7 +548,7 @@ class Consumer:
             run = LeasedRun(self, one, count, size, now, min(left, seconds), seconds, total)
             if seconds < self._shortest_lease:
                 self._shortest_lease = seconds
-            live.add(run)
+            live[run] = None
             if left > 0:
                 runs.append(run)
             else:
@@ -611,7 +611,7 @@ class Consumer:
             if count > 0:
                 if upto == run.count:
                     size = run.bytes
-                    self._live.discard(run)
+                    self._live.pop(run, None)
                 else:
                     size = run.prefix_bytes(upto)
                 run.credited = upto
@@ -622,7 +622,7 @@ class Consumer:
             return
         run.lost()
         if run.credited < run.count:
-            self._live.discard(run)
+            self._live.pop(run, None)
             self.credits.settled(run.count - run.credited, run.bytes)
             run.credited, run.bytes = run.count, 0
             self.replan()

@@ -1,7 +1,7 @@
 """Producers, consumers and operators: what they do comes from the seed, what they are told is checked at once.
 
 They are plain clients of the public protocol. A producer with an id sends again, in order, whatever was not acknowledged; one
-without sends each message once.
+without sends each message once. `applications` are those that use the product's own client.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spillway.v1 import admin_service_pb2 as admin
 from spillway.v1 import cluster_service_pb2 as cluster
 from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
-from spillway.v1.message_pb2 import ERROR_CODE_OUT_OF_SEQUENCE, Message
+from spillway.v1.message_pb2 import ERROR_CODE_OUT_OF_SEQUENCE, ERROR_CODE_STALE_TOKEN, ItemError, Message
 from spillway.v1.queue_service_pb2 import (
     OUTCOME_ACK,
     OUTCOME_DOWN,
@@ -79,6 +79,10 @@ class Client:
         """To any node."""
         return self.channels[self.rnd.choice(self.world.names)]
 
+    async def run(self) -> None:
+        """What it does."""
+        raise NotImplementedError
+
     def start(self, coroutine: Any) -> None:
         """Runs it as this process."""
         task = self.world.loop.spawn(self.process, coroutine)
@@ -89,17 +93,44 @@ class Client:
             self.world.failed(error)
 
 
-class Producer(Client):
-    """See the module. `plan` are the queues that it sends to."""
+class Source(Client):
+    """Draws the records that a producer sends to `queues`. `ordered`: each once, in order."""
 
-    def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int, producer_id: str) -> None:
+    def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int, ordered: bool) -> None:
         super().__init__(world, name)
         self.queues = queues
         self.left = count
+        self.ordered = ordered
+        self.pending: deque[Sent] = deque()
+        """Records without an outcome."""
+        self.serial = 0
+
+    @property
+    def done(self) -> bool:
+        """Everything is acknowledged, or given up."""
+        raise NotImplementedError
+
+    def draw(self) -> Sent:
+        """The next record."""
+        rnd, world = self.rnd, self.world
+        self.left -= 1
+        self.serial += 1
+        destination, tenant, key = rnd.choice(self.queues)
+        payload = f"{destination}/{self.process.name}/{self.serial}".encode() + b"." * rnd.choice((0, 0, 20, 300))
+        record = ProduceRecord(destination=destination, tenant=tenant, key=key, message=Message(payload=payload))
+        if rnd.random() < world.options.delayed:
+            record.delay.FromMilliseconds(rnd.choice((5, 300, 4000)))
+        world.counts["messages sent"] += 1
+        return Sent(record, world.options.shards)
+
+
+class Producer(Source):
+    """See the module."""
+
+    def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int, producer_id: str) -> None:
+        super().__init__(world, name, queues, count, bool(producer_id))
         self.producer_id = producer_id
         self.numbers: dict[int, int] = {}
-        self.pending: deque[Sent] = deque()
-        self.serial = 0
         self.waiting = False  # for answers
 
     @property
@@ -113,21 +144,12 @@ class Producer(Client):
         return not self.unsent and not self.waiting
 
     def _new(self, count: int) -> None:
-        rnd, world = self.rnd, self.world
         for _ in range(min(count, self.left)):
-            self.left -= 1
-            self.serial += 1
-            destination, tenant, key = rnd.choice(self.queues)
-            payload = f"{destination}/{self.process.name}/{self.serial}".encode() + b"." * rnd.choice((0, 0, 20, 300))
-            record = ProduceRecord(destination=destination, tenant=tenant, key=key, message=Message(payload=payload))
-            if rnd.random() < world.options.delayed:
-                record.delay.FromMilliseconds(rnd.choice((5, 300, 4000)))
-            sent = Sent(record, world.options.shards)
+            sent = self.draw()
             if self.producer_id:
                 sent.number = self.numbers[sent.shard] = self.numbers.get(sent.shard, 0) + 1
-                record.producer_sequence = sent.number
+                sent.record.producer_sequence = sent.number
             self.pending.append(sent)
-            world.counts["messages sent"] += 1
 
     async def run(self) -> None:
         """Until all is sent."""
@@ -269,9 +291,9 @@ class Consumer(Client):
             if data is not EOF:
                 for settlement, result in zip(settlements, AckResponse.FromString(data).results, strict=True):
                     if result == SETTLEMENT_RESULT_OK:
-                        self.world.settled(self, settlement)
+                        self._settled(settlement)
                 for error in AckResponse.FromString(data).errors:
-                    self.world.refused(settlements[error.index], error)
+                    self._refused(settlements[error.index], error)
 
     async def _work(self, held: Held, ack: Any) -> None:
         """Settles a lease, message by message or some at a time; or lets it hang."""
@@ -324,10 +346,17 @@ class Consumer(Client):
             if not number:
                 result = response.results[0]
             if response.results[0] == SETTLEMENT_RESULT_OK:
-                self.world.settled(self, settlement)
+                self._settled(settlement)
             for error in response.errors:
-                self.world.refused(settlement, error)
+                self._refused(settlement, error)
         return result
+
+    def _settled(self, settlement: Settlement) -> None:
+        self.world.settled(self, settlement.shard, settlement.fencing_token, settlement.outcome, settlement.sequence)
+
+    def _refused(self, settlement: Settlement, error: ItemError) -> None:
+        if error.code == ERROR_CODE_STALE_TOKEN:
+            self.world.over(settlement.shard, settlement.fencing_token)
 
 
 class Operator(Client):

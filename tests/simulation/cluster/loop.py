@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import asyncio.events
 import heapq
+import inspect
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
@@ -243,10 +244,7 @@ class SimLoop(asyncio.BaseEventLoop):
             for task in self.tasks:
                 if not task.done():
                     task._log_destroy_pending = False  # type: ignore[attr-defined]
-                    try:
-                        task.get_coro().close()  # type: ignore[union-attr]
-                    except Exception:  # a `finally` that assumes that it is still needed
-                        pass
+                    _end(task.get_coro())
         finally:
             asyncio.events._set_running_loop(None)
         self.tasks.clear()
@@ -256,6 +254,15 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _nothing(self, *args: Any, **options: Any) -> Any:
         return _cancelled(_Soon(print, (), self, copy_context()))
+
+
+def _end(coroutine: Any) -> None:
+    """Closes it, however often it waits for something on its way out."""
+    while inspect.getcoroutinestate(coroutine) != inspect.CORO_CLOSED:
+        try:
+            coroutine.close()
+        except Exception:  # it waits, or a `finally` assumes that it is still needed
+            pass
 
 
 def _of(handle: Any, process: Process) -> bool:

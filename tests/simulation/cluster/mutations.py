@@ -16,6 +16,9 @@ from spillway.broker.runtime.calls import Batch
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.wire import run_parts
+from spillway.client.producer import Producer as ClientProducer
+from spillway.client.retry import Verdict
+from spillway.client.sequencing import Lane
 
 from tests.properties import test_shard_mutants as shards
 from tests.simulation.cluster.violation import Violation
@@ -105,6 +108,39 @@ def _miscount() -> Any:
     return patch.object(Shard, "_ack", short)
 
 
+def _gap_anywhere() -> Any:
+    """The client takes every record out of sequence for a sign that its shard has forgotten the producer."""
+    mixed = Lane.mixed
+
+    def everywhere(self: Lane, entries: Any, sequences: Any, refusals: Any) -> None:
+        mixed(self, entries, sequences, refusals)
+        for i, refusal in refusals.items():
+            entries[i].gap = entries[i].first and refusal.verdict is Verdict.OUT_OF_SEQUENCE
+    return patch.object(Lane, "mixed", everywhere)
+
+
+def _new_numbers() -> Any:
+    """The client numbers what it sends again anew, as if no copy of it were under way."""
+    rewind = Lane._rewind
+
+    def anew(self: Lane) -> None:
+        rewind(self)
+        if self._resend and self.acked:
+            self.producer_id = self._fresh()
+            self.next, self.acked = 1, 0
+    return patch.object(Lane, "_rewind", anew)
+
+
+def _overtake() -> Any:
+    """The client takes room for a record though others wait for it."""
+    def take(self: ClientProducer, size: int) -> bool:
+        if size > self._room and self._room < self._room_max:
+            return False
+        self._room -= size
+        return True
+    return patch.object(ClientProducer, "_take_room", take)
+
+
 def _shard(mutant: type[Shard]) -> Mutation:
     def mutate() -> Any:
         return patch.object(shard_module, "Shard", mutant)
@@ -122,6 +158,9 @@ SEEN: dict[str, Mutation] = {
     "I5, producers are forgotten": _forget_producers,
     "I6, a clock of one's own": _own_clock,
     "I7, a counter that is short": _miscount,
+    "client, forgotten for a gap": _gap_anywhere,
+    "client, other numbers for copies": _new_numbers,
+    "client, records overtake": _overtake,
     "R2, released before it is synced": raft.SEEN["release before sync"],
     "R2, counted before it is synced": raft.SEEN["apply unsynced"],
     "R5, compacted up to what is applied": raft.SEEN["compact applied"],

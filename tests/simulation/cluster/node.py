@@ -18,6 +18,7 @@ from spillway.broker.runtime import shard as shard_module
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
+from spillway.broker.services import produce
 from spillway.broker.services import queue as queue_module
 from spillway.broker.services.admin import AdminService
 from spillway.broker.services.cluster import ClusterService
@@ -49,6 +50,17 @@ if TYPE_CHECKING:
 START_MS = 1_700_000_000_000
 FREE_BYTES = 1 << 40
 REPLACE_SECONDS = 4  # of a node that is away, where others suffice
+
+
+class Secrets:
+    """In place of the module: from the seed."""
+
+    def __init__(self, rnd: random.Random) -> None:
+        self._rnd = rnd
+
+    def token_hex(self, size: int) -> str:
+        """As of the module."""
+        return f"{self._rnd.getrandbits(8 * size):x}"
 
 
 class SimPath:
@@ -369,11 +381,6 @@ def underneath(world: World) -> Iterator[None]:
         def disk_usage(path: Any) -> Usage:
             return Usage(world.nodes[str(path).strip("/")].free_bytes)
 
-    class Secrets:
-        @staticmethod
-        def token_hex(size: int) -> str:
-            return f"{world.rnd.getrandbits(8 * size):x}"
-
     options = world.options
     with ExitStack() as stack:
         for module in (state_store, journal):
@@ -385,11 +392,13 @@ def underneath(world: World) -> Iterator[None]:
         stack.enter_context(patch.object(state_store, "_options", lambda size: None))
         stack.enter_context(patch.object(node_module, "shutil", Shutil))
         stack.enter_context(patch.object(node_module, "_malloc_trim", None))
-        stack.enter_context(patch.object(queue_module, "secrets", Secrets))
+        stack.enter_context(patch.object(queue_module, "secrets", Secrets(world.rnd)))
         stack.enter_context(patch.object(forward, "grpc", world.rpc.module()))
         stack.enter_context(patch.object(host_module, "INLINE_SYNC_BYTES", 0))
         stack.enter_context(patch.object(node_module, "TICK_SECONDS", 0.04))
         stack.enter_context(patch.object(node_module, "CHECKPOINT_SECONDS", options.checkpoint_seconds))
+        stack.enter_context(patch.object(node_module, "TURN_BYTES", options.turn_bytes))
+        stack.enter_context(patch.object(produce, "BATCH_BYTES_MAX", options.piece_bytes))
         stack.enter_context(patch.object(state_module, "CACHE_BYTES_MAX", options.cache_bytes))
         stack.enter_context(patch.object(shard_module, "UNSAVED_BYTES_MAX", options.unsaved_bytes))
         stack.enter_context(patch.object(shard_module, "LOG_BYTES_MAX", options.unsaved_bytes * 2))

@@ -172,6 +172,7 @@ class Call:
         self._status: tuple[grpc.StatusCode, str, Any] | None = None
         self._handler: asyncio.Task[Any] | None = None
         self._over = False  # the server has ended it
+        self._cancelled = False  # by this side
         self._timer: Any = None
         self.link = network.link(channel.process, channel.address)
         if self.link is None:
@@ -221,6 +222,8 @@ class Call:
 
     def _raise(self) -> None:
         assert self._status is not None
+        if self._cancelled:
+            raise asyncio.CancelledError
         code, details, trailing = self._status
         if code is grpc.StatusCode.OK:
             raise asyncio.InvalidStateError("the call is over")
@@ -270,10 +273,15 @@ class Call:
         if self._status is not None:
             return False
         if self.channel.process.alive:
+            self._cancelled = True
             if self.link is not None:
                 self.link.send(True, self._cancel_handler)
             self._end(grpc.StatusCode.CANCELLED, "cancelled by the client")
         return True
+
+    def cancelled(self) -> bool:
+        """As grpc.aio."""
+        return self._status is not None and self._status[0] is grpc.StatusCode.CANCELLED
 
     def _late(self) -> None:
         if self._status is None:
@@ -424,6 +432,11 @@ class Channel:
         return unary
 
     unary_stream = unary_unary
+
+    def get_state(self) -> grpc.ChannelConnectivity:
+        """As grpc.aio."""
+        link = self.network.links.get((self.process.name, self.address))
+        return grpc.ChannelConnectivity.READY if link is not None and link.client is self.process else grpc.ChannelConnectivity.CONNECTING
 
     async def close(self, grace: float | None = None) -> None:
         """As grpc.aio."""

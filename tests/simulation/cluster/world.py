@@ -15,16 +15,20 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from spillway.broker.core.outbox import OUTBOX
+from spillway.broker.runtime import node as node_module
+from spillway.broker.services import produce
 from spillway.cluster.placement import place
 from spillway.cluster.raft.configuration import Configuration
 from spillway.cluster.raft.progress import Limits
 from spillway.contract.hashing import PART, queue_key
 from spillway.v1 import admin_service_pb2 as admin
-from spillway.v1.message_pb2 import ERROR_CODE_STALE_TOKEN, ItemError, Message
-from spillway.v1.queue_service_pb2 import OUTCOME_ACK, LeasedRun, Settlement
+from spillway.v1.message_pb2 import Message
+from spillway.v1.queue_service_pb2 import OUTCOME_ACK, LeasedRun
 
 from tests.properties.order_history import violations
-from tests.simulation.cluster.clients import Consumer, Drainer, Operator, Producer, Sent
+from tests.simulation.cluster import applications
+from tests.simulation.cluster.applications import ConsumingApplication, ProducingApplication
+from tests.simulation.cluster.clients import Client, Consumer, Drainer, Operator, Producer, Sent, Source
 from tests.simulation.cluster.faults import Faults
 from tests.simulation.cluster.loop import SimLoop
 from tests.simulation.cluster.node import SimNode, underneath
@@ -89,6 +93,20 @@ class Options:
     """How many nodes a second an operator drains or takes back; then the nodes themselves change the members, and replace who is away."""
     limits: Limits = field(default_factory=Limits)
 
+    applications: bool = False
+    """Whether most producers and half of the consumers use the product's own client."""
+    piece_bytes: int = produce.BATCH_BYTES_MAX
+    turn_bytes: int = node_module.TURN_BYTES
+    """Of messages in a piece of a request, and in the entries of a node's turn."""
+
+    def with_applications(self, seed: int) -> Options:
+        """With them in a third of the seeds; their requests are often divided."""
+        rnd = random.Random(f"client {seed}")
+        if rnd.random() < 2 / 3:
+            return self
+        return replace(self, applications=True, piece_bytes=rnd.choice((100, 500, self.piece_bytes)),
+                       turn_bytes=rnd.choice((100, 2000, self.turn_bytes)))
+
     def with_members(self, seed: int) -> Options:
         """With changes of members, and nodes enough for them, in a quarter of the seeds; in some others nodes are drained."""
         rnd = random.Random(f"options {seed}")
@@ -126,7 +144,7 @@ class World:
     def __init__(self, seed: int, options: Options | None = None, show: Callable[[str], None] | None = None) -> None:
         self.seed = seed
         self.rnd = random.Random(seed)
-        self.options = options or Options.draw(self.rnd).with_members(seed)
+        self.options = options or Options.draw(self.rnd).with_members(seed).with_applications(seed)
         self.counts: Counter[str] = Counter()
         self._hash = hashlib.blake2b(digest_size=16)
         self._show = show
@@ -147,7 +165,9 @@ class World:
         self.faults = Faults(self)
         self.members = Members(self, list(self.observers), voters_min=3)
         self.purged: set[str] = set()
-        self.acks: list[tuple[Producer, Sent, int]] = []
+        self.acks: list[tuple[Source, Sent, int]] = []
+        self.refused_payloads: set[bytes] = set()
+        """Of records that are not stored, a producer was told."""
         self.given: dict[tuple[int, int], str] = {}  # (shard, token) -> consumer that got the lease
         self._plan()
 
@@ -191,13 +211,22 @@ class World:
         queues = [(d, f"t{t}", f"k{k}") for d in sources for t in range(tenants) for k in range(keys)]
         self.operator = Operator(self, "operator")
         self.drainer = Drainer(self, "drainer")
-        self.producers = []
+        self.producers: list[Source] = []
         for i in range(options.producers):
             own = rnd.sample(queues, rnd.randint(1, len(queues)))
             known = rnd.random() < 0.8
-            self.producers.append(Producer(self, f"p{i}", own, options.messages, f"id{i}" if known else ""))
-        self.consumers = [Consumer(self, f"c{i}", ["*"] if not i or rnd.random() < 0.5 else [rnd.choice(names)], rnd.random() < 0.5)
-                          for i in range(options.consumers)]
+            if known and options.applications:
+                self.producers.append(ProducingApplication(self, f"p{i}", own, options.messages))
+            else:
+                self.producers.append(Producer(self, f"p{i}", own, options.messages, f"id{i}" if known else ""))
+        self.consumers: list[Client] = []
+        for i in range(options.consumers):
+            patterns = ["*"] if not i or rnd.random() < 0.5 else [rnd.choice(names)]
+            session = rnd.random() < 0.5
+            if session and options.applications:
+                self.consumers.append(ConsumingApplication(self, f"c{i}", patterns))
+            else:
+                self.consumers.append(Consumer(self, f"c{i}", patterns, session))
 
     # -- what happens --------------------------------------------------------------------------------------------
 
@@ -273,24 +302,24 @@ class World:
 
     # -- what clients are told -----------------------------------------------------------------------------------
 
-    def acknowledged(self, producer: Producer, sent: Sent, sequence: int) -> None:
-        """A producer was told that a record is stored."""
+    def acknowledged(self, producer: Source, sent: Sent, sequence: int) -> None:
+        """A producer was told that a record is stored; sequence 1: that it had been before."""
         observer = self.observers[sent.shard]
         self.counts["acknowledged"] += 1
         self.trace("acknowledged", producer.process.name, f"{sent.shard} {sequence}")
+        self.acks.append((producer, sent, sequence))
         if sequence == 1:
-            if not observer.stored[producer.producer_id, sent.number]:
+            if isinstance(producer, Producer) and not observer.stored[producer.producer_id, sent.number]:
                 raise Violation("I1", f"number {sent.number} of producer {producer.producer_id!r} is acknowledged, and not in the log of "
                                 f"shard {sent.shard}")
-        else:
-            stored = observer.bodies.get(sequence)
-            if stored is None:
-                raise Violation("I1", f"sequence {sequence} of shard {sent.shard} is acknowledged, and not in its log")
-            if stored[0] != OUTBOX and (stored[0].partition(PART)[0] != sent.queue or stored[1] != sent.body):
-                raise Violation("I1", f"sequence {sequence} of shard {sent.shard} is acknowledged for {sent.queue!r}, and is {stored}")
-        self.acks.append((producer, sent, sequence))
+            return
+        stored = observer.bodies.get(sequence)
+        if stored is None:
+            raise Violation("I1", f"sequence {sequence} of shard {sent.shard} is acknowledged, and not in its log")
+        if stored[0] != OUTBOX and (stored[0].partition(PART)[0] != sent.queue or stored[1] != sent.body):
+            raise Violation("I1", f"sequence {sequence} of shard {sent.shard} is acknowledged for {sent.queue!r}, and is {stored}")
 
-    def delivered(self, consumer: Consumer, run: LeasedRun) -> None:
+    def delivered(self, consumer: Client, run: LeasedRun) -> None:
         """A consumer got a lease."""
         observer = self.observers[run.shard]
         lease = observer.naive.leases.get(run.fencing_token)
@@ -313,24 +342,22 @@ class World:
             if observer.bodies[message.sequence][1] != message.message.SerializeToString():
                 raise Violation("I1", f"message {message.sequence} of {where} is not what was produced")
 
-    def settled(self, consumer: Consumer, settlement: Settlement) -> None:
+    def settled(self, consumer: Client, shard: int, token: int, outcome: int, sequence: int) -> None:
         """A consumer was told that a settlement took effect."""
-        self.trace("settled", consumer.process.name, f"{settlement.shard} {settlement.fencing_token} {settlement.outcome}")
-        if settlement.outcome == OUTCOME_ACK:
-            observer = self.observers[settlement.shard]
-            lease = observer.naive.leases[settlement.fencing_token]
-            open_ = [s for s in lease.run if s <= settlement.sequence and observer.gone.get(s) != "acked"]
+        self.trace("settled", consumer.process.name, f"{shard} {token} {outcome}")
+        if outcome == OUTCOME_ACK:
+            observer = self.observers[shard]
+            lease = observer.naive.leases[token]
+            open_ = [s for s in lease.run if s <= sequence and observer.gone.get(s) != "acked"]
             if open_:
-                raise Violation("I4", f"messages {open_} of shard {settlement.shard} are acknowledged, says the broker, and are not")
+                raise Violation("I4", f"messages {open_} of shard {shard} are acknowledged, says the broker, and are not")
 
-    def refused(self, settlement: Settlement, error: ItemError) -> None:
-        """A consumer was told that a settlement did not take effect. Once a lease is over it stays so."""
-        if error.code == ERROR_CODE_STALE_TOKEN:
-            self.counts["settlements of ended leases"] += 1
-            lease = self.observers[settlement.shard].live.get(settlement.fencing_token)
-            if lease is not None:
-                raise Violation("I3", f"lease {lease.token} of {lease.queue!r} in shard {settlement.shard} is over, the broker says, and "
-                                "it is not")
+    def over(self, shard: int, token: int) -> None:
+        """A consumer was told that a lease is over. Once it is, it stays so."""
+        self.counts["settlements of ended leases"] += 1
+        lease = self.observers[shard].live.get(token)
+        if lease is not None:
+            raise Violation("I3", f"lease {lease.token} of {lease.queue!r} in shard {shard} is over, the broker says, and it is not")
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -338,12 +365,12 @@ class World:
         """Raises Violation, or whatever a node raised. Returns what happened how often."""
         logging.disable(logging.CRITICAL)
         try:
-            with underneath(self):
+            with underneath(self), applications.underneath(self):
                 self._run()
         finally:
-            logging.disable(logging.NOTSET)
             self.counts["simulated ms"] = int((self.loop.now - 1000.0) * 1000)
             self.loop.dispose()
+            logging.disable(logging.NOTSET)
         return self.counts
 
     def _run(self) -> None:
@@ -468,7 +495,7 @@ class World:
                 payload = Message.FromString(body).payload
                 stored[queue.split(b"\0")[0], payload] += 1
                 source, who, serial = payload.rstrip(b".").decode().split("/")
-                if self.producers[int(who[1:])].producer_id:
+                if self.producers[int(who[1:])].ordered:
                     if int(serial) <= last.get((queue, source, who), 0):
                         wrong.append(f"record {serial} of {who} to {source!r} is stored in {queue!r} behind {last[queue, source, who]}")
                     last[queue, source, who] = int(serial)
@@ -477,8 +504,11 @@ class World:
             raise Violation("I5", f"{len(twice)} records are stored twice, such as {twice[0]}")
         if wrong:
             raise Violation("I2", wrong[0])
+        refused = [found for found in stored if found[1] in self.refused_payloads]
+        if refused:
+            raise Violation("bug", f"{len(refused)} records are stored, and a producer was told that they are not, such as {refused[0]}")
         for producer, sent, _ in self.acks:
-            for target in self.targets.get(sent.record.destination, ()):
+            for target in self.targets.get(sent.record.destination, (sent.record.destination,)):
                 if not stored[target.encode(), sent.record.message.payload]:
                     raise Violation("I1", f"a record of {producer.process.name} to {sent.record.destination!r} is acknowledged, and "
-                                    f"{target!r} has no copy of it")
+                                    f"{target!r} does not have it")

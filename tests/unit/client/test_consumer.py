@@ -375,7 +375,7 @@ async def test_a_broken_stream_is_opened_again_with_what_is_held(caplog: pytest.
             node = cluster.nodes["n1"]
             lost = next(iter(cluster.leases.values()))
             lost_run = next(r for r in runs if r is not None and r.fencing_token == lost.token)
-            consumer._live.discard(lost_run)  # as if it had never arrived
+            consumer._live.pop(lost_run)  # as if it had never arrived
             await node.stop()
             await until(lambda: consumer.state is ConsumerState.DEGRADED)
             await node.start()

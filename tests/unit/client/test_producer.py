@@ -457,10 +457,10 @@ async def test_closing_turns_waiting_senders_away() -> None:
         assert [type(r) for r in results] == [OutcomeUnknown, Closed, Closed]
         cluster.nodes["n1"].hang.set()
         async with client.producer(in_flight_bytes_max=1000) as producer:
-            many = asyncio.create_task(producer.send_many([Record("d", bytes(700)) for _ in range(3)]))
+            batch = asyncio.gather(producer.send_many([Record("d", bytes(700)) for _ in range(3)]))
             await until(lambda: producer._in_line == 1)
         with pytest.raises(PartialFailure) as failure:
-            await many
+            await batch
         assert [receipt is not None for receipt in failure.value.receipts] == [True, False, False]
         assert {i: type(error) for i, error in failure.value.errors.items()} == {1: Closed, 2: Closed}
         assert producer._room == producer._room_max

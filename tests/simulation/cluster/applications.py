@@ -1,0 +1,376 @@
+"""Producers and consumers that use the product's own client, as applications do: everything of it is real but the network, the clock
+and chance."""
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from spillway.client import (
+    BufferFull,
+    Client,
+    Closed,
+    Consumer,
+    LeasedRun,
+    PartialFailure,
+    Producer,
+    Receipt,
+    Record,
+    SendTimeout,
+    Settlement,
+    SpillwayError,
+    StaleLease,
+    Unavailable,
+    retry,
+    security,
+)
+from spillway.client import consumer as consumer_module
+from spillway.client import producer as producer_module
+from spillway.v1.queue_service_pb2 import OUTCOME_ACK
+
+from tests.simulation.cluster import clients
+from tests.simulation.cluster.clients import Sent, Source
+from tests.simulation.cluster.loop import PROCESS, Process
+from tests.simulation.cluster.node import START_MS, Secrets
+from tests.simulation.cluster.violation import Violation
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster.world import World
+
+UNANSWERED_MAX = 60  # records of a producer
+HELD_MAX = 8  # runs that a consumer's handlers have at a time
+CLOSE_SECONDS = 3600.0  # a producer that is closed waits for all
+
+
+class _Application(clients.Client):
+    """What both have: a clock that may be wrong, and pauses."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.skew_seconds = self.rnd.choice((0.0, 0.0, -20.0, -1.5, 1.5, 20.0))
+
+    def client(self) -> Client:
+        """Of the product."""
+        addresses = [f"{name}:1" for name in self.world.names]
+        self.rnd.shuffle(addresses)
+        return Client(addresses)
+
+    def task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """In this process; its errors end the run."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        task.add_done_callback(self._ended)
+        return task
+
+    def stall(self) -> None:
+        """Now and then the process stands still for a while."""
+        if not self.world.calm and self.rnd.random() < 0.01:
+            self.world.counts["applications paused"] += 1
+            self.world.loop.pause(self.process, self.rnd.choice((0.05, 0.5, 2.0, 6.0)))
+
+
+class ProducingApplication(Source, _Application):
+    """Sends in all ways that a Producer has. Each record comes to one of the ends that its documentation names, and that is true."""
+
+    def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int) -> None:
+        super().__init__(world, name, queues, count, ordered=True)
+        self._finished = False
+
+    @property
+    def done(self) -> bool:
+        """See Source."""
+        return self._finished
+
+    async def run(self) -> None:
+        """Until all is sent, by one Producer after another."""
+        rnd = self.rnd
+        async with self.client() as client:
+            while self.left:
+                async with client.producer(linger=rnd.choice((0.0, 0.0, 0.02)), in_flight_bytes_max=rnd.choice((2000, 64 << 20)),
+                                           producer_id=rnd.choice((None, self.process.name)), close_timeout=CLOSE_SECONDS) as producer:
+                    await self._send_some(producer, rnd.choice((5, 40, self.left)))
+                    if rnd.random() < 0.2:
+                        await producer.flush()
+                    elif rnd.random() < 0.8:
+                        while self.pending:
+                            await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)  # whoever waits for an outcome hears it
+                if self.pending:
+                    raise Violation("bug", f"{self.process.name} closed its producer, and {len(self.pending)} records have no outcome")
+        self._finished = True
+
+    async def _send_some(self, producer: Producer, count: int) -> None:
+        rnd, world = self.rnd, self.world
+        until = max(0, self.left - count)
+        while self.left > until:
+            if not world.calm:
+                await asyncio.sleep(rnd.expovariate(1 / world.options.pause))
+                self.stall()
+            while len(self.pending) >= UNANSWERED_MAX:
+                await asyncio.sleep(0.02)
+            timeout = None if world.calm or rnd.random() < 0.9 else rnd.choice((0.02, 0.5, 4.0))
+            what = rnd.random()
+            if what < 0.4:
+                sending = self.task(self._send(producer, self._draw(), timeout))
+                if not world.calm and rnd.random() < 0.05:
+                    asyncio.get_running_loop().call_later(rnd.choice((0.0, 0.002, 0.3)), sending.cancel)
+                await asyncio.sleep(0)  # it is handed in before the next one is
+            elif what < 0.7:
+                records = [self._draw() for _ in range(min(self.left, rnd.choice((2, 5, 30))))]
+                if records:
+                    self.task(self._send_many(producer, records, timeout))
+                    await asyncio.sleep(0)
+            elif what < 0.95:
+                self._send_nowait(producer, self._draw())
+            else:
+                await producer.flush()
+
+    def _draw(self) -> Sent:
+        sent = self.draw()
+        self.pending.append(sent)
+        return sent
+
+    @staticmethod
+    def _delay(sent: Sent) -> float | None:
+        record = sent.record
+        return record.delay.ToTimedelta().total_seconds() if record.HasField("delay") else None
+
+    def _record(self, sent: Sent) -> Record:
+        record = sent.record
+        return Record(record.destination, record.message.payload, tenant=record.tenant, key=record.key, delay=self._delay(sent))
+
+    async def _send(self, producer: Producer, sent: Sent, timeout: float | None) -> None:
+        record = sent.record
+        try:
+            receipt = await producer.send(record.destination, record.message.payload, tenant=record.tenant, key=record.key,
+                                          delay=self._delay(sent), timeout=timeout)
+        except SpillwayError as error:
+            self._failed(sent, error)
+        except asyncio.CancelledError:
+            self.world.counts["sends cancelled"] += 1
+            self.pending.remove(sent)
+        else:
+            self._stored(sent, receipt)
+
+    async def _send_many(self, producer: Producer, records: list[Sent], timeout: float | None) -> None:
+        try:
+            receipts: Sequence[Receipt | None] = await producer.send_many([self._record(sent) for sent in records], timeout=timeout)
+            errors: Mapping[int, SpillwayError] = {}
+        except PartialFailure as failure:
+            receipts, errors = failure.receipts, failure.errors
+        except (SendTimeout, Closed) as error:  # before any was handed in
+            receipts, errors = [None] * len(records), dict.fromkeys(range(len(records)), error)
+        for i, (sent, receipt) in enumerate(zip(records, receipts, strict=True)):
+            if (receipt is None) != (i in errors):
+                raise Violation("bug", f"record {i} of {self.process.name} has receipt {receipt} and error {errors.get(i)!r}")
+            if receipt is not None:
+                self._stored(sent, receipt)
+            else:
+                self._failed(sent, errors[i])
+
+    def _send_nowait(self, producer: Producer, sent: Sent) -> None:
+        record = sent.record
+        try:
+            future = producer.send_nowait(record.destination, record.message.payload, tenant=record.tenant, key=record.key,
+                                          delay=self._delay(sent))
+        except (BufferFull, Unavailable):
+            self.world.counts["sends without room"] += 1
+            self._refused(sent)
+            return
+
+        def concluded(done: asyncio.Future[Receipt]) -> None:
+            error = done.exception()
+            try:
+                if error is None:
+                    self._stored(sent, done.result())
+                elif isinstance(error, SpillwayError):
+                    self._failed(sent, error)
+                else:
+                    raise error
+            except Exception as wrong:
+                self.world.failed(wrong)
+        future.add_done_callback(concluded)
+
+    def _stored(self, sent: Sent, receipt: Receipt) -> None:
+        self.pending.remove(sent)
+        if receipt.shard != sent.shard or bool(receipt.sequence) == receipt.duplicate:
+            raise Violation("bug", f"{receipt} for a record of shard {sent.shard}")
+        if receipt.duplicate:
+            self.world.counts["receipts of duplicates"] += 1
+        self.world.acknowledged(self, sent, 1 if receipt.duplicate else receipt.sequence)
+
+    def _failed(self, sent: Sent, error: SpillwayError) -> None:
+        """A record fails here only because its time is over, or because it was not handed in before the producer was closed: no
+        destination is missing, no node forgets a producer."""
+        if isinstance(error, SendTimeout):
+            self.world.counts["sends timed out"] += 1
+        elif isinstance(error, Closed):
+            self.world.counts["sends turned away at the end"] += 1
+        else:
+            raise Violation("bug", f"a record of {self.process.name} failed: {type(error).__name__}: {error}")
+        if isinstance(error, SendTimeout) and error.outcome_unknown:
+            self.pending.remove(sent)
+        else:
+            self._refused(sent)
+
+    def _refused(self, sent: Sent) -> None:
+        """It is not stored, the client says."""
+        self.pending.remove(sent)
+        self.world.refused_payloads.add(sent.record.message.payload)
+
+
+class ConsumingApplication(_Application):
+    """Takes runs and settles them in all ways that a Consumer has. Once the world is calm it acknowledges all. It may be killed; then
+    another one takes its place."""
+
+    def __init__(self, world: World, name: str, patterns: list[str]) -> None:
+        super().__init__(world, name)
+        self.patterns = patterns
+
+    async def run(self) -> None:
+        """For ever."""
+        rnd, world = self.rnd, self.world
+        while True:
+            async with self.client() as client:
+                while True:
+                    calm = world.calm
+                    async with client.consumer(
+                            self.patterns, name=self.process.name, credit_messages=200 if calm else rnd.choice((1, 5, 40, 256)),
+                            run_messages_max=0 if calm else rnd.choice((0, 0, 1, 3)), lease_seconds=rnd.choice((None, 1.0, 2.0, 5.0)),
+                            lease_total_max=3600.0 if calm else rnd.choice((3.0, 3600.0)), on_stale=self._stale) as consumer:
+                        await self._consume(consumer, calm)
+                    if not calm and rnd.random() < 0.3:
+                        break
+            await asyncio.sleep(rnd.uniform(0.01, 0.4))
+
+    async def _consume(self, consumer: Consumer, calm: bool) -> None:
+        rnd, world = self.rnd, self.world
+        handlers: dict[asyncio.Task[None], None] = {}
+        for _ in range(rnd.choice((5, 30, 100))):
+            self.stall()
+            if not calm and rnd.random() < 0.01:
+                world.later(0.0, self._kill)
+            run = await consumer.next_run(timeout=0.5)
+            if calm != world.calm:
+                break  # to take more at a time, and the handlers that hang end with the consumer
+            if run is None:
+                continue
+            world.delivered(self, run._pb)
+            handler = self.task(self._handle(run))
+            handlers[handler] = None
+            handler.add_done_callback(lambda done: handlers.pop(done, None))
+            while len(handlers) >= (1 if not calm and rnd.random() < 0.5 else HELD_MAX) and calm == world.calm:
+                await asyncio.wait(list(handlers), timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+        if not calm and rnd.random() < 0.5:
+            return  # handlers are still at work
+        while handlers and calm == world.calm:
+            await asyncio.wait(list(handlers), timeout=0.1)
+
+    def _kill(self) -> None:
+        """The process is gone, with all that it had; another one starts soon."""
+        world = self.world
+        world.counts["applications killed"] += 1
+        world.trace("kill", self.process.name, "")
+        world.loop.kill(self.process)
+        world.rpc.died(self.process)
+        self.process = Process(self.process.name)
+        world.later(self.rnd.uniform(0.1, 1.0), lambda: self.start(self.run()))
+
+    async def _handle(self, run: LeasedRun) -> None:
+        """Settles a run: as a whole, by prefixes or message by message."""
+        rnd, world = self.rnd, self.world
+        if not world.calm and rnd.random() < world.options.hang:
+            world.counts["handlers that hang"] += 1
+            await asyncio.sleep(rnd.choice((1.5, 4.0, 8.0)))  # the consumer extends the lease, up to its limit
+        elif not world.calm:
+            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.02, 0.2 if rnd.random() < 0.1 else 0.0)))
+        try:
+            if world.calm:
+                await self._told(run.ack(), run.messages[-1].sequence)
+            elif rnd.random() < world.options.success:
+                await rnd.choice((self._ack_all, self._ack_prefixes, self._ack_messages, self._ack_unawaited))(run)
+            else:
+                await self._end(run)
+        except Closed:
+            world.counts["settlements of a closed consumer"] += 1
+
+    async def _ack_all(self, run: LeasedRun) -> None:
+        await self._told(run.ack(), run.messages[-1].sequence)
+
+    async def _ack_unawaited(self, run: LeasedRun) -> None:
+        run.ack()
+
+    async def _ack_prefixes(self, run: LeasedRun) -> None:
+        at = 0
+        while at < run.count and not run.ended:
+            at = self.rnd.randint(at + 1, run.count)
+            await self._told(run.ack(run.messages[at - 1].sequence), run.messages[at - 1].sequence)
+            if self.rnd.random() < 0.2 and not run.ended:
+                await self._told(run.extend(self.rnd.choice((None, 1.0, 3.0))))
+
+    async def _ack_messages(self, run: LeasedRun) -> None:
+        """In any order; they go out in theirs."""
+        messages = list(run.messages)
+        self.rnd.shuffle(messages)
+        for message in messages:
+            async with message:
+                await asyncio.sleep(self.rnd.choice((0.0, 0.0, 0.01)))
+        if self.rnd.random() < 0.5:
+            await asyncio.sleep(0.05)
+
+    async def _end(self, run: LeasedRun) -> None:
+        rnd = self.rnd
+        if run.count > 1 and rnd.random() < 0.5:
+            upto = run.messages[rnd.randrange(run.count - 1)].sequence
+            acked = run.ack(upto)
+            if rnd.random() < 0.5:
+                await self._told(acked, upto)
+        if run.ended:
+            return
+        delay = rnd.choice((None, 0.001, 0.05, 1.0))
+        settlement = rnd.choice((lambda: run.retry(delay, "simulated"), lambda: run.throttled(delay), lambda: run.down(delay),
+                                 lambda: run.reject("simulated"), run.release))()
+        self.world.counts[f"outcome {settlement.outcome}"] += 1
+        if rnd.random() < 0.7:
+            await self._told(settlement)
+
+    async def _told(self, settlement: Settlement, acked: int = 0) -> None:
+        """Waits for an outcome; `acked` is the last sequence that it acknowledges."""
+        run = settlement.run
+        ended = settlement.done  # by this process itself
+        try:
+            await settlement
+        except StaleLease as error:
+            if not ended:
+                self._stale(run, error)
+        else:
+            self.world.settled(self, run.shard, run.fencing_token, settlement.outcome, acked if settlement.outcome == OUTCOME_ACK else 0)
+
+    def _stale(self, run: LeasedRun, error: SpillwayError) -> None:
+        """The broker says that a lease is over."""
+        if isinstance(error, StaleLease):
+            self.world.over(run.shard, run.fencing_token)
+        elif not isinstance(error, Closed):
+            self.world.failed(Violation("bug", f"{self.process.name} cannot settle: {type(error).__name__}: {error}"))
+
+
+@contextmanager
+def underneath(world: World) -> Iterator[None]:
+    """What the client stands on while a world runs."""
+    rnd = random.Random(f"applications {world.seed}")
+    secrets = Secrets(rnd)
+    applications = {client.process.name: client for client in (*world.producers, *world.consumers) if isinstance(client, _Application)}
+
+    def now() -> float:
+        process = PROCESS.get()
+        assert process is not None
+        return START_MS / 1000 + world.loop.now + applications[process.name].skew_seconds
+
+    with (patch.object(security, "grpc", world.rpc.module()), patch.object(producer_module, "secrets", secrets),
+          patch.object(consumer_module, "secrets", secrets),
+          patch.object(consumer_module, "time", SimpleNamespace(time=now, time_ns=lambda: int(now() * 1e9))),
+          patch.object(retry.Backoff.__init__, "__defaults__", (rnd.random,))):
+        yield
