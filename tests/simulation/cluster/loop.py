@@ -241,13 +241,14 @@ class SimLoop(asyncio.BaseEventLoop):
         self.call_at = self._nothing  # type: ignore[method-assign, assignment]
         asyncio.events._set_running_loop(self)
         try:
-            for task in self.tasks:
-                if not task.done():
-                    task._log_destroy_pending = False  # type: ignore[attr-defined]
-                    _end(task.get_coro())
+            while self.tasks:
+                tasks, self.tasks = self.tasks, []  # what ends may begin something
+                for task in tasks:
+                    if not task.done():
+                        task._log_destroy_pending = False  # type: ignore[attr-defined]
+                        _end(task.get_coro())
         finally:
             asyncio.events._set_running_loop(None)
-        self.tasks.clear()
         self._ready.clear()  # type: ignore[attr-defined]
         self._timers.clear()
         self.close()

@@ -42,7 +42,7 @@ class Chores:
     def __init__(self, runtime: ShardRuntime) -> None:
         self._runtime = runtime
         self._sweep_at: dict[bytes, bytes] = {}  # destination -> queue at which the sweep goes on
-        self.expiring: set[bytes] = set()  # destinations that got messages with a time to live of their own
+        self.expiring: dict[bytes, None] = {}  # destinations that got messages with a time to live of their own
         self.clear()
 
     def clear(self) -> None:
@@ -124,7 +124,7 @@ class Chores:
         for destination in dict.fromkeys((*runtime.node.ttl_destinations(), *self.expiring)):
             counters = state.counters.get(destination)
             if counters is None or not counters.queues:
-                self.expiring.discard(destination)
+                self.expiring.pop(destination, None)
                 continue
             policy = runtime.node.policy(destination)
             names = state.queue_names(destination + b"\0", self._sweep_at.get(destination, b""), budget)
@@ -202,7 +202,7 @@ class Chores:
 
     def note(self, name: bytes) -> None:
         """A message with a time to live of its own went into this queue."""
-        self.expiring.add(destination_of(name))
+        self.expiring[destination_of(name)] = None
 
 
 def _tell(future: asyncio.Future[Any], result: Any) -> None:

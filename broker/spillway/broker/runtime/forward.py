@@ -209,7 +209,7 @@ class Forwarder:
         self._tls = tls
         self._links: dict[str, PeerLink] = {}
         self._leaderless: dict[int, deque[Callable[[str | None], None]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._closed = False
         # Takes in a ProduceRequest of another node: (stream, bytes) -> Call or an awaitable of one. The peers' service sets it.
         self.local: Callable[[int, bytes], Any]
@@ -244,8 +244,8 @@ class Forwarder:
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     async def close(self) -> None:
         """Ends all links."""

@@ -82,7 +82,7 @@ class QueueService:
         self._intake = Intake(node, forwarder, peer)
         if peer:
             forwarder.local = self._intake.ingest
-        self._sinks: set[Sink] = set()
+        self._sinks: dict[Sink, None] = {}  # in the order of their streams, as all that a simulation shall do twice
         self.open_streams = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -295,7 +295,7 @@ class QueueService:
             consumer = Consumer(subscribe.consumer, subscribe.run_messages_max, lease_ms, session)
             sink = Sink(consumer)
             consumer.sink = sink
-            self._sinks.add(sink)
+            self._sinks[sink] = None
             if subscribe.session:
                 node.release_lost(subscribe.session, subscribe.stream, set(subscribe.streams_open),
                                   {(h.shard, h.fencing_token) for h in subscribe.held})
@@ -329,7 +329,7 @@ class QueueService:
                 proxy.stop()
             if consumer is not None and sink is not None:
                 sink.closed = True
-                self._sinks.discard(sink)
+                self._sinks.pop(sink, None)
                 self.node.scheduler.unsubscribe(consumer)
 
     async def _read_credit(self, requests: AsyncIterator[bytes], consumer: Consumer, sink: Sink,
