@@ -128,9 +128,11 @@ class _Stream(BatchStream[_Request]):
         self.alarm = 0.0  # when a timer will wake the stream; for linger
         super().__init__(address, producer._router.health)
 
+    def channel(self) -> grpc.aio.Channel:
+        return self.producer._channels.get(self.address, "produce")
+
     def open(self) -> grpc.aio.StreamStreamCall[Any, Any]:
-        channel = self.producer._channels.get(self.address, "produce")
-        return channel.stream_stream(METHOD, None, pb.ProduceResponse.FromString)()
+        return self.channel().stream_stream(METHOD, None, pb.ProduceResponse.FromString)()
 
     def token(self) -> str:
         return self.producer._channels.token()
@@ -324,8 +326,10 @@ class Producer:
         until the first topology arrived (`Client.wait_ready`) and sends that waited for it have gone on."""
         if self._closed:
             raise Closed("the producer is closed")
-        if self._early or not self._router.watch.current.shard_count:
+        if not self._router.watch.current.shard_count:
             raise Unavailable("the topology is not known yet; await Client.wait_ready() first")
+        if self._early:
+            raise Unavailable("sends that waited for the topology are about to go on, and must not be overtaken; try again in a moment")
         record = Record(destination, payload, tenant, key, headers, id, delay, deliver_at, ttl, dedup_id)
         if self._tracing is None:
             return self._send_nowait(record)
@@ -387,8 +391,10 @@ class Producer:
             async with asyncio.timeout_at(deadline):
                 try:
                     await self._accept_many(encoded, many, entries)
-                except Closed as closed:  # those before have outcomes of their own
-                    for i in range(len(entries), len(encoded)):
+                except Closed as closed:
+                    if not entries:
+                        raise
+                    for i in range(len(entries), len(encoded)):  # those before have outcomes of their own
                         many.failed(i, closed)
                 await many.future
         except TimeoutError:

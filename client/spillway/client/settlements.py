@@ -104,9 +104,11 @@ class _Stream(BatchStream[_Request]):
         self.pending: deque[Settlement] = deque()
         super().__init__(address, settler._router.health)
 
+    def channel(self) -> grpc.aio.Channel:
+        return self.settler._channels.get(self.address, "ack")
+
     def open(self) -> grpc.aio.StreamStreamCall[Any, Any]:
-        channel = self.settler._channels.get(self.address, "ack")
-        return channel.stream_stream(METHOD, None, pb.AckResponse.FromString)()
+        return self.channel().stream_stream(METHOD, None, pb.AckResponse.FromString)()
 
     def token(self) -> str:
         return self.settler._channels.token()

@@ -15,13 +15,17 @@ import grpc
 from spillway.client.connection import Health
 from spillway.client.errors import InternalError, SpillwayError, Unavailable, from_rpc_error
 from spillway.client.retry import is_final
+from spillway.v1.cluster_service_pb2 import GetTopologyRequest
+from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from spillway.v1.message_pb2 import ItemError
 
 log = logging.getLogger("spillway.client")
 
 WATCH_SECONDS = 0.25  # between looks for a stream that hangs
-ANSWER_SECONDS_MAX = 10.0  # a request without an answer for so long: the node hangs
-MOVED_SECONDS_MAX = 1.0  # the same, once another node is known to lead the shard
+SILENCE_SECONDS_MAX = 5.0  # requests wait, and nothing comes: is the node up? It may only have much to do
+QUESTION_SECONDS_MAX = 5.0  # for an answer to that; what is sent again to a node with much to do makes that more
+MOVED_SECONDS_MAX = 1.0  # of silence, once another node is known to lead the shard: it is not asked
+ANSWER_SECONDS_MAX = 300.0  # a request waits for so long in any case
 
 
 class Batch:
@@ -45,10 +49,15 @@ class BatchStream(Generic[B]):
         self.health = health
         self.in_flight: deque[B] = deque()
         self._work = asyncio.Event()
+        self._heard_at = 0.0  # when the node answered something
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run(), name=f"spillway {type(self).__name__} {address}")
 
     # -- to be provided ------------------------------------------------------------------------------------------
+
+    def channel(self) -> grpc.aio.Channel:
+        """The channel that the call goes over."""
+        raise NotImplementedError
 
     def open(self) -> grpc.aio.StreamStreamCall[Any, Any]:
         """Opens the call."""
@@ -111,17 +120,27 @@ class BatchStream(Generic[B]):
         call = self.open()
         reader = asyncio.create_task(self._read(call))
         writer = asyncio.create_task(self._write(call))
+        question: asyncio.Task[bool] | None = None
         try:
             while True:
-                done, _ = await asyncio.wait((reader, writer), timeout=WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if done:
+                waiting = (reader, writer) if question is None else (reader, writer, question)
+                await asyncio.wait(waiting, timeout=WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if reader.done() or writer.done():
                     break
-                if self._hangs():
+                if question is not None and question.done():
+                    alive, question = question.result(), None
+                    if not alive:
+                        return Unavailable(f"{self.address} does not answer"), False
+                if self._late():
                     return Unavailable(f"{self.address} does not answer"), False
+                if question is None and self._silence() > SILENCE_SECONDS_MAX:
+                    question = asyncio.create_task(self._alive())
         finally:
             call.cancel()
             reader.cancel()
             writer.cancel()
+            if question is not None:
+                question.cancel()
             ended = await asyncio.gather(reader, writer, return_exceptions=True)
         for result in ended:
             if isinstance(result, grpc.aio.AioRpcError):
@@ -133,12 +152,25 @@ class BatchStream(Generic[B]):
                 raise result  # a bug
         return Unavailable(f"{self.address} ended the stream"), False
 
-    def _hangs(self) -> bool:
+    def _late(self) -> bool:
+        """Whether the oldest request has waited for too long, whatever the node says."""
         if not self.in_flight:
             return False
         oldest = self.in_flight[0]
-        age = self._loop.time() - oldest.sent_at
-        return age > ANSWER_SECONDS_MAX or (age > MOVED_SECONDS_MAX and self.moved(oldest))
+        return self._loop.time() - oldest.sent_at > ANSWER_SECONDS_MAX or (self._silence() > MOVED_SECONDS_MAX and self.moved(oldest))
+
+    def _silence(self) -> float:
+        """For how many seconds nothing has come although requests wait."""
+        return self._loop.time() - max(self.in_flight[0].sent_at, self._heard_at) if self.in_flight else 0.0
+
+    async def _alive(self) -> bool:
+        """Asks the node something easy, over the same connection."""
+        try:
+            await ClusterServiceStub(self.channel()).GetTopology(GetTopologyRequest(), timeout=QUESTION_SECONDS_MAX)
+        except grpc.aio.AioRpcError:
+            return False
+        self._heard_at = self._loop.time()
+        return True
 
     async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         work = self._work
@@ -159,6 +191,7 @@ class BatchStream(Generic[B]):
             if response is grpc.aio.EOF:
                 return
             self.health.worked(self.address)
+            self._heard_at = self._loop.time()
             if not in_flight:
                 raise InternalError(f"{self.address} answered what it was not asked")
             self.check(in_flight[0], response)

@@ -247,6 +247,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.spoil_answers = 0  # this many answers of either kind say nothing of what was asked
         self.hang = asyncio.Event()  # clear: Produce waits
         self.hang.set()
+        self.answers = asyncio.Event()  # clear: GetTopology waits
+        self.answers.set()
         self.flowing = asyncio.Event()  # clear: what is leased stays on its way
         self.flowing.set()
         self.requests: list[q.ProduceRequest] = []
@@ -372,6 +374,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
                 self.streams.remove(stream)
 
     async def GetTopology(self, request: cluster.GetTopologyRequest, context: Any) -> cluster.GetTopologyResponse:
+        await self.answers.wait()
         return cluster.GetTopologyResponse(topology=self.cluster.topology())
 
     async def WatchTopology(self, request: cluster.WatchTopologyRequest,

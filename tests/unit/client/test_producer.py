@@ -17,6 +17,7 @@ from spillway.client import (
     ResourceExhausted,
     SendTimeout,
     Unavailable,
+    streams,
 )
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import message_pb2 as m
@@ -380,6 +381,37 @@ async def test_a_cancelled_sender_gives_its_place_away() -> None:
         results = await asyncio.gather(*sends, return_exceptions=True)
         assert [isinstance(r, asyncio.CancelledError) for r in results] == [False, True, False, True, False, False]
         assert producer._room == producer._room_max
+
+
+async def test_a_node_that_has_much_to_do_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers easy questions, so what it has not answered yet is not sent again: that would make it more."""
+    monkeypatch.setattr(streams, "SILENCE_SECONDS_MAX", 0.1)
+    async with serving() as (cluster, client), client.producer() as producer:
+        node = cluster.nodes["n1"]
+        await producer.send("d", b"first")
+        node.hang.clear()
+        send = asyncio.create_task(producer.send("d", b"second"))
+        await asyncio.sleep(1.5)
+        node.hang.set()
+        receipt = await send
+        assert not receipt.duplicate and [r.records[0].message.payload for r in node.requests] == [b"first", b"second"]
+
+
+async def test_a_node_that_answers_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even an easy question: another one gets what it had, and passes it on."""
+    monkeypatch.setattr(streams, "SILENCE_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(streams, "QUESTION_SECONDS_MAX", 0.2)
+    async with serving(2) as (cluster, client), client.producer() as producer:
+        key = next(str(i) for i in range(1000) if cluster.leaders[shard("d", str(i))] == "n1")
+        await producer.send("d", b"first", key=key)
+        node, other = cluster.nodes["n1"], cluster.nodes["n2"]
+        node.hang.clear()
+        node.answers.clear()
+        await producer.send("d", b"second", key=key)
+        assert [r.records[0].message.payload for r in other.requests] == [b"second"]
+        assert cluster.stored("d", key=key) == [b"first", b"second"]
+        node.hang.set()
+        node.answers.set()
 
 
 async def test_a_timeout_says_whether_the_outcome_is_unknown() -> None:
