@@ -3,6 +3,7 @@ and chance."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import grpc
 from spillway.client import (
     BufferFull,
     Client,
     Closed,
     Consumer,
+    ConsumerState,
     LeasedRun,
+    OutcomeUnknown,
     PartialFailure,
     Producer,
     Receipt,
@@ -43,7 +47,9 @@ if TYPE_CHECKING:
 
 UNANSWERED_MAX = 60  # records of a producer
 HELD_MAX = 8  # runs that a consumer's handlers have at a time
-CLOSE_SECONDS = 3600.0  # a producer that is closed waits for all
+PATIENT_SECONDS = 3600.0  # a producer that is closed waits for all
+HASTY_SECONDS = 0.1  # or gives up what is not stored soon
+RAISED = (SpillwayError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, Violation)
 
 
 class _Application(clients.Client):
@@ -51,6 +57,7 @@ class _Application(clients.Client):
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
+        self.process.may_raise = RAISED
         self.skew_seconds = self.rnd.choice((0.0, 0.0, -20.0, -1.5, 1.5, 20.0))
 
     def client(self) -> Client:
@@ -78,6 +85,7 @@ class ProducingApplication(Source, _Application):
     def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int) -> None:
         super().__init__(world, name, queues, count, ordered=True)
         self._finished = False
+        self._hasty = False
 
     @property
     def done(self) -> bool:
@@ -89,15 +97,19 @@ class ProducingApplication(Source, _Application):
         rnd = self.rnd
         async with self.client() as client:
             while self.left:
+                hasty = not self.world.calm and rnd.random() < 0.1
                 async with client.producer(linger=rnd.choice((0.0, 0.0, 0.02)), in_flight_bytes_max=rnd.choice((2000, 64 << 20)),
-                                           producer_id=rnd.choice((None, self.process.name)), close_timeout=CLOSE_SECONDS) as producer:
+                                           producer_id=rnd.choice((None, self.process.name)),
+                                           close_timeout=HASTY_SECONDS if hasty else PATIENT_SECONDS) as producer:
                     await self._send_some(producer, rnd.choice((5, 40, self.left)))
                     if rnd.random() < 0.2:
                         await producer.flush()
                     elif rnd.random() < 0.8:
                         while self.pending:
                             await asyncio.sleep(0.02)
+                    self._hasty = hasty
                 await asyncio.sleep(0.1)  # whoever waits for an outcome hears it
+                self._hasty = False
                 if self.pending:
                     raise Violation("bug", f"{self.process.name} closed its producer, and {len(self.pending)} records have no outcome")
         self._finished = True
@@ -114,19 +126,21 @@ class ProducingApplication(Source, _Application):
             timeout = None if world.calm or rnd.random() < 0.9 else rnd.choice((0.02, 0.5, 4.0))
             what = rnd.random()
             if what < 0.4:
-                sending = self.task(self._send(producer, self._draw(), timeout))
-                if not world.calm and rnd.random() < 0.05:
-                    asyncio.get_running_loop().call_later(rnd.choice((0.0, 0.002, 0.3)), sending.cancel)
+                self._cancel_some(self.task(self._send(producer, self._draw(), timeout)))
                 await asyncio.sleep(0)  # it is handed in before the next one is
             elif what < 0.7:
                 records = [self._draw() for _ in range(min(self.left, rnd.choice((2, 5, 30))))]
                 if records:
-                    self.task(self._send_many(producer, records, timeout))
+                    self._cancel_some(self.task(self._send_many(producer, records, timeout)))
                     await asyncio.sleep(0)
             elif what < 0.95:
                 self._send_nowait(producer, self._draw())
             else:
                 await producer.flush()
+
+    def _cancel_some(self, sending: asyncio.Task[None]) -> None:
+        if not self.world.calm and self.rnd.random() < 0.05:
+            asyncio.get_running_loop().call_later(self.rnd.choice((0.0, 0.002, 0.3)), sending.cancel)
 
     def _draw(self) -> Sent:
         sent = self.draw()
@@ -150,8 +164,7 @@ class ProducingApplication(Source, _Application):
         except SpillwayError as error:
             self._failed(sent, error)
         except asyncio.CancelledError:
-            self.world.counts["sends cancelled"] += 1
-            self.pending.remove(sent)
+            self._cancelled([sent])
         else:
             self._stored(sent, receipt)
 
@@ -163,6 +176,9 @@ class ProducingApplication(Source, _Application):
             receipts, errors = failure.receipts, failure.errors
         except (SendTimeout, Closed) as error:  # before any was handed in
             receipts, errors = [None] * len(records), dict.fromkeys(range(len(records)), error)
+        except asyncio.CancelledError:
+            self._cancelled(records)
+            return
         for i, (sent, receipt) in enumerate(zip(records, receipts, strict=True)):
             if (receipt is None) != (i in errors):
                 raise Violation("bug", f"record {i} of {self.process.name} has receipt {receipt} and error {errors.get(i)!r}")
@@ -202,16 +218,25 @@ class ProducingApplication(Source, _Application):
             self.world.counts["receipts of duplicates"] += 1
         self.world.acknowledged(self, sent, 1 if receipt.duplicate else receipt.sequence)
 
+    def _cancelled(self, records: list[Sent]) -> None:
+        """Those that went out may be stored."""
+        self.world.counts["sends cancelled"] += len(records)
+        for sent in records:
+            self.pending.remove(sent)
+
     def _failed(self, sent: Sent, error: SpillwayError) -> None:
-        """A record fails here only because its time is over, or because it was not handed in before the producer was closed: no
-        destination is missing, no node forgets a producer."""
+        """A record fails here only because its time is over, or because the producer is closed: no destination is missing, no node
+        forgets a producer."""
         if isinstance(error, SendTimeout):
             self.world.counts["sends timed out"] += 1
         elif isinstance(error, Closed):
             self.world.counts["sends turned away at the end"] += 1
+        elif isinstance(error, OutcomeUnknown) and self._hasty:
+            self.world.counts["sends given up at the end"] += 1
+            self.world.late_payloads.add(sent.record.message.payload)  # it may be stored when the next producer is at work
         else:
             raise Violation("bug", f"a record of {self.process.name} failed: {type(error).__name__}: {error}")
-        if isinstance(error, SendTimeout) and error.outcome_unknown:
+        if isinstance(error, OutcomeUnknown) or (isinstance(error, SendTimeout) and error.outcome_unknown):
             self.pending.remove(sent)
         else:
             self._refused(sent)
@@ -229,6 +254,9 @@ class ConsumingApplication(_Application):
     def __init__(self, world: World, name: str, patterns: list[str]) -> None:
         super().__init__(world, name)
         self.patterns = patterns
+        self.lasting = self.rnd.random() < 0.5
+        """Whether a consumer that faults have hit has to go on by itself once they are over; otherwise a new one takes its place."""
+        self.consumer: Consumer | None = None
 
     async def run(self) -> None:
         """For ever."""
@@ -238,35 +266,52 @@ class ConsumingApplication(_Application):
                 while True:
                     calm = world.calm
                     async with client.consumer(
-                            self.patterns, name=self.process.name, credit_messages=200 if calm else rnd.choice((1, 5, 40, 256)),
+                            self.patterns, name=self.process.name, credit_messages=200 if calm or self.lasting else rnd.choice((1, 5, 40)),
                             run_messages_max=0 if calm else rnd.choice((0, 0, 1, 3)), lease_seconds=rnd.choice((None, 1.0, 2.0, 5.0)),
                             lease_total_max=3600.0 if calm else rnd.choice((3.0, 3600.0)), on_stale=self._stale) as consumer:
+                        self.consumer = consumer
                         await self._consume(consumer, calm)
+                        self.consumer = None
                     if not calm and rnd.random() < 0.3:
                         break
             await asyncio.sleep(rnd.uniform(0.01, 0.4))
 
+    @property
+    def unwell(self) -> str:
+        """What is wrong with its consumer now; once all is delivered and all nodes are up, nothing may be."""
+        consumer = self.consumer
+        if consumer is None:
+            return f"{self.process.name} has no consumer"
+        credits = consumer.credits
+        well = consumer.state is ConsumerState.CONSUMING and not consumer._live and not credits.messages_out and not credits.bytes_out
+        return "" if well else repr(consumer)
+
     async def _consume(self, consumer: Consumer, calm: bool) -> None:
+        """Until chance ends it, or the world is calm; a lasting one goes on then, and for ever."""
         rnd, world = self.rnd, self.world
         handlers: dict[asyncio.Task[None], None] = {}
-        for _ in range(rnd.choice((5, 30, 100))):
+
+        def over() -> bool:
+            return calm != world.calm and not self.lasting
+
+        left = rnd.choice((5, 30, 100))
+        while (left or world.calm) and not over():
+            left = max(0, left - 1)
             self.stall()
-            if not calm and rnd.random() < 0.01:
+            if not world.calm and rnd.random() < 0.01:
                 world.later(0.0, self._kill)
             run = await consumer.next_run(timeout=0.5)
-            if calm != world.calm:
-                break  # to take more at a time, and the handlers that hang end with the consumer
             if run is None:
                 continue
             world.delivered(self, run._pb)
             handler = self.task(self._handle(run))
             handlers[handler] = None
             handler.add_done_callback(lambda done: handlers.pop(done, None))
-            while len(handlers) >= (1 if not calm and rnd.random() < 0.5 else HELD_MAX) and calm == world.calm:
+            while len(handlers) >= (1 if not world.calm and rnd.random() < 0.5 else HELD_MAX) and not over():
                 await asyncio.wait(list(handlers), timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
         if not calm and rnd.random() < 0.5:
             return  # handlers are still at work
-        while handlers and calm == world.calm:
+        while handlers and not over():
             await asyncio.wait(list(handlers), timeout=0.1)
 
     def _kill(self) -> None:
@@ -277,6 +322,8 @@ class ConsumingApplication(_Application):
         world.loop.kill(self.process)
         world.rpc.died(self.process)
         self.process = Process(self.process.name)
+        self.process.may_raise = RAISED
+        self.consumer = None
         world.later(self.rnd.uniform(0.1, 1.0), lambda: self.start(self.run()))
 
     async def _handle(self, run: LeasedRun) -> None:
@@ -350,11 +397,46 @@ class ConsumingApplication(_Application):
             self.world.settled(self, run.shard, run.fencing_token, settlement.outcome, acked if settlement.outcome == OUTCOME_ACK else 0)
 
     def _stale(self, run: LeasedRun, error: SpillwayError) -> None:
-        """The broker says that a lease is over."""
+        """The broker says that a lease is over. The consumer takes what is raised for the application's bug."""
         if isinstance(error, StaleLease):
-            self.world.over(run.shard, run.fencing_token)
+            try:
+                self.world.over(run.shard, run.fencing_token)
+            except Violation as violation:
+                self.world.failed(violation)
         elif not isinstance(error, Closed):
             self.world.failed(Violation("bug", f"{self.process.name} cannot settle: {type(error).__name__}: {error}"))
+
+
+class _Errors(logging.Handler):
+    """What the client calls an error is one."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.ERROR)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        why = f": {record.exc_info[1]!r}" if record.exc_info else ""
+        self._world.failed(Violation("bug", f"the client says: {record.getMessage()}{why}"))
+
+
+@contextmanager
+def logged(world: World) -> Iterator[None]:
+    """Nothing is shown while a world runs; errors of clients are failures."""
+    log, errors = logging.getLogger("spillway"), _Errors(world)
+    client = logging.getLogger("spillway.client")
+    before, log.propagate = log.propagate, False
+    quiet = logging.NullHandler()
+    log.addHandler(quiet)
+    client.addHandler(errors)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        client.removeHandler(errors)
+        log.removeHandler(quiet)
+        log.propagate = before
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import asyncio.events
 import heapq
-import inspect
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
@@ -25,6 +24,8 @@ class Process:
         self.alive = True
         self.context = copy_context()
         self.context.run(PROCESS.set, self)
+        self.may_raise: tuple[type[BaseException], ...] | None = None
+        """What its tasks may end with; None: anything, which is somebody else's to look at."""
         self.paused_until = 0.0
         """When the last callback that a pause has held back runs: what comes until then queues up behind it."""
         self.io_seconds: Callable[[], float] = lambda: 0.0
@@ -124,9 +125,16 @@ class SimLoop(asyncio.BaseEventLoop):
         task = _Task(coroutine, loop=loop, **options)
         task.process = options.get("context", copy_context()).get(PROCESS)
         self.tasks.append(task)
+        if task.process is not None and task.process.may_raise is not None:
+            task.add_done_callback(self._look)
         if len(self.tasks) > 4096 and len(self.tasks) % 1024 == 0:
             self.tasks = [t for t in self.tasks if not t.done()]
         return task
+
+    def _look(self, task: asyncio.Task[Any]) -> None:
+        process = task.process  # type: ignore[attr-defined]
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, process.may_raise):
+            self.failures.append(f"a task of {process.name} ended with {error!r}: {task.get_coro()!r}")
 
     def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if isinstance(context.get("exception"), asyncio.CancelledError):
@@ -259,9 +267,10 @@ class SimLoop(asyncio.BaseEventLoop):
 
 def _end(coroutine: Any) -> None:
     """Closes it, however often it waits for something on its way out."""
-    while inspect.getcoroutinestate(coroutine) != inspect.CORO_CLOSED:
+    while True:
         try:
             coroutine.close()
+            return
         except Exception:  # it waits, or a `finally` assumes that it is still needed
             pass
 

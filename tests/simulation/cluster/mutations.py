@@ -16,9 +16,11 @@ from spillway.broker.runtime.calls import Batch
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.wire import run_parts
+from spillway.client.consumer import Consumer as ClientConsumer
 from spillway.client.producer import Producer as ClientProducer
 from spillway.client.retry import Verdict
 from spillway.client.sequencing import Lane
+from spillway.client.settlements import Settlement
 
 from tests.properties import test_shard_mutants as shards
 from tests.simulation.cluster.violation import Violation
@@ -141,6 +143,18 @@ def _overtake() -> Any:
     return patch.object(ClientProducer, "_take_room", take)
 
 
+def _leak_credit() -> Any:
+    """The client does not take back the credit of leases that were lost."""
+    finished = ClientConsumer._finished
+
+    def leaky(self: ClientConsumer, settlement: Settlement, error: Exception | None) -> None:
+        out = self.credits.messages_out, self.credits.bytes_out
+        finished(self, settlement, error)  # type: ignore[arg-type]
+        if error is not None:
+            self.credits.messages_out, self.credits.bytes_out = out
+    return patch.object(ClientConsumer, "_finished", leaky)
+
+
 def _shard(mutant: type[Shard]) -> Mutation:
     def mutate() -> Any:
         return patch.object(shard_module, "Shard", mutant)
@@ -161,6 +175,7 @@ SEEN: dict[str, Mutation] = {
     "client, forgotten for a gap": _gap_anywhere,
     "client, other numbers for copies": _new_numbers,
     "client, records overtake": _overtake,
+    "client, credit leaks": _leak_credit,
     "R2, released before it is synced": raft.SEEN["release before sync"],
     "R2, counted before it is synced": raft.SEEN["apply unsynced"],
     "R5, compacted up to what is applied": raft.SEEN["compact applied"],

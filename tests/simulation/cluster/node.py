@@ -220,7 +220,8 @@ class SimNode:
         """As `app.App` does."""
         world, options = self.world, self.world.options
         config = NodeConfig(node_id=self.name, cluster="sim", data_dir=f"/{self.name}", shards=options.shards,
-                            replicas=options.replicas, replace_after_seconds=REPLACE_SECONDS,
+                            replicas=options.replicas, replace_after_seconds=REPLACE_SECONDS, listen=f"{self.name}:1",
+                            peer_listen=f"p-{self.name}:1",
                             peers=[f"{n}=p-{n}:1/{n}:1" for n in world.names] if len(world.names) > 1 else [])
         self.transport = SpyTransport(world.network, self.name, lambda: self.host.hello(),
                                       lambda group, peer, position: self.host.export(group, peer, position))

@@ -40,6 +40,7 @@ def test_a_cluster_keeps_its_promises_whatever_fails(first: int) -> None:
     3909,  # a checkpoint could not be stored, and a turn came before the node ended
     5248,  # an operator's question to a node that stopped ended in an error without a name
     618,  # a voter had its demotion before that was committed, and its vote was out of reach
+    1255,  # a client took a node that had much to do for dead, and sent everything again, for ever
     1192,  # a client took a batch whose parts had changed places for one of a producer that is forgotten
     15572, 19484,  # not the product: a node stayed away while another one had forgotten the same shard
     301,  # a gate stayed half-open on a node without a message to probe with, and held up all others
@@ -60,6 +61,7 @@ def test_seeds_that_found_a_bug(seed: int) -> None:
     ("I7, a counter that is short", "I7"),
     ("client, other numbers for copies", "I5"),
     ("client, records overtake", "I2"),
+    ("client, credit leaks", "progress"),
 ])
 def test_a_broken_invariant_is_seen(name: str, rule: str) -> None:
     """By its own checker, within forty seeds. They take one or two now, eight at most, but every change of the product deals the seeds

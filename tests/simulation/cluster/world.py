@@ -6,7 +6,6 @@ letters or purged, and the same on every replica. A run depends on its seed only
 from __future__ import annotations
 
 import hashlib
-import logging
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -49,6 +48,7 @@ from tests.simulation.raft.checkers import (
 
 REST_SECONDS = 240.0  # a healed cluster must have delivered everything within
 FORM_SECONDS = 30.0
+WELL_SECONDS = 60.0  # consumers have found all nodes again
 
 
 def _ms(milliseconds: int) -> Duration:
@@ -168,6 +168,8 @@ class World:
         self.acks: list[tuple[Source, Sent, int]] = []
         self.refused_payloads: set[bytes] = set()
         """Of records that are not stored, a producer was told."""
+        self.late_payloads: set[bytes] = set()
+        """Of records that may be stored when their producer is gone and another one has taken its place."""
         self.given: dict[tuple[int, int], str] = {}  # (shard, token) -> consumer that got the lease
         self._plan()
 
@@ -363,14 +365,13 @@ class World:
 
     def run(self) -> Counter[str]:
         """Raises Violation, or whatever a node raised. Returns what happened how often."""
-        logging.disable(logging.CRITICAL)
-        try:
-            with underneath(self), applications.underneath(self):
-                self._run()
-        finally:
-            self.counts["simulated ms"] = int((self.loop.now - 1000.0) * 1000)
-            self.loop.dispose()
-            logging.disable(logging.NOTSET)
+        with applications.logged(self):
+            try:
+                with underneath(self), applications.underneath(self):
+                    self._run()
+            finally:
+                self.counts["simulated ms"] = int((self.loop.now - 1000.0) * 1000)
+                self.loop.dispose()
         return self.counts
 
     def _run(self) -> None:
@@ -417,6 +418,12 @@ class World:
             raise Violation("progress", f"replicas do not meet {REST_SECONDS:.0f} s after all nodes are up: " + ", ".join(
                 f"{n.name}: {[(s, r.applied, self.observers[s].last) for s, r in n.node.shards.items()] if n.started else 'down'}"
                 for n in self.nodes.values()))
+        if not self._run_until(WELL_SECONDS, lambda: not self._unwell()):
+            raise Violation("progress", f"all is delivered, and not well {WELL_SECONDS:.0f} s later: {self._unwell()}")
+
+    def _unwell(self) -> list[str]:
+        """What is wrong with consumers that use the product's client."""
+        return [what for c in self.consumers if isinstance(c, ConsumingApplication) and (what := c.unwell)]
 
     def _restless(self) -> str:
         queues = [(o.shard, name, len(q.left), q.not_before, q.lease) for o in self.observers.values()
@@ -495,7 +502,7 @@ class World:
                 payload = Message.FromString(body).payload
                 stored[queue.split(b"\0")[0], payload] += 1
                 source, who, serial = payload.rstrip(b".").decode().split("/")
-                if self.producers[int(who[1:])].ordered:
+                if self.producers[int(who[1:])].ordered and payload not in self.late_payloads:
                     if int(serial) <= last.get((queue, source, who), 0):
                         wrong.append(f"record {serial} of {who} to {source!r} is stored in {queue!r} behind {last[queue, source, who]}")
                     last[queue, source, who] = int(serial)
