@@ -369,7 +369,9 @@ class Consumer:
             try:
                 await waiter
             except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+                elif not waiter.cancelled():
                     self._wake(1)  # somebody else shall take it
                 raise
 

@@ -664,3 +664,17 @@ async def test_produce_and_consume_through_changing_leaders() -> None:
                     break
             await asyncio.gather(*tasks)
         assert all(numbers == list(range(150)) for numbers in done.values())
+
+
+async def test_waits_that_end_without_a_run_leave_nothing_behind() -> None:
+    """However often they do; and who waits then still gets what comes."""
+    async with serving() as (_, client), client.consumer("d") as consumer:
+        for _ in range(20):
+            assert await consumer.next_run(timeout=0.001) is None
+        assert not consumer._waiters
+        first, second = (asyncio.create_task(consumer.next_run()) for _ in range(2))
+        await until(lambda: len(consumer._waiters) == 2)
+        first.cancel()
+        await send(client, 1)
+        run = await second
+        assert run is not None and run.payloads == [b"0"] and not consumer._waiters
