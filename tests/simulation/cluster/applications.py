@@ -283,7 +283,8 @@ class ConsumingApplication(_Application):
         if consumer is None:
             return f"{self.process.name} has no consumer"
         credits = consumer.credits
-        well = consumer.state is ConsumerState.CONSUMING and not consumer._live and not credits.messages_out and not credits.bytes_out
+        well = consumer.state is ConsumerState.CONSUMING and not consumer._live and not credits.messages_out and (
+            not credits.bytes_out and len(consumer._waiters) <= 1)
         return "" if well else repr(consumer)
 
     async def _consume(self, consumer: Consumer, calm: bool) -> None:

@@ -296,8 +296,7 @@ class Call:
                 self._answers.inbox.clear()
             self._answers.news.set()
             self._requests.room.set()
-            if self.link is not None:
-                self.link.calls.pop(self, None)
+            self._forget()
             if self._timer is not None:
                 self._timer.cancel()
 
@@ -311,6 +310,7 @@ class Call:
             self._finish(grpc.StatusCode.UNIMPLEMENTED, f"there is no {self.method}")
             return
         self._handler = server.network.loop.spawn(server.process, self._serve(handler))
+        self.link.calls[self] = None
 
     async def _serve(self, handler: Any) -> None:
         context = ServerContext(self)
@@ -351,8 +351,15 @@ class Call:
         self.link.send(False, lambda: self._answers.arrive(data) if self._status is None else None)
         await asyncio.sleep(0)
 
+    def _forget(self) -> None:
+        """Its link need not tell that it broke, once both sides are done. The server may not be when the client is: what it was sent last
+        can be lost with the link."""
+        if self.link is not None and self._status is not None and (self._over or self._handler is None):
+            self.link.calls.pop(self, None)
+
     def _finish(self, code: grpc.StatusCode, details: str, trailing: Any = None) -> None:
         self._over = True
+        self._forget()
         assert self.link is not None
         self.link.send(False, lambda: self._end(code, details, trailing))
 
