@@ -86,6 +86,8 @@ class ProducingApplication(Source, _Application):
         super().__init__(world, name, queues, count, ordered=True)
         self._finished = False
         self._hasty = False
+        self._doubtful: set[bytes] = set()
+        """Payloads that the present producer may have on their way, and nobody waits for."""
 
     @property
     def done(self) -> bool:
@@ -94,10 +96,10 @@ class ProducingApplication(Source, _Application):
 
     async def run(self) -> None:
         """Until all is sent, by one Producer after another."""
-        rnd = self.rnd
+        rnd, world = self.rnd, self.world
         async with self.client() as client:
             while self.left:
-                hasty = not self.world.calm and rnd.random() < 0.1
+                hasty = not world.calm and rnd.random() < 0.1
                 async with client.producer(linger=rnd.choice((0.0, 0.0, 0.02)), in_flight_bytes_max=rnd.choice((2000, 64 << 20)),
                                            producer_id=rnd.choice((None, self.process.name)),
                                            close_timeout=HASTY_SECONDS if hasty else PATIENT_SECONDS) as producer:
@@ -110,6 +112,9 @@ class ProducingApplication(Source, _Application):
                     self._hasty = hasty
                 await asyncio.sleep(0.1)  # whoever waits for an outcome hears it
                 self._hasty = False
+                if hasty:
+                    world.late_payloads |= self._doubtful
+                self._doubtful.clear()
                 if self.pending:
                     raise Violation("bug", f"{self.process.name} closed its producer, and {len(self.pending)} records have no outcome")
         self._finished = True
@@ -222,7 +227,7 @@ class ProducingApplication(Source, _Application):
         """Those that went out may be stored."""
         self.world.counts["sends cancelled"] += len(records)
         for sent in records:
-            self.pending.remove(sent)
+            self._unknown(sent)
 
     def _failed(self, sent: Sent, error: SpillwayError) -> None:
         """A record fails here only because its time is over, or because the producer is closed: no destination is missing, no node
@@ -233,13 +238,17 @@ class ProducingApplication(Source, _Application):
             self.world.counts["sends turned away at the end"] += 1
         elif isinstance(error, OutcomeUnknown) and self._hasty:
             self.world.counts["sends given up at the end"] += 1
-            self.world.late_payloads.add(sent.record.message.payload)  # it may be stored when the next producer is at work
         else:
             raise Violation("bug", f"a record of {self.process.name} failed: {type(error).__name__}: {error}")
         if isinstance(error, OutcomeUnknown) or (isinstance(error, SendTimeout) and error.outcome_unknown):
-            self.pending.remove(sent)
+            self._unknown(sent)
         else:
             self._refused(sent)
+
+    def _unknown(self, sent: Sent) -> None:
+        """It may be, or become, stored."""
+        self.pending.remove(sent)
+        self._doubtful.add(sent.record.message.payload)
 
     def _refused(self, sent: Sent) -> None:
         """It is not stored, the client says."""
