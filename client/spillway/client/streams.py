@@ -164,11 +164,12 @@ class BatchStream(Generic[B]):
         return self._loop.time() - max(self.in_flight[0].sent_at, self._heard_at) if self.in_flight else 0.0
 
     async def _alive(self) -> bool:
-        """Asks the node something easy, over the same connection."""
+        """Asks the node something easy, over the same connection. A refusal is an answer, too."""
         try:
             await ClusterServiceStub(self.channel()).GetTopology(GetTopologyRequest(), timeout=QUESTION_SECONDS_MAX)
-        except grpc.aio.AioRpcError:
-            return False
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                return False
         self._heard_at = self._loop.time()
         return True
 
