@@ -130,7 +130,7 @@ class Explain(Operations):
         if waiting.ready:
             return None
         if waiting.held:
-            return pb.STALL_CAUSE_LEASED, f"all that can be delivered is leased ({waiting.held} leases)", 0
+            return pb.STALL_CAUSE_LEASED, f"all that can be delivered is leased ({_counted(waiting.held, 'lease')})", 0
         return pb.STALL_CAUSE_BACKOFF, "all its queues wait for the end of a backoff or a delay", 0
 
     # -- causes --------------------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ class Explain(Operations):
                 return (pb.STALL_CAUSE_LIMIT, f"the rate limit of {what} is used up until {_time(limit.rate_wait_until_ms)}",
                         limit.rate_wait_until_ms)
             if limit.leases_full:
-                return pb.STALL_CAUSE_LIMIT, f"{what} has {limit.held} leases out, as many as it may", 0
+                return pb.STALL_CAUSE_LIMIT, f"{what} has {_counted(limit.held, 'lease')} out, as many as it may", 0
         if waiting.credit <= 0:
-            return (pb.STALL_CAUSE_NO_CREDIT,
-                    f"its {waiting.consumers} consumers are busy: none has asked for more (credit)", 0)
+            busy = f"its {_counted(waiting.consumers, 'consumer')} {'is' if waiting.consumers == 1 else 'are'} busy"
+            return pb.STALL_CAUSE_NO_CREDIT, f"{busy}: none has asked for more (credit)", 0
         return pb.STALL_CAUSE_NONE, "it is moving", 0
 
     def _rate(self, destination: str) -> float:
@@ -186,6 +186,10 @@ class Explain(Operations):
     def _tenants(self, destination: str) -> list[sched.Tenant]:
         known = self.node.scheduler.destinations.get(destination.encode())
         return list(known.tenants.values()) if known is not None else []
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _head(runtime: ShardRuntime, queue: Queue, now: int) -> Cause | None:
@@ -198,7 +202,7 @@ def _head(runtime: ShardRuntime, queue: Queue, now: int) -> Cause | None:
     runtime.state.ensure(queue, 1)
     sequence, _, deliver, _, _ = queue.front[0]
     if queue.not_before > now:
-        return (pb.STALL_CAUSE_BACKOFF, f"its head (sequence {sequence}) failed {queue.attempts} times and is tried again at "
+        return (pb.STALL_CAUSE_BACKOFF, f"its head (sequence {sequence}) failed {_counted(queue.attempts, 'time')} and is tried again at "
                 f"{_time(queue.not_before)}", queue.not_before)
     if deliver > now:
         return pb.STALL_CAUSE_DELAYED, f"its head (sequence {sequence}) is not to be delivered before {_time(deliver)}", deliver
