@@ -43,13 +43,23 @@ def test_a_node_that_is_silent_and_the_groups_that_may_stop() -> None:
     found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, levels(2, a=2, b=2))
     said = told(found)
     assert "node c does not answer: start it again; if it is gone for good: spillway cluster remove c" in said
-    assert "shard 1 stops if one more of a, b fails: start the nodes that do not answer" in said
+    assert "the meta group and shard 1 stop if one more of a, b fails: start the nodes that do not answer" in said
+
+
+def test_groups_in_one_state_are_told_of_together() -> None:
+    """However many shards there are, one sentence says it."""
+    found = cluster_status("c", nodes("a", "b", "c"), {n: ["a", "b", "c"] for n in range(1, 26)}, {
+        "a": answer(g0="leader abc 5", **{f"g{n}": "leader abc 9" for n in range(1, 26)}),
+        "b": answer(g0="follower abc 5", **{f"g{n}": "follower abc 9" for n in range(1, 26)})})
+    groups = f"the meta group and shards {', '.join(map(str, range(1, 21)))} and 5 more"
+    assert f"{groups} stop if one more of a, b fails: start the nodes that do not answer" in told(found)
+    assert len(told(found)) == 2
 
 
 def test_no_leader() -> None:
     """Who must be started is named."""
     found = cluster_status("c", nodes("a", "b", "c"), {1: ["a", "b", "c"]}, {"b": HEALTHY["b"]})
-    assert "shard 1 has no leader: a majority of a, b, c must run; start a, c" in told(found)
+    assert "the meta group and shard 1 have no leader: a majority of a, b, c must run; start a, c" in told(found)
     assert found.groups[1].leader == ""
 
 

@@ -285,7 +285,7 @@ async def test_explain_says_what_a_queue_waits_for(world: World) -> None:
     assert told.until_time.ToMilliseconds() == run.expire_unix_ms
     world.settle(run, OUTCOME_RETRY, 0, delay=Duration(seconds=7))
     told = await explain(world, **queue)
-    assert told.cause == pb.STALL_CAUSE_BACKOFF and "failed 1 time and" in told.sentence
+    assert told.cause == pb.STALL_CAUSE_BACKOFF and "failed 1 times" in told.sentence
     assert told.until_time.ToMilliseconds() == world.now + 7000
     world.tick(7000)
     run, = await world.take(consumer)

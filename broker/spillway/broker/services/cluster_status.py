@@ -7,6 +7,7 @@ from spillway.broker.core import features
 from spillway.v1 import cluster_service_pb2 as pb
 
 LAG_MANY = 10_000  # entries; beyond them a replica is said to be behind
+NAMED_MAX = 20  # shards in one sentence
 
 
 def cluster_status(cluster: str, nodes: Sequence[pb.Node], homes: Mapping[int, Sequence[str]],
@@ -62,15 +63,7 @@ def _problems(out: pb.GetClusterStatusResponse) -> None:
             say(f"node {n.node.id} does not answer", "start it again; if it is gone for good: " + (
                 f"spillway cluster remove {n.node.id}" if out.feature_level >= features.MEMBERS else "with an empty data_dir"))
     _feature_problems(out, say)
-    for g in out.groups:
-        name = f"shard {g.group}" if g.group else "the meta group"
-        if not g.leader:
-            if missing := [v for v in g.voters if v not in reachable]:
-                say(f"{name} has no leader", f"a majority of {', '.join(g.voters)} must run; start {', '.join(missing)}")
-            else:
-                say(f"{name} has no leader", "an election takes some seconds; if it lasts, look at the logs of its nodes")
-        elif len(alive := [v for v in g.voters if v in reachable]) < len(g.voters) and len(alive) == len(g.voters) // 2 + 1:
-            say(f"{name} stops if one more of {', '.join(alive)} fails", "start the nodes that do not answer")
+    _group_problems(out, reachable, say)
     without = sorted(n.node.id for n in out.nodes if not n.node.zone)
     if without and len(without) < len(out.nodes):
         say("some nodes have a zone, and some have none", f"start {', '.join(without)} with --zone")
@@ -81,6 +74,33 @@ def _problems(out: pb.GetClusterStatusResponse) -> None:
     stay = [n for n in out.nodes if n.node.state == pb.NODE_STATE_ACTIVE]
     if len(stay) == 2:
         say("there are two nodes: if one fails, everything stops", "let a third one join")
+
+
+def _group_problems(out: pb.GetClusterStatusResponse, reachable: set[str], say: Callable[[str, str], None]) -> None:
+    """Groups that cannot go on, or could not if one more node failed; those that are so for the same reason are told of together."""
+    leaderless: dict[str, list[int]] = {}  # remedy -> groups
+    thin: dict[str, list[int]] = {}  # nodes -> groups
+    for g in out.groups:
+        if not g.leader:
+            missing = [v for v in g.voters if v not in reachable]
+            leaderless.setdefault(f"a majority of {', '.join(g.voters)} must run; start {', '.join(missing)}" if missing else
+                                  "an election takes some seconds; if it lasts, look at the logs of its nodes", []).append(g.group)
+        elif len(alive := [v for v in g.voters if v in reachable]) < len(g.voters) and len(alive) == len(g.voters) // 2 + 1:
+            thin.setdefault(", ".join(alive), []).append(g.group)
+    for remedy, groups in leaderless.items():
+        say(f"{_named(groups)} {'has' if len(groups) == 1 else 'have'} no leader", remedy)
+    for rest, groups in thin.items():
+        say(f"{_named(groups)} {'stops' if len(groups) == 1 else 'stop'} if one more of {rest} fails", "start the nodes that do not answer")
+
+
+def _named(groups: list[int]) -> str:
+    """Group 0 is the meta group."""
+    shards = [str(g) for g in groups if g]
+    more = f" and {len(shards) - NAMED_MAX} more" if len(shards) > NAMED_MAX else ""
+    names = ["the meta group"] * (0 in groups)
+    if shards:
+        names.append(f"shard{'s' if len(shards) > 1 else ''} {', '.join(shards[:NAMED_MAX])}{more}")
+    return " and ".join(names)
 
 
 def _feature_problems(out: pb.GetClusterStatusResponse, say: Callable[[str, str], None]) -> None:

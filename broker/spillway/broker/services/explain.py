@@ -202,7 +202,7 @@ def _head(runtime: ShardRuntime, queue: Queue, now: int) -> Cause | None:
     runtime.state.ensure(queue, 1)
     sequence, _, deliver, _, _ = queue.front[0]
     if queue.not_before > now:
-        return (pb.STALL_CAUSE_BACKOFF, f"its head (sequence {sequence}) failed {_counted(queue.attempts, 'time')} and is tried again at "
+        return (pb.STALL_CAUSE_BACKOFF, f"its head (sequence {sequence}) failed {queue.attempts} times and is tried again at "
                 f"{_time(queue.not_before)}", queue.not_before)
     if deliver > now:
         return pb.STALL_CAUSE_DELAYED, f"its head (sequence {sequence}) is not to be delivered before {_time(deliver)}", deliver
