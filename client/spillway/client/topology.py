@@ -22,6 +22,7 @@ log = logging.getLogger("spillway.client")
 
 REFRESH_SECONDS_MIN = 0.1  # between questions that failures cause
 ASK_SECONDS_MAX = 1.0
+FIRST_SECONDS_MAX = 5.0  # until a node has told the topology: it may hang, or not have joined yet
 FOREIGN_MAX = 100  # other clusters that are told of in the log
 
 
@@ -172,15 +173,22 @@ class TopologyWatch:
             self._call = call = stub.WatchTopology(pb.WatchTopologyRequest())
             reason = "the node ended it"
             try:
-                async for response in call:
-                    if not self._heard(response.topology, address):
-                        call.cancel()
-                        reason = "it is of another cluster"
-                        break
-                    self._health.worked(address)
-                    backoff.reset()
-                    warned = False
-                    self.reason, self._refused = "", None
+                async with asyncio.timeout(FIRST_SECONDS_MAX) as patience:
+                    async for response in call:
+                        if not self._heard(response.topology, address):
+                            call.cancel()
+                            reason = "it is of another cluster"
+                            break
+                        if not response.topology.shard_count:
+                            continue  # it has not joined yet
+                        patience.reschedule(None)
+                        self._health.worked(address)
+                        backoff.reset()
+                        warned = False
+                        self.reason, self._refused = "", None
+            except TimeoutError:
+                call.cancel()
+                reason = "it has not told the topology"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
                 if is_final(error.code()) and self._channels.token() == token:

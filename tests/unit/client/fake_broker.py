@@ -247,7 +247,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.spoil_answers = 0  # this many answers of either kind say nothing of what was asked
         self.hang = asyncio.Event()  # clear: Produce waits
         self.hang.set()
-        self.answers = asyncio.Event()  # clear: GetTopology waits
+        self.joined = True  # else it tells of no topology first
+        self.answers = asyncio.Event()  # clear: it tells none from now on
         self.answers.set()
         self.flowing = asyncio.Event()  # clear: what is leased stays on its way
         self.flowing.set()
@@ -379,6 +380,9 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
 
     async def WatchTopology(self, request: cluster.WatchTopologyRequest,
                             context: Any) -> AsyncIterator[cluster.WatchTopologyResponse]:
+        if not self.joined:
+            yield cluster.WatchTopologyResponse(topology=cluster.Topology(cluster=self.cluster.name))
+        await self.answers.wait()
         while True:
             revision = self.cluster.revision
             yield cluster.WatchTopologyResponse(topology=self.cluster.topology())

@@ -4,13 +4,15 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from spillway.client import Topology
+import pytest
+from spillway.client import Client, Topology, topology
 from spillway.client.connection import Health
 from spillway.client.retry import Backoff, Verdict, is_final, verdict_of
 from spillway.client.topology import merged
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1 import message_pb2 as m
 
+from tests.unit.client.fake_broker import FakeCluster
 from tests.unit.client.serving import serving, until
 
 
@@ -111,6 +113,24 @@ async def test_the_watch_moves_on_when_its_node_dies() -> None:
         alive = next(n for n in cluster.nodes if n != name)
         await cluster.move(1, alive)
         await until(lambda: client.topology.leaders[0] == alive)
+
+
+@pytest.mark.parametrize("mute", ["n1", "n2"])
+@pytest.mark.parametrize("joined", [True, False])
+async def test_a_node_that_tells_no_topology_is_left(mute: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it hangs or has not joined yet: another one is asked."""
+    monkeypatch.setattr(topology, "FIRST_SECONDS_MAX", 0.3)
+    async with asyncio.timeout(20):
+        cluster = await FakeCluster().start(2)
+        node = cluster.nodes[mute]
+        node.joined = joined
+        node.answers.clear()
+        async with Client(cluster.addresses) as client:
+            await client.wait_ready(10)
+            await asyncio.sleep(0.5)  # the one that told it is stayed with
+            assert client._router is not None and client._router.watch._watched != node.address
+        node.answers.set()
+        await cluster.stop()
 
 
 async def test_a_suspicion_asks_another_node() -> None:
