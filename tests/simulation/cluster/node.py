@@ -4,6 +4,7 @@ Everything of the product is real but what `app` puts underneath it: sockets, Ro
 """
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from spillway.broker.core import state as state_module
 from spillway.broker.runtime import forward
 from spillway.broker.runtime import node as node_module
 from spillway.broker.runtime import shard as shard_module
+from spillway.broker.runtime.balance import Balance
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
@@ -243,7 +245,7 @@ class SimNode:
         add_ShareServiceServicer_to_server(ShareService(self.node), peers)
         add_MemberServiceServicer_to_server(MemberService(self.node, self.forwarder), peers)
         if options.changes:
-            self.node.balance.run = _rest  # type: ignore[method-assign]  # the world's operator changes the groups, at random
+            self.node.balance.run = _follow(self.node.balance)  # type: ignore[method-assign]  # the world's operator changes the groups
         self._watch()
 
     def _watch(self) -> None:
@@ -361,8 +363,13 @@ class SimNode:
         self.stop()
 
 
-async def _rest(forwarder: Forwarder) -> None:
-    """It takes no step."""
+def _follow(balance: Balance) -> Any:
+    """It takes no step, and knows who the nodes are."""
+    async def run(forwarder: Forwarder) -> None:
+        while True:
+            balance.follow()
+            await asyncio.sleep(0.25)
+    return run
 
 
 @contextmanager
