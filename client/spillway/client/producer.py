@@ -549,10 +549,13 @@ class Producer:
 
     def _take_room(self, size: int) -> bool:
         """Takes `size` bytes of the buffer if they are free and nobody waits for some; a record larger than the buffer goes alone."""
-        if self._in_line or (size > self._room and self._room < self._room_max):
+        if self._in_line or not self._fits(size):
             return False
         self._room -= size
         return True
+
+    def _fits(self, size: int) -> bool:
+        return size <= self._room or self._room >= self._room_max
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -566,7 +569,7 @@ class Producer:
 
     async def _room_for(self, size: int) -> None:
         """In its turn: waits until `size` bytes are free, and takes them. Raises Closed."""
-        while not self._closed and size > self._room and self._room < self._room_max:
+        while not self._closed and not self._fits(size):
             self._vacancy = self._loop.create_future()
             try:
                 await self._vacancy

@@ -49,15 +49,15 @@ UNANSWERED_MAX = 60  # records of a producer
 HELD_MAX = 8  # runs that a consumer's handlers have at a time
 PATIENT_SECONDS = 3600.0  # a producer that is closed waits for all
 HASTY_SECONDS = 0.1  # or gives up what is not stored soon
-RAISED = (SpillwayError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, Violation)
 
 
 class _Application(clients.Client):
     """What both have: a clock that may be wrong, and pauses."""
 
+    MAY_RAISE = (SpillwayError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, Violation)
+
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
-        self.process.may_raise = RAISED
         self.skew_seconds = self.rnd.choice((0.0, 0.0, -20.0, -1.5, 1.5, 20.0))
 
     def client(self) -> Client:
@@ -153,19 +153,15 @@ class ProducingApplication(Source, _Application):
         return sent
 
     @staticmethod
-    def _delay(sent: Sent) -> float | None:
+    def _fields(sent: Sent) -> dict[str, Any]:
+        """What all ways to send take of a record."""
         record = sent.record
-        return record.delay.ToTimedelta().total_seconds() if record.HasField("delay") else None
-
-    def _record(self, sent: Sent) -> Record:
-        record = sent.record
-        return Record(record.destination, record.message.payload, tenant=record.tenant, key=record.key, delay=self._delay(sent))
+        return {"destination": record.destination, "payload": record.message.payload, "tenant": record.tenant, "key": record.key,
+                "delay": record.delay.ToTimedelta().total_seconds() if record.HasField("delay") else None}
 
     async def _send(self, producer: Producer, sent: Sent, timeout: float | None) -> None:
-        record = sent.record
         try:
-            receipt = await producer.send(record.destination, record.message.payload, tenant=record.tenant, key=record.key,
-                                          delay=self._delay(sent), timeout=timeout)
+            receipt = await producer.send(**self._fields(sent), timeout=timeout)
         except SpillwayError as error:
             self._failed(sent, error)
         except asyncio.CancelledError:
@@ -175,7 +171,8 @@ class ProducingApplication(Source, _Application):
 
     async def _send_many(self, producer: Producer, records: list[Sent], timeout: float | None) -> None:
         try:
-            receipts: Sequence[Receipt | None] = await producer.send_many([self._record(sent) for sent in records], timeout=timeout)
+            receipts: Sequence[Receipt | None] = await producer.send_many([Record(**self._fields(sent)) for sent in records],
+                                                                                 timeout=timeout)
             errors: Mapping[int, SpillwayError] = {}
         except PartialFailure as failure:
             receipts, errors = failure.receipts, failure.errors
@@ -193,10 +190,8 @@ class ProducingApplication(Source, _Application):
                 self._failed(sent, errors[i])
 
     def _send_nowait(self, producer: Producer, sent: Sent) -> None:
-        record = sent.record
         try:
-            future = producer.send_nowait(record.destination, record.message.payload, tenant=record.tenant, key=record.key,
-                                          delay=self._delay(sent))
+            future = producer.send_nowait(**self._fields(sent))
         except (BufferFull, Unavailable):
             self.world.counts["sends without room"] += 1
             self._refused(sent)
@@ -331,8 +326,7 @@ class ConsumingApplication(_Application):
         world.trace("kill", self.process.name, "")
         world.loop.kill(self.process)
         world.rpc.died(self.process)
-        self.process = Process(self.process.name)
-        self.process.may_raise = RAISED
+        self.process = Process(self.process.name, self.MAY_RAISE)
         self.consumer = None
         world.later(self.rnd.uniform(0.1, 1.0), lambda: self.start(self.run()))
 

@@ -69,10 +69,13 @@ class Sent:
 class Client:
     """What all have: a name, a process of their own, channels."""
 
+    MAY_RAISE: tuple[type[BaseException], ...] | None = None
+    """See Process."""
+
     def __init__(self, world: World, name: str, rnd: random.Random | None = None) -> None:
         self.world = world
         self.rnd = rnd or random.Random(world.rnd.getrandbits(64))
-        self.process = Process(name)
+        self.process = Process(name, self.MAY_RAISE)
         self.channels = {node: Channel(world.rpc, self.process, f"{node}:1") for node in world.names}
 
     def channel(self) -> Channel:

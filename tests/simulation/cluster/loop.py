@@ -19,12 +19,12 @@ RESOLUTION_SECONDS = 1e-12
 class Process:
     """What can be killed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, may_raise: tuple[type[BaseException], ...] | None = None) -> None:
         self.name = name
         self.alive = True
         self.context = copy_context()
         self.context.run(PROCESS.set, self)
-        self.may_raise: tuple[type[BaseException], ...] | None = None
+        self.may_raise = may_raise
         """What its tasks may end with; None: anything, which is somebody else's to look at."""
         self.paused_until = 0.0
         """When the last callback that a pause has held back runs: what comes until then queues up behind it."""

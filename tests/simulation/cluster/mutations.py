@@ -136,7 +136,7 @@ def _new_numbers() -> Any:
 def _overtake() -> Any:
     """The client takes room for a record though others wait for it."""
     def take(self: ClientProducer, size: int) -> bool:
-        if size > self._room and self._room < self._room_max:
+        if not self._fits(size):
             return False
         self._room -= size
         return True

@@ -79,11 +79,11 @@ class Membership:
         return learners if self._farewell is None else [*learners, self._farewell[0]]
 
     def follow(self) -> bool:
-        """Goes by the last configuration in the log. True if that is another one, or is committed now."""
+        """Goes by the last configuration in the log. True if that is another one."""
         configuration = self._group.journal.configuration
-        was_pending, self._pending = self._pending, self.index > self._group.engine.commit
+        self._pending = self.index > self._group.engine.commit
         if configuration is self.configuration:
-            return was_pending and not self._pending
+            return False
         self.configuration = configuration
         if self._farewell is not None and self._farewell[0] in configuration:
             self._farewell = None
@@ -129,14 +129,13 @@ class Membership:
 
     def pursue(self) -> bool:
         """In every tick. True if those who receive are others now."""
-        committed = self._pending and self._group.engine.commit >= self.index
         if self._leaving is not None and self._group.engine.commit >= self._leaving[1]:
             self._farewell, self._leaving = (self._leaving[0], source.now + FAREWELL_SECONDS), None
             return True
         if self._farewell is not None and source.now >= self._farewell[1]:
             self._farewell = None
             return True
-        return committed
+        return self._pending and self._group.engine.commit >= self.index
 
     def resigned(self) -> bool:
         """A leadership is over. True if those who receive are others now."""
