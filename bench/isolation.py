@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.children import Child, Children, Worker, poll
 from bench.counters import FINISH, GO, READY_CONSUMER, READY_PRODUCER, STOP, Counters
-from bench.nodes import Nodes, free_ports
+from bench.nodes import Nodes
 from bench.stats import series, summary
+from demo.ports import free_ports
 
 DESTINATIONS = 10
 DEAD = (0, 1, 5)  # how many of them, phase by phase

@@ -15,9 +15,9 @@ from spillway.v1.message_pb2 import Message
 
 from bench.children import Children, Worker, poll
 from bench.counters import FINISH, PRODUCED, READY_CONSUMER, SETTLED, STOP, Counters
-from bench.nodes import free_ports
 from bench.stats import summary
 from bench.usage import cpu_seconds
+from demo.ports import free_ports
 
 METHOD = "/bench.Limits/Echo"
 BATCH = 256

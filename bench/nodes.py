@@ -1,7 +1,6 @@
 """Brokers on loopback, as processes of their own."""
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 
 from bench.children import Child, Children, poll
+from demo.ports import free_ports
 
 READY_SECONDS = 60.0
 CALL_SECONDS = 2.0
@@ -109,15 +109,3 @@ class Nodes:
 
     def _channel(self, node: str) -> grpc.Channel:
         return grpc.insecure_channel(self.listen[node], options=[("grpc.use_local_subchannel_pool", 1)])
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody uses right now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -10,8 +10,9 @@ from urllib.request import urlopen
 
 from bench.children import Children, Worker, poll
 from bench.counters import FINISH, GO, READY_CONSUMER, READY_PRODUCER, SETTLED, STOP, Counters
-from bench.nodes import Nodes, free_ports
+from bench.nodes import Nodes
 from bench.usage import cpu_seconds
+from demo.ports import free_ports
 
 QUEUES = 1_000
 PAYLOAD_BYTES = 1024

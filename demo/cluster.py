@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 
 from demo.children import Child, Children
+from demo.ports import free_ports
 
 READY_SECONDS_MAX = 60.0
 CALL_SECONDS = 1.0
@@ -130,16 +130,3 @@ def _complete(topology: pb.Topology | None) -> bool:
 def spillway(command: str) -> list[str]:
     """How to run a command of the `spillway` program that belongs to this interpreter."""
     return [sys.executable, "-c", "import sys; from spillway.client.cli import main; sys.exit(main())", command]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on which nobody listens now. Another process may take one before it is used: then the demo fails to
-    start, and says so."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -19,7 +19,7 @@ from spillway.client import Client, DeliveryPolicy, Destination, Limit, Retentio
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cli.md"
 sys.path.insert(0, str(ROOT))
-from demo.cluster import free_ports  # noqa: E402
+from demo.ports import free_ports  # noqa: E402
 
 SETTLE_SECONDS = 8.0  # of traffic, before anybody looks
 SHOWN = {

@@ -23,9 +23,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from demo.ports import free_ports
 from tests.helm.chart import PATH, Values, complete, find, render
 from tests.helm.test_chart import CASES, CUSTOM
-from tests.integration.cluster_process import free_ports
 
 BIN = Path(os.environ.get("SPILLWAY_KUBE_BIN", ""))
 TOKEN = "for-tests"

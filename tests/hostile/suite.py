@@ -13,9 +13,9 @@ import grpc
 from spillway.v1 import cluster_service_pb2
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 
+from demo.ports import free_ports
 from tests.hostile.attacks import ATTACKS, Target
 from tests.hostile.canary import Canary
-from tests.integration.cluster_process import free_ports
 
 RSS_GROWTH_MAX = 50 << 20
 REST_SECONDS = 60.0  # until the memory of what was let go is given back: the node does so every ten seconds

@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,26 +12,9 @@ import grpc
 from spillway.v1 import cluster_service_pb2 as pb
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 
+from demo.ports import free_ports
+
 START_SECONDS = 30.0
-PORTS = 20_000, 32_000  # below what Linux gives to connections that go out
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on right now, and none that the system gives to connections that go out: one of those could be taken before a
-    node listens there."""
-    sockets: list[socket.socket] = []
-    try:
-        while len(sockets) < count:
-            sockets.append(one := socket.socket())
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                one.bind(("127.0.0.1", random.randrange(*PORTS)))
-            except OSError:
-                sockets.pop().close()
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 class NodeProcess:

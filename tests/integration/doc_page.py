@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster_process import free_ports
+from demo.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_SECONDS = 240.0  # an installation is one command

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_process import ClusterProcesses, free_ports
+from cluster_process import ClusterProcesses
 from spillway.client import Client, sync
 from terminal import Terminal
+
+from demo.ports import free_ports
 
 Run = Callable[..., tuple[int, str, str]]
 PROGRAM = [sys.executable, "-m", "spillway.client.cli"]

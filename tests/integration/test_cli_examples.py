@@ -16,9 +16,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from cluster_process import ClusterProcesses, free_ports
+from cluster_process import ClusterProcesses
 from spillway.client import AlreadyExists, Record, cli, sync
 
+from demo.ports import free_ports
 from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]

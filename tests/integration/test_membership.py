@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_process import ClusterProcesses, NodeProcess, free_ports
+from cluster_process import ClusterProcesses, NodeProcess
 from spillway.client import Client, InvalidArgument, NodeNotFound, NodeState, Unavailable
 from traffic import settled, traffic, until
+
+from demo.ports import free_ports
 
 Make = Callable[..., ClusterProcesses]
 

@@ -15,8 +15,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from cluster_process import free_ports
 from spillway.client import Client, DeliveryPolicy, Destination, HttpTarget, Record
+
+from demo.ports import free_ports
 
 Cluster = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import grpc
-from cluster_process import ClusterProcesses, free_ports
+from cluster_process import ClusterProcesses
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from demo.ports import free_ports
 
 Make = Callable[..., ClusterProcesses]
 NAMES = ("startup", "readiness", "liveness")
@@ -77,14 +80,10 @@ def test_a_node_that_founds_a_cluster_whose_others_are_away(cluster: Make) -> No
 
 def test_a_port_that_is_taken_ends_the_node_before_it_touches_its_data(cluster: Make) -> None:
     """With the setting's name."""
-    (port,) = free_ports(1)
     running = cluster(1, start=False)
     node = running.nodes["n1"]
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
         node.argv += ["--probe-listen", f"127.0.0.1:{port}"]
         node.start()
         assert node.wait() == 2

@@ -18,7 +18,7 @@ import grpc
 import jwt
 import pytest
 from certificates import ADMIN_TOKEN, Authority, SecureCluster, bearer
-from cluster_process import ClusterProcesses, NodeProcess, free_ports
+from cluster_process import ClusterProcesses, NodeProcess
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
@@ -48,6 +48,8 @@ from spillway.v1.queue_service_pb2 import (
     Subscribe,
 )
 from spillway.v1.queue_service_pb2_grpc import QueueServiceStub
+
+from demo.ports import free_ports
 
 LONG = 60.0  # seconds: a test that waits this long has failed
 

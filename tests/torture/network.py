@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from tests.integration.cluster_process import free_ports
+from demo.ports import free_ports
 from tests.torture.proxy import Link
 
 ROOT = Path(__file__).resolve().parents[2]
