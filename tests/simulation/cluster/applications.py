@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -80,7 +81,8 @@ class _Application(clients.Client):
 
 
 class ProducingApplication(Source, _Application):
-    """Sends in all ways that a Producer has. Each record comes to one of the ends that its documentation names, and that is true."""
+    """Sends in all ways that a Producer has. Each record comes to one of the ends that its documentation names, and that is true.
+    Those with a dedup id are sent until they are stored."""
 
     def __init__(self, world: World, name: str, queues: list[tuple[str, str, str]], count: int) -> None:
         super().__init__(world, name, queues, count, ordered=True)
@@ -88,22 +90,29 @@ class ProducingApplication(Source, _Application):
         self._hasty = False
         self._doubtful: set[bytes] = set()
         """Payloads that the present producer may have on their way, and nobody waits for."""
+        self._again: deque[Sent] = deque()
+        """Records with a dedup id that are to be sent once more."""
 
     @property
     def done(self) -> bool:
         """See Source."""
         return self._finished
 
+    @property
+    def unsent(self) -> int:
+        """Records that are to be sent, for the first time or again."""
+        return self.left + len(self._again)
+
     async def run(self) -> None:
         """Until all is sent, by one Producer after another."""
         rnd, world = self.rnd, self.world
         async with self.client() as client:
-            while self.left:
+            while self.unsent:
                 hasty = not world.calm and rnd.random() < 0.1
                 async with client.producer(linger=rnd.choice((0.0, 0.0, 0.02)), in_flight_bytes_max=rnd.choice((2000, 64 << 20)),
                                            producer_id=rnd.choice((None, self.process.name)),
                                            close_timeout=HASTY_SECONDS if hasty else PATIENT_SECONDS) as producer:
-                    await self._send_some(producer, rnd.choice((5, 40, self.left)))
+                    await self._send_some(producer, rnd.choice((5, 40, self.unsent)))
                     if rnd.random() < 0.2:
                         await producer.flush()
                     elif rnd.random() < 0.8:
@@ -121,8 +130,8 @@ class ProducingApplication(Source, _Application):
 
     async def _send_some(self, producer: Producer, count: int) -> None:
         rnd, world = self.rnd, self.world
-        until = max(0, self.left - count)
-        while self.left > until:
+        until = max(0, self.unsent - count)
+        while self.unsent > until:
             if not world.calm:
                 await asyncio.sleep(rnd.expovariate(1 / world.options.pause))
                 self.stall()
@@ -131,15 +140,17 @@ class ProducingApplication(Source, _Application):
             timeout = None if world.calm or rnd.random() < 0.9 else rnd.choice((0.02, 0.5, 4.0))
             what = rnd.random()
             if what < 0.4:
-                self._cancel_some(self.task(self._send(producer, self._draw(), timeout)))
+                self._cancel_some(self.task(self._send(producer, self._next(), timeout)))
                 await asyncio.sleep(0)  # it is handed in before the next one is
             elif what < 0.7:
-                records = [self._draw() for _ in range(min(self.left, rnd.choice((2, 5, 30))))]
+                records = [self._next() for _ in range(min(self.unsent, rnd.choice((2, 5, 30))))]
                 if records:
                     self._cancel_some(self.task(self._send_many(producer, records, timeout)))
                     await asyncio.sleep(0)
             elif what < 0.95:
-                self._send_nowait(producer, self._draw())
+                self._send_nowait(producer, self._next())
+                if self._again:
+                    await asyncio.sleep(0.01)  # there may have been no room
             else:
                 await producer.flush()
 
@@ -147,17 +158,30 @@ class ProducingApplication(Source, _Application):
         if not self.world.calm and self.rnd.random() < 0.05:
             asyncio.get_running_loop().call_later(self.rnd.choice((0.0, 0.002, 0.3)), sending.cancel)
 
-    def _draw(self) -> Sent:
-        sent = self.draw()
+    def _next(self) -> Sent:
+        """A new record, or one once more."""
+        if self._again and (not self.left or self.rnd.random() < 0.5):
+            self.world.counts["sends repeated"] += 1
+            sent = self._again.popleft()
+        else:
+            sent = self.draw()
+            if sent.record.dedup_id and self.rnd.random() < 0.1:
+                self._repeat(sent)
         self.pending.append(sent)
         return sent
+
+    def _repeat(self, sent: Sent) -> None:
+        """Until it is known to be stored; once and somewhere, as nobody knows which copy counts."""
+        self.world.late_payloads.add(sent.record.message.payload)
+        self._again.append(sent)
 
     @staticmethod
     def _fields(sent: Sent) -> dict[str, Any]:
         """What all ways to send take of a record."""
         record = sent.record
         return {"destination": record.destination, "payload": record.message.payload, "tenant": record.tenant, "key": record.key,
-                "delay": record.delay.ToTimedelta().total_seconds() if record.HasField("delay") else None}
+                "delay": record.delay.ToTimedelta().total_seconds() if record.HasField("delay") else None,
+                "ttl": record.ttl.ToTimedelta().total_seconds() if record.HasField("ttl") else None, "dedup_id": record.dedup_id}
 
     async def _send(self, producer: Producer, sent: Sent, timeout: float | None) -> None:
         try:
@@ -243,12 +267,18 @@ class ProducingApplication(Source, _Application):
     def _unknown(self, sent: Sent) -> None:
         """It may be, or become, stored."""
         self.pending.remove(sent)
-        self._doubtful.add(sent.record.message.payload)
+        if sent.record.dedup_id:
+            self._repeat(sent)
+        else:
+            self._doubtful.add(sent.record.message.payload)
 
     def _refused(self, sent: Sent) -> None:
         """It is not stored, the client says."""
         self.pending.remove(sent)
-        self.world.refused_payloads.add(sent.record.message.payload)
+        if sent.record.dedup_id:
+            self._repeat(sent)
+        else:
+            self.world.refused_payloads.add(sent.record.message.payload)
 
 
 class ConsumingApplication(_Application):

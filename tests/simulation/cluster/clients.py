@@ -1,7 +1,7 @@
 """Producers, consumers and operators: what they do comes from the seed, what they are told is checked at once.
 
 They are plain clients of the public protocol. A producer with an id sends again, in order, whatever was not acknowledged; one
-without sends each message once. `applications` are those that use the product's own client.
+without does so with records that have a dedup id, and sends all others once. `applications` are those that use the product's own client.
 """
 from __future__ import annotations
 
@@ -123,6 +123,10 @@ class Source(Client):
         record = ProduceRecord(destination=destination, tenant=tenant, key=key, message=Message(payload=payload))
         if rnd.random() < world.options.delayed:
             record.delay.FromMilliseconds(rnd.choice((5, 300, 4000)))
+        if world.options.dedup and rnd.random() < world.options.dedup:
+            record.dedup_id = f"{self.process.name}/{self.serial}"
+        if world.options.ttl and rnd.random() < world.options.ttl:
+            record.ttl.FromMilliseconds(rnd.choice((1, 500, 5000)))
         world.counts["messages sent"] += 1
         return Sent(record, world.options.shards)
 
@@ -185,7 +189,9 @@ class Producer(Source):
         if not self.producer_id:
             for batch in batches:
                 for _ in batch:
-                    self.pending.popleft()  # whose outcome is unknown is not sent again
+                    sent = self.pending.popleft()  # whose outcome is unknown is not sent again
+                    if sent.record.dedup_id:
+                        self.pending.append(sent)
         for batch in batches:
             await call.write(ProduceRequest(producer_id=self.producer_id, records=[s.record for s in batch]).SerializeToString())
         good = True
@@ -204,7 +210,7 @@ class Producer(Source):
         for sent, sequence in zip(batch, response.sequences, strict=True):
             if sequence:
                 world.acknowledged(self, sent, sequence)
-                if self.producer_id and sent in self.pending:
+                if sent in self.pending:
                     self.pending.remove(sent)
         for error in response.errors:
             world.counts[f"produce error {error.code}"] += 1

@@ -16,6 +16,7 @@ from spillway.broker.runtime.calls import Batch
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.wire import run_parts
+from spillway.broker.services import produce
 from spillway.client.consumer import Consumer as ClientConsumer
 from spillway.client.producer import Producer as ClientProducer
 from spillway.client.retry import Verdict
@@ -87,6 +88,16 @@ def _forget_producers() -> Any:
             batch.producer = ""
         enqueue(self, stream, batch)
     return patch.object(ShardRuntime, "enqueue", anonymous)
+
+
+def _forget_ids() -> Any:
+    """I5: dedup ids do not reach the log."""
+    option = produce._option
+
+    def without(record: Any, i: int, now: int, dedup_ms: int) -> Any:
+        deliver, expire, _, _ = option(record, i, now, dedup_ms)
+        return deliver, expire, b"", 0
+    return patch.object(produce, "_option", without)
 
 
 def _own_clock() -> Any:
@@ -170,6 +181,7 @@ SEEN: dict[str, Mutation] = {
     "I4, delivered after its acknowledgement": _deliver_again,
     "I4, rows of what is acknowledged stay": _shard(shards.ForgetsToDeleteRows),
     "I5, producers are forgotten": _forget_producers,
+    "I5, dedup ids are forgotten": _forget_ids,
     "I6, a clock of one's own": _own_clock,
     "I7, a counter that is short": _miscount,
     "client, forgotten for a gap": _gap_anywhere,

@@ -57,6 +57,7 @@ def test_seeds_that_found_a_bug(seed: int) -> None:
     ("I3, tokens used again", "I3"),
     ("I4, delivered after its acknowledgement", "I4"),
     ("I5, producers are forgotten", "I5"),
+    ("I5, dedup ids are forgotten", "I5"),
     ("I6, a clock of one's own", "I6"),
     ("I7, a counter that is short", "I7"),
     ("client, other numbers for copies", "I5"),

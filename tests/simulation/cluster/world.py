@@ -98,6 +98,17 @@ class Options:
     piece_bytes: int = produce.BATCH_BYTES_MAX
     turn_bytes: int = node_module.TURN_BYTES
     """Of messages in a piece of a request, and in the entries of a node's turn."""
+    dedup: float = 0.0
+    """Share of the records that have a dedup id: their producers send them again until they know that they are stored, and some twice."""
+    ttl: float = 0.0
+    """Share of the records that have a time to live of their own."""
+
+    def with_ids(self, seed: int) -> Options:
+        """With dedup ids and times to live in a third of the seeds."""
+        rnd = random.Random(f"records {seed}")
+        if rnd.random() < 2 / 3:
+            return self
+        return replace(self, dedup=rnd.choice((0.0, 0.3, 1.0)), ttl=rnd.choice((0.0, 0.1)))
 
     def with_applications(self, seed: int) -> Options:
         """With them in a third of the seeds; their requests are often divided."""
@@ -144,7 +155,7 @@ class World:
     def __init__(self, seed: int, options: Options | None = None, show: Callable[[str], None] | None = None) -> None:
         self.seed = seed
         self.rnd = random.Random(seed)
-        self.options = options or Options.draw(self.rnd).with_members(seed).with_applications(seed)
+        self.options = options or Options.draw(self.rnd).with_members(seed).with_applications(seed).with_ids(seed)
         self.counts: Counter[str] = Counter()
         self._hash = hashlib.blake2b(digest_size=16)
         self._show = show
@@ -169,7 +180,8 @@ class World:
         self.refused_payloads: set[bytes] = set()
         """Of records that are not stored, a producer was told."""
         self.late_payloads: set[bytes] = set()
-        """Of records that may be stored when their producer is gone and another one has taken its place."""
+        """Of records that may be stored out of order: when their producer is gone and another one has taken its place, or as they were sent
+        again."""
         self.given: dict[tuple[int, int], str] = {}  # (shard, token) -> consumer that got the lease
         self._plan()
 
@@ -311,7 +323,7 @@ class World:
         self.trace("acknowledged", producer.process.name, f"{sent.shard} {sequence}")
         self.acks.append((producer, sent, sequence))
         if sequence == 1:
-            if isinstance(producer, Producer) and not observer.stored[producer.producer_id, sent.number]:
+            if isinstance(producer, Producer) and producer.producer_id and not observer.stored[producer.producer_id, sent.number]:
                 raise Violation("I1", f"number {sent.number} of producer {producer.producer_id!r} is acknowledged, and not in the log of "
                                 f"shard {sent.shard}")
             return
