@@ -61,7 +61,8 @@ T = TypeVar("T")
 
 
 class Admin(Calls):
-    """Calls of AdminService. Every method takes `timeout` in seconds for all attempts together and raises Unavailable
+    """Calls of AdminService. They go to one node as long as it answers: that knows what was changed through it; what was changed
+    through others it may learn a moment later. Every method takes `timeout` in seconds for all attempts together and raises Unavailable
     when it runs out, InvalidArgument naming a field that is refused, and what its description says. Where `tenant` and
     `key` may be given, None means all of them; a `key` needs a `tenant`."""
 
@@ -182,7 +183,7 @@ class Admin(Calls):
             call = rpc.AdminServiceStub(self._channels.get(address, "control")).RedriveDeadLetters(request)
             try:
                 async for response in call:
-                    self._router.health.worked(address)
+                    self._answered(address)
                     backoff.reset()
                     deadline = loop.time() + timeout
                     so_far = before + response.redriven
@@ -276,8 +277,6 @@ class Admin(Calls):
         request = pb.DeleteRouteRequest(source=source, etag=etag)
         await self._call_of_route(lambda stub, seconds: stub.DeleteRoute(request, timeout=seconds), timeout)
 
-    # -- inner ---------------------------------------------------------------------------------------------------
-
     # -- tokens --------------------------------------------------------------------------------------------------
 
     async def create_token(self, name: str, scopes: Sequence[TokenScope], *, ttl: float | None = None, streams_max: int = 0,
@@ -307,6 +306,8 @@ class Admin(Calls):
             await self._call(lambda stub, seconds: stub.RevokeToken(request, timeout=seconds), timeout)
         except NotFound as error:
             raise NotFound(str(error)) from None  # no destination
+
+    # -- inner ---------------------------------------------------------------------------------------------------
 
     async def _pages(self, method: Callable[[Any], Any], request: Any, timeout: float) -> AsyncIterator[Any]:
         """The pages of a list, each with a `timeout` of its own."""

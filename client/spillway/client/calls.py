@@ -1,4 +1,5 @@
-"""Calls that any node serves: made at one node after the other while they are UNAVAILABLE, or older than the call."""
+"""Calls that any node serves: made at the node that answered the last one, and at one after the other while they are UNAVAILABLE, or
+older than the call. A node knows what was changed through it; others may be behind for a moment."""
 
 from __future__ import annotations
 
@@ -62,15 +63,20 @@ class Calls:
             if isinstance(found, Unavailable):
                 self._failed(address)
             raise found from None
-        self._router.health.worked(address)
+        self._answered(address)
         return result
+
+    def _answered(self, address: str) -> None:
+        self._router.health.worked(address)
+        self._router.answered = address
 
     def _failed(self, address: str) -> None:
         self._router.health.failed(address)
         self._router.watch.suspect(address)
 
     def _address(self, turn: int, older: Container[str] = ()) -> str:
-        addresses = [a for a in self._router.watch.addresses if a not in older] or self._router.watch.addresses
+        known = sorted(self._router.watch.addresses, key=lambda address: address != self._router.answered)
+        addresses = [a for a in known if a not in older] or known
         order = [addresses[(turn + i) % len(addresses)] for i in range(len(addresses))]
         return next((a for a in order if self._router.health.is_up(a)), order[0])
 

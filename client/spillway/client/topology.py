@@ -246,7 +246,7 @@ class Router:
     def __init__(self, watch: TopologyWatch, health: Health) -> None:
         self.watch = watch
         self.health = health
-        self._turn = 0
+        self.answered = ""  # the address that answered the last call that any node serves
 
     def route(self, shard: int) -> str:
         """The address to send a shard's requests to now. Raises Unavailable if no address is known at all."""

@@ -28,7 +28,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Destinations and what became of their messages. Any node serves any call."""
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
+    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
+    says that a destination does not exist if it does.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -112,7 +115,10 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Destinations and what became of their messages. Any node serves any call."""
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
+    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
+    says that a destination does not exist if it does.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDestination: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateDestinationRequest, _admin_service_pb2.CreateDestinationResponse]  # type: ignore[assignment]
@@ -192,7 +198,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Destinations and what became of their messages. Any node serves any call."""
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
+    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
+    says that a destination does not exist if it does.
+    """
 
     @_abc_1.abstractmethod
     def CreateDestination(

@@ -1,24 +1,31 @@
-"""Producers and consumers that use the product's own client, as applications do: everything of it is real but the network, the clock
-and chance."""
+"""Producers, consumers and operators that use the product's own client, as applications do: everything of it is real but the network,
+the clock and chance."""
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import grpc
+from spillway.broker.services.admin import BEHIND_SECONDS
 from spillway.client import (
+    AlreadyExists,
     BufferFull,
     Client,
     Closed,
     Consumer,
     ConsumerState,
+    Destination,
+    DestinationNotFound,
+    InvalidArgument,
     LeasedRun,
     OutcomeUnknown,
     PartialFailure,
@@ -35,6 +42,8 @@ from spillway.client import (
 )
 from spillway.client import consumer as consumer_module
 from spillway.client import producer as producer_module
+from spillway.client.admin_wire import destination_from_pb, route_from_pb
+from spillway.v1 import admin_service_pb2 as admin_pb
 from spillway.v1.queue_service_pb2 import OUTCOME_ACK
 
 from tests.simulation.cluster import clients
@@ -441,6 +450,127 @@ class ConsumingApplication(_Application):
             self.world.failed(Violation("bug", f"{self.process.name} cannot settle: {type(error).__name__}: {error}"))
 
 
+class OperatingApplication(_Application, clients.Operator):
+    """An operator with the client's Admin."""
+
+    ACTIONS = (*clients.Operator.ACTIONS, "get", "list", "gates", "dead letters", "tenants")
+    RATE = 4.0
+
+    async def create(self, destinations: list[admin_pb.Destination], routes: list[admin_pb.Route]) -> None:
+        """See Operator."""
+        async with self.client() as client:
+            for destination in map(destination_from_pb, destinations):
+                await self._until_done(partial(client.admin.create_destination, destination))
+            for route in map(route_from_pb, routes):
+                await self._until_done(partial(client.admin.create_route, route))
+
+    async def _until_done(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        while True:
+            try:
+                await call()
+            except AlreadyExists:
+                return  # an answer was lost
+            except Unavailable:
+                self.world.counts["operator: again"] += 1
+                await asyncio.sleep(self.rnd.uniform(0.05, 0.5))
+            else:
+                return
+
+    async def _open(self, destination: admin_pb.Destination) -> None:
+        async with self.client() as client:
+            await self._until_done(partial(client.admin.update_destination, destination_from_pb(destination)))
+            await self._until_done(partial(client.admin.resume, destination.name))
+
+    async def run(self) -> None:
+        """See Operator."""
+        async with self.client() as self._client:
+            await super().run()
+
+    async def _act(self, what: str, name: str) -> None:
+        """See Operator. Of all that the client raises, only Unavailable is to be expected, and that there is no dead letter to redrive."""
+        try:
+            await self._ask(self._client, what, name)
+        except Unavailable:
+            self.world.counts["operator: unavailable"] += 1
+        except DestinationNotFound as error:
+            if what != "redrive" or "dead letter" not in str(error):
+                raise
+
+    async def _ask(self, client: Client, what: str, name: str) -> None:
+        admin, router = client.admin, client._router
+        assert router is not None
+        match what:
+            case "update":
+                wanted, began = destination_from_pb(self.world.draw_destination(self.rnd, name)), self.world.loop.now
+                stored = await admin.update_destination(wanted)
+                self._same(wanted, stored)
+                soon, node = self.world.loop.now - began < BEHIND_SECONDS, self._node(router.answered)
+                found = await admin.get_destination(name)
+                if soon and self._node(router.answered) == node:  # others may be behind, and one that could not come to know it soon
+                    self._same(stored, found)
+            case "get":
+                await admin.get_destination(name)
+            case "list":
+                found = [destination.name async for destination in admin.list_destinations()]
+                if found != sorted(d.name for d in self.world.destinations):
+                    raise Violation("bug", f"there are destinations {found}")
+            case "pause":
+                await admin.pause(name, reason="simulated")
+            case "resume":
+                await admin.resume(name)
+            case "redrive":
+                done = False
+                async for progress in admin.redrive_dead_letters(name, messages_per_second=1000):
+                    done = progress.done
+                if not done:
+                    raise Violation("bug", "a redrive ended before it was done")
+            case "purge":
+                await admin.purge(name)
+            case "unpark":
+                await admin.unpark(name)
+            case "stats":
+                await admin.destination_stats(name)
+            case "peek":
+                await admin.peek(name, "t0", "k0")
+            case "explain":
+                await admin.explain(name)
+            case "gates":
+                async for _ in admin.list_gates(name):
+                    pass
+            case "dead letters":
+                async for _ in admin.list_dead_letters(name):
+                    pass
+            case "tenants":
+                await admin.top_tenants(name)
+
+    def _node(self, address: str) -> tuple[str, int]:
+        """A node between two of its starts."""
+        return address, self.world.nodes[address.partition(":")[0]].life
+
+    @staticmethod
+    def _same(wanted: Destination, found: Destination) -> None:
+        """What is left open has a default."""
+        of, there = asdict(wanted.policy), asdict(found.policy)
+        if other := {field: (value, there[field]) for field, value in of.items() if value is not None and value != there[field]}:
+            raise Violation("bug", f"destination {wanted.name!r} has other policies than were stored: {other}")
+
+
+class DrainingApplication(_Application, clients.Drainer):
+    """Drains nodes and takes them back with the client's Cluster."""
+
+    async def _call(self, method: str, name: str) -> bool:
+        """See Drainer."""
+        async with self.client() as client:
+            try:
+                await (client.cluster.drain if method == "DrainNode" else client.cluster.undrain)(name)
+            except Unavailable:
+                return False
+            except InvalidArgument:
+                return True
+        self.world.counts[f"members: {'drain' if method == 'DrainNode' else 'undrain'}"] += 1
+        return True
+
+
 class _Errors(logging.Handler):
     """What the client calls an error is one."""
 
@@ -478,7 +608,8 @@ def underneath(world: World) -> Iterator[None]:
     """What the client stands on while a world runs."""
     rnd = random.Random(f"applications {world.seed}")
     secrets = Secrets(rnd)
-    applications = {client.process.name: client for client in (*world.producers, *world.consumers) if isinstance(client, _Application)}
+    of_world = (*world.producers, *world.consumers, world.operator, world.drainer)
+    applications = {client.process.name: client for client in of_world if isinstance(client, _Application)}
 
     def now() -> float:
         process = PROCESS.get()

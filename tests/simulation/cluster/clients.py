@@ -371,7 +371,71 @@ class Consumer(Client):
 class Operator(Client):
     """Creates destinations, changes policies, pauses, purges and redrives."""
 
-    async def call(self, method: str, request: Any) -> Any:
+    ACTIONS: tuple[str, ...] = ("update", "update", "pause", "resume", "redrive", "redrive", "purge", "unpark", "stats", "peek", "explain")
+    RATE = 0.7  # actions in a second
+    idle = True
+    finished = False
+
+    async def create(self, destinations: list[admin.Destination], routes: list[admin.Route]) -> None:
+        """What the run needs."""
+        for destination in destinations:
+            await self._call("CreateDestination", admin.CreateDestinationRequest(destination=destination))
+        for route in routes:
+            await self._call("CreateRoute", admin.CreateRouteRequest(route=route))
+
+    async def run(self) -> None:
+        """Something now and then, until the world is calm."""
+        rnd, world = self.rnd, self.world
+        self.idle = False
+        names = [d.name for d in world.destinations]
+        while not world.calm:
+            await asyncio.sleep(rnd.expovariate(self.RATE))
+            name = rnd.choice(names)
+            what = rnd.choice(self.ACTIONS)
+            world.counts[f"operator: {what}"] += 1
+            if what == "purge":
+                if not world.options.purges:
+                    continue
+                world.purged.add(name)
+            await self._act(what, name)
+        self.idle = True
+
+    async def finish(self) -> None:
+        """Opens what is closed, and lifts all limits: what is left is to be delivered soon."""
+        while not self.idle:
+            await asyncio.sleep(0.05)
+        for destination in self.world.destinations:
+            await self._open(admin.Destination(name=destination.name, policy=admin.DeliveryPolicy(ordering=destination.policy.ordering)))
+        self.finished = True
+
+    async def _open(self, destination: admin.Destination) -> None:
+        await self._call("UpdateDestination", admin.UpdateDestinationRequest(destination=destination))
+        await self._call("ResumeDelivery", admin.ResumeDeliveryRequest(destination=destination.name))
+
+    async def _act(self, what: str, name: str) -> None:
+        """One of the actions, on a destination."""
+        match what:
+            case "update":
+                destination = self.world.draw_destination(self.rnd, name)
+                await self._call("UpdateDestination", admin.UpdateDestinationRequest(destination=destination))
+            case "pause":
+                await self._call("PauseDelivery", admin.PauseDeliveryRequest(destination=name, reason="simulated"))
+            case "resume":
+                await self._call("ResumeDelivery", admin.ResumeDeliveryRequest(destination=name))
+            case "redrive":
+                await self._call("RedriveDeadLetters", admin.RedriveDeadLettersRequest(destination=name, messages_per_second=1000))
+            case "purge":
+                await self._call("PurgeMessages", admin.PurgeMessagesRequest(destination=name))
+            case "unpark":
+                await self._call("UnparkDelivery", admin.UnparkDeliveryRequest(destination=name))
+            case "stats":
+                await self._call("GetDestinationStats", admin.GetDestinationStatsRequest(name=name))
+            case "peek":
+                await self._call("PeekMessages", admin.PeekMessagesRequest(destination=name, tenant="t0", key="k0"))
+            case "explain":
+                await self._call("Explain", admin.ExplainRequest(destination=name))
+
+    async def _call(self, method: str, request: Any) -> Any:
         """One call, again until it is answered; None if it was refused."""
         while True:
             try:
@@ -388,57 +452,6 @@ class Operator(Client):
                 if error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
                     raise Violation("bug", f"{method}: {error.code().name}: {error.details()}") from None
                 return None
-
-    async def create(self, destinations: list[admin.Destination], routes: list[admin.Route]) -> None:
-        """What the run needs."""
-        for destination in destinations:
-            await self.call("CreateDestination", admin.CreateDestinationRequest(destination=destination))
-        for route in routes:
-            await self.call("CreateRoute", admin.CreateRouteRequest(route=route))
-
-    async def run(self) -> None:
-        """Something now and then, until the world is calm."""
-        rnd, world = self.rnd, self.world
-        self.idle = False
-        names = [d.name for d in world.destinations]
-        while not world.calm:
-            await asyncio.sleep(rnd.expovariate(0.7))
-            name = rnd.choice(names)
-            what = rnd.choice(("update", "update", "pause", "resume", "redrive", "redrive", "purge", "unpark", "stats", "peek", "explain"))
-            world.counts[f"operator: {what}"] += 1
-            if what == "update":
-                await self.call("UpdateDestination", admin.UpdateDestinationRequest(destination=world.draw_destination(rnd, name)))
-            elif what == "pause":
-                await self.call("PauseDelivery", admin.PauseDeliveryRequest(destination=name, reason="simulated"))
-            elif what == "resume":
-                await self.call("ResumeDelivery", admin.ResumeDeliveryRequest(destination=name))
-            elif what == "redrive":
-                await self.call("RedriveDeadLetters", admin.RedriveDeadLettersRequest(destination=name, messages_per_second=1000))
-            elif what == "purge" and world.options.purges:
-                world.purged.add(name)
-                await self.call("PurgeMessages", admin.PurgeMessagesRequest(destination=name))
-            elif what == "unpark":
-                await self.call("UnparkDelivery", admin.UnparkDeliveryRequest(destination=name))
-            elif what == "stats":
-                await self.call("GetDestinationStats", admin.GetDestinationStatsRequest(name=name))
-            elif what == "peek":
-                await self.call("PeekMessages", admin.PeekMessagesRequest(destination=name, tenant="t0", key="k0"))
-            elif what == "explain":
-                await self.call("Explain", admin.ExplainRequest(destination=name))
-        self.idle = True
-
-    async def finish(self) -> None:
-        """Opens what is closed, and lifts all limits: what is left is to be delivered soon."""
-        while not self.idle:
-            await asyncio.sleep(0.05)
-        for destination in self.world.destinations:
-            plain = admin.Destination(name=destination.name, policy=admin.DeliveryPolicy(ordering=destination.policy.ordering))
-            await self.call("UpdateDestination", admin.UpdateDestinationRequest(destination=plain))
-            await self.call("ResumeDelivery", admin.ResumeDeliveryRequest(destination=destination.name))
-        self.finished = True
-
-    idle = True
-    finished = False
 
 
 class Drainer(Client):

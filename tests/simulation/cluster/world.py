@@ -26,7 +26,7 @@ from spillway.v1.queue_service_pb2 import OUTCOME_ACK, LeasedRun
 
 from tests.properties.order_history import violations
 from tests.simulation.cluster import applications
-from tests.simulation.cluster.applications import ConsumingApplication, ProducingApplication
+from tests.simulation.cluster.applications import ConsumingApplication, DrainingApplication, OperatingApplication, ProducingApplication
 from tests.simulation.cluster.clients import Client, Consumer, Drainer, Operator, Producer, Sent, Source
 from tests.simulation.cluster.faults import Faults
 from tests.simulation.cluster.loop import SimLoop
@@ -94,7 +94,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)
 
     applications: bool = False
-    """Whether most producers and half of the consumers use the product's own client."""
+    """Whether most producers, half of the consumers and the operators use the product's own client."""
     piece_bytes: int = produce.BATCH_BYTES_MAX
     turn_bytes: int = node_module.TURN_BYTES
     """Of messages in a piece of a request, and in the entries of a node's turn."""
@@ -223,8 +223,8 @@ class World:
         sources = names + list(self.targets)
         tenants, keys = rnd.choice((1, 3)), rnd.choice((1, 2, 5))
         queues = [(d, f"t{t}", f"k{k}") for d in sources for t in range(tenants) for k in range(keys)]
-        self.operator = Operator(self, "operator")
-        self.drainer = Drainer(self, "drainer")
+        self.operator = (OperatingApplication if options.applications else Operator)(self, "operator")
+        self.drainer = (DrainingApplication if options.applications else Drainer)(self, "drainer")
         self.producers: list[Source] = []
         for i in range(options.producers):
             own = rnd.sample(queues, rnd.randint(1, len(queues)))

@@ -246,6 +246,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.swallow_acks = 0
         self.spoil_answers = 0  # this many answers of either kind say nothing of what was asked
         self.hang = asyncio.Event()  # clear: Produce waits
+        self.received = 0  # requests to Produce, before it waits
         self.hang.set()
         self.joined = True  # else it tells of no topology first
         self.answers = asyncio.Event()  # clear: it tells none from now on
@@ -291,6 +292,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
 
     async def Produce(self, requests: AsyncIterator[q.ProduceRequest], context: Any) -> None:
         async for request in requests:
+            self.received += 1
             await self.hang.wait()
             self.requests.append(request)
             response = q.ProduceResponse()

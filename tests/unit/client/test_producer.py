@@ -417,6 +417,7 @@ async def test_a_node_that_answers_nothing_is_left(monkeypatch: pytest.MonkeyPat
 async def test_a_timeout_says_whether_the_outcome_is_unknown() -> None:
     """Never sent: forgotten. Sent: it may become stored."""
     async with serving() as (cluster, client), client.producer() as producer:
+        await producer.send("d", b"connected")
         cluster.nodes["n1"].hang.clear()
         with pytest.raises(SendTimeout) as sent:
             await producer.send("d", b"first", timeout=0.2)
@@ -432,7 +433,7 @@ async def test_a_timeout_says_whether_the_outcome_is_unknown() -> None:
         cluster.nodes["n1"].hang.set()
         await second
         await producer.send("d", b"fifth")
-        assert cluster.stored("d") == [b"first", b"second", b"fifth"]
+        assert cluster.stored("d") == [b"connected", b"first", b"second", b"fifth"]
 
 
 async def test_a_cancelled_send_that_never_went_out_is_forgotten() -> None:
@@ -470,9 +471,10 @@ async def test_closing_without_an_answer_tells_what_is_unknown() -> None:
         async with client.producer(close_timeout=0.2) as producer:
             cluster.nodes["n1"].hang.clear()
             futures = []
-            for _ in range(4):
+            for sent in (1, 2, 2, 2):  # no more wait for answers at a time
                 futures.append(producer.send_nowait("d", b"x"))
-                await asyncio.sleep(0.02)
+                await until(lambda sent=sent: sum(len(stream.in_flight) for stream in producer._streams.values()) == sent)
+            await until(lambda: cluster.nodes["n1"].received)
         results = await asyncio.gather(*futures, return_exceptions=True)
         assert [type(r) for r in results] == [OutcomeUnknown, OutcomeUnknown, Closed, Closed]
         cluster.nodes["n1"].hang.set()
@@ -484,13 +486,16 @@ async def test_closing_turns_waiting_senders_away() -> None:
         async with client.producer(in_flight_bytes_max=1000, close_timeout=0.1) as producer:
             cluster.nodes["n1"].hang.clear()
             sends = [asyncio.create_task(producer.send("d", bytes(700))) for _ in range(3)]
-            await until(lambda: producer._in_line == 2)
+            await until(lambda: producer._in_line == 2 and cluster.nodes["n1"].received)
         results = await asyncio.gather(*sends, return_exceptions=True)
         assert [type(r) for r in results] == [OutcomeUnknown, Closed, Closed]
-        cluster.nodes["n1"].hang.set()
         async with client.producer(in_flight_bytes_max=1000) as producer:
             batch = asyncio.gather(producer.send_many([Record("d", bytes(700)) for _ in range(3)]))
             await until(lambda: producer._in_line == 1)
+            closing = asyncio.create_task(producer.close())
+            await until(lambda: producer.closed)
+            cluster.nodes["n1"].hang.set()
+            await closing
         with pytest.raises(PartialFailure) as failure:
             await batch
         assert [receipt is not None for receipt in failure.value.receipts] == [True, False, False]
