@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from spillway.client import (
     AdaptiveLimit,
     AlreadyExists,
+    Client,
     Conflict,
     DeliveryPolicy,
     Destination,
@@ -77,6 +78,22 @@ def test_no_field_of_the_protocol_is_forgotten() -> None:
     out = destination_to_pb(FULL)
     assert not [one for part in (out, out.policy, out.policy.backoff, out.policy.limit, out.policy.retention, out.http,
                                  out.policy.adaptive_limit, out.policy.tenants["acme"]) for one in unset(part)]
+
+
+async def test_calls_stay_at_the_node_that_answered() -> None:
+    """Another one may not know yet what was changed there."""
+    async with serving(3) as (cluster, _), Client(cluster.nodes["n3"].address) as client:
+        await client.admin.create_destination("d")
+        await client.wait_ready()
+        await client.admin.get_destination("d")
+        assert [d.name async for d in client.admin.list_destinations()] == ["d"]
+        assert cluster.admin.nodes_called == ["n3"] * 3
+        await cluster.nodes["n3"].stop()
+        for _ in range(3):
+            await client.admin.get_destination("d")
+        await cluster.nodes["n3"].start()
+        await client.admin.get_destination("d")
+        assert cluster.admin.nodes_called[3:] == cluster.admin.nodes_called[3:4] * 4 and "n3" not in cluster.admin.nodes_called[3:]
 
 
 @pytest.mark.parametrize(("policy", "field"), [
