@@ -65,7 +65,7 @@ class Answers:
 def stream(answers: Answers, answer: Callable[[Any, bytes], None], lost: Callable[[Any, str], None]) -> forward._Stream:
     """A forwarding stream over it."""
     link: Any = SimpleNamespace(node_id="n2", channel=SimpleNamespace(stream_stream=lambda method: answers))
-    return forward._Stream(link, "Produce", answer, lost)
+    return forward._Stream(link, "Produce", answer, lost, forward._batch_of)
 
 
 def batch(records: int) -> Batch:
@@ -128,6 +128,13 @@ class Leader(QueueServiceServicer, ClusterServiceServicer):
         self.leases += 1
         self.leased.set()
         await asyncio.Event().wait()
+
+    async def Produce(self, request_iterator: Any, context: Any) -> AsyncIterator[ProduceResponse]:  # type: ignore[override]
+        """Stores everything, when it is told to."""
+        async for request in request_iterator:
+            self.asked.set()
+            await self.answer.wait()
+            yield ProduceResponse(sequences=[7] * len(request.records))
 
     async def GetNodeStatus(self, request: Any, context: Any) -> GetNodeStatusResponse:  # type: ignore[override]
         """When it is told to."""
@@ -192,6 +199,51 @@ async def test_leases_of_a_node_that_moves_are_asked_for_where_it_is(leaders: tu
     proxy.stop()
     await asyncio.wait((task,), timeout=30)
     assert task.cancelled()
+    await forwarder.close()
+
+
+@pytest.mark.parametrize("producer", ["p", ""])
+async def test_nobody_waits_for_a_node_that_hangs_and_leads_no_more(leaders: tuple[Leader, Leader], producer: str) -> None:
+    """What may be repeated goes to the new leader; of the rest it is said that the outcome is unknown."""
+    hangs, leads = leaders
+    leads.answer.set()
+    leader = ["n2"]
+    node = a_node()
+    node.leader_of = lambda shard: leader[0]
+    node.members = {"n1": None, "n2": Peer("n2", hangs.address, ""), "n3": Peer("n3", leads.address, "")}
+    forwarder = Forwarder(node)
+    sent = batch(2)
+    sent.producer = producer
+    forwarder.produce(1, sent)
+    await asyncio.wait_for(hangs.asked.wait(), 30)
+    leader[0] = "n3"
+    await asyncio.wait_for(sent.call.done, 30)
+    assert leads.asked.is_set() is bool(producer)
+    if producer:
+        assert sent.call.results == [7, 7] and not sent.call.errors
+    else:
+        assert "node n2: it does not answer, and node n3 leads shard 1 now; the outcome is unknown" in sent.call.errors[0][3]
+    await forwarder.close()
+
+
+async def test_nobody_waits_for_a_node_that_raft_does_not_hear_of(leaders: tuple[Leader, Leader], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have lost its power, so that nothing ever ends the connection. One that Raft hears of has much to do."""
+    monkeypatch.setattr(forward, "MOVED_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(forward, "SILENCE_SECONDS_MAX", 0.2)
+    hangs, _ = leaders
+    touch = [True]
+    node = a_node()
+    node.host = SimpleNamespace(in_touch=lambda node_id: touch[0])
+    node.members = {"n1": None, "n2": Peer("n2", hangs.address, "")}
+    forwarder = Forwarder(node)
+    sent = batch(2)
+    forwarder.produce(1, sent)
+    await asyncio.wait_for(hangs.asked.wait(), 30)
+    await asyncio.sleep(3 * forward.WATCH_SECONDS)
+    assert not sent.call.errors
+    touch[0] = False
+    await asyncio.wait_for(sent.call.done, 30)
+    assert "node n2: it does not answer; the outcome is unknown" in sent.call.errors[0][3]
     await forwarder.close()
 
 

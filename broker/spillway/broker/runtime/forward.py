@@ -59,6 +59,9 @@ Answer = TypeVar("Answer", ProduceResponse, AckResponse, LeaseResponse)
 
 LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a leader
 LEADER_POLL_SECONDS = 0.02
+WATCH_SECONDS = 0.25  # between looks for a node that hangs; its connections stay open, and say nothing
+MOVED_SECONDS_MAX = 1.0  # of silence, once another node is known to lead the shard
+SILENCE_SECONDS_MAX = 5.0  # of silence, while Raft hears nothing of the node either
 LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
 ROTATED_GRACE_SECONDS = 600.0  # consumers' streams over a channel with former certificates: then they are opened anew
@@ -71,25 +74,54 @@ CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_sen
 
 
 class _Stream:
-    """A forwarding stream: requests out, answers back in the same order."""
+    """A forwarding stream: requests out, answers back in the same order. A node that hangs leaves its connections open, so who waits for
+    one that does not lead the shard any more, or that nobody hears of, waits no longer."""
 
     def __init__(self, link: PeerLink, method: str, answer: Callable[[Any, bytes], None],
-                 fail: Callable[[Any, str], None]) -> None:
+                 fail: Callable[[Any, str], None], whose: Callable[[Any], tuple[Forwarder, int]]) -> None:
+        """`answer` and `fail` are called once for each item, either of them; `whose` tells an item's forwarder and shard."""
         self._link = link
         self._method = method
         self._answer = answer
         self._fail = fail
+        self._whose = whose
         self._out: deque[tuple[bytes, Any]] = deque()
-        self._waiting: deque[Any] = deque()
+        self._waiting: deque[tuple[float, Any]] = deque()  # since when, what
         self._some = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
+        self._watch: asyncio.TimerHandle | None = None
+        self._call: Any = None
+        self._hangs = ""  # why the call was given up
 
     def send(self, request: bytes, item: Any) -> None:
         """Sends a request; `item` is answered or failed later."""
         self._out.append((request, item))
         self._some.set()
+        loop = asyncio.get_running_loop()
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = loop.create_task(self._run())
+        if self._watch is None:
+            self._watch = loop.call_later(WATCH_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """Ends a call that nothing is to be hoped for from."""
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(WATCH_SECONDS, self._look) if self._waiting or self._out else None
+        if not self._waiting or self._call is None:
+            return
+        since, item = self._waiting[0]
+        silence = loop.time() - max(since, self._heard_at)
+        if silence <= MOVED_SECONDS_MAX:
+            return
+        (forwarder, shard), node_id = self._whose(item), self._link.node_id
+        leader = forwarder.node.leader_of(shard)
+        if leader not in (None, node_id):
+            self._hangs = f"it does not answer, and node {leader} leads shard {shard} now"
+        elif silence > SILENCE_SECONDS_MAX and not forwarder.node.host.in_touch(node_id):
+            self._hangs = "it does not answer"
+        if self._hangs:
+            self._call.cancel()
 
     async def _run(self) -> None:
         while await self._serve():
@@ -99,11 +131,12 @@ class _Stream:
         """One call, until it ends; true if it ended, with everything answered, as the link has another channel now."""
         call: Any = None
         channel = self._link.channel
+        self._hangs = ""
         reader: asyncio.Task[None] | None = None
         why = "the stream ended"
         moved = False
         try:
-            call = channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
+            call = self._call = channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
             reader = asyncio.get_running_loop().create_task(self._read(call, channel))
             while not reader.done():
                 moves = self._link.channel is not channel
@@ -112,7 +145,7 @@ class _Stream:
                     break
                 while self._out and not moves:  # what was sent is answered before anything goes another way: they stay in order
                     request, item = self._out.popleft()
-                    self._waiting.append(item)
+                    self._waiting.append((asyncio.get_running_loop().time(), item))
                     await call.write(request)
                 self._some.clear()
                 waker = asyncio.ensure_future(self._some.wait())
@@ -124,16 +157,19 @@ class _Stream:
             why = error.details() or "broken" if isinstance(error, grpc.aio.AioRpcError) else str(error)
         except WireInvalid as error:
             why = str(error)
+        except asyncio.CancelledError:
+            _raise_own_cancellation()
         finally:
+            self._call = None
             if reader is not None:
                 reader.cancel()
                 call.cancel()
             if not moved:
-                waiting = [*self._waiting, *(item for _, item in self._out)]
+                waiting = [item for _, item in (*self._waiting, *self._out)]
                 self._waiting.clear()
                 self._out.clear()
                 for item in waiting:
-                    self._fail(item, f"node {self._link.node_id}: {why}; the outcome is unknown")
+                    self._fail(item, f"node {self._link.node_id}: {self._hangs or why}; the outcome is unknown")
         return moved
 
     async def _read(self, call: Any, channel: grpc.aio.Channel) -> None:
@@ -143,7 +179,8 @@ class _Stream:
                 return
             if not self._waiting:
                 raise WireInvalid("it answered what it was not asked")
-            self._answer(self._waiting[0], data)  # raises before anything is taken: then it is failed with all others
+            self._heard_at = asyncio.get_running_loop().time()
+            self._answer(self._waiting[0][1], data)  # raises before anything is taken: then it is failed with all others
             self._waiting.popleft()
             if not self._waiting and self._link.channel is not channel:
                 self._some.set()
@@ -154,6 +191,9 @@ class _Stream:
 
     def stop(self) -> None:
         """Ends the stream; what waits is failed."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         if self._task is not None:
             self._task.cancel()
 
@@ -166,10 +206,10 @@ class PeerLink:
         self.address = address
         self._tls = tls
         self._connect()
-        self.produce = _Stream(self, "Produce", _produced, _produce_lost)
+        self.produce = _Stream(self, "Produce", _produced, _produce_lost, _batch_of)
         # Copies of routes have a stream of their own: what is forwarded on the other may wait for copies that come back here.
-        self.copies = _Stream(self, "Produce", _produced, _produce_lost)
-        self.ack = _Stream(self, "Ack", _acked, _acks_lost)
+        self.copies = _Stream(self, "Produce", _produced, _produce_lost, _batch_of)
+        self.ack = _Stream(self, "Ack", _acked, _acks_lost, _acks_of)
 
     def _connect(self) -> None:
         self.channel = _channel(self.node_id, self.address, self._tls)
@@ -514,6 +554,14 @@ def _check_answer(asked: int, answered: int, errors: Sequence[ItemError]) -> Non
     for error in errors:
         if error.index >= asked:
             raise WireInvalid(f"it refused item {error.index} of {asked}")
+
+
+def _batch_of(item: tuple[Forwarder, int, Batch]) -> tuple[Forwarder, int]:
+    return item[:2]
+
+
+def _acks_of(item: _Acks) -> tuple[Forwarder, int]:
+    return item.forwarder, item.shard
 
 
 def _produced(item: tuple[Forwarder, int, Batch], data: bytes) -> None:
