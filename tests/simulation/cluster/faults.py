@@ -1,6 +1,7 @@
 """What goes wrong in a run, when, and for how long: drawn from the seed."""
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING
@@ -288,7 +289,7 @@ class Faults:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def end(self) -> list[SimNode]:
-        """Everything is healed, but for a minority of nodes that stays away: those are returned."""
+        """Everything is healed, but for a minority of nodes that stays away, dead or hanging: those are returned."""
         world = self.world
         world.lags.clear()
         world.rpc.blocked.clear()
@@ -300,6 +301,8 @@ class Faults:
             if link.lost:
                 link.reset()
         away: list[SimNode] = []
+        # An operator that brings what a dead node lacks looks into it.
+        hang = not world.options.changes and random.Random(f"hang {world.seed}").random() < 0.5
         if all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
             for node in self.rnd.sample(list(world.nodes.values()), (len(world.names) - 1) // 2):
                 if self._can_do_without([*away, node]):
@@ -308,9 +311,12 @@ class Faults:
             node.io_factor = 1.0
             self._freed(node)()
             node.disk.fails = node.state_disk.fails = False
-            if node in away or (node.damaged and world.may_wipe(node)):
+            if node in away and node.started and hang:
+                node.hang()
+            elif node in away or (node.damaged and world.may_wipe(node)):
                 node.stop()
         world.counts["nodes left behind"] += len(away)
+        world.counts["nodes left hanging"] += sum(node.hangs for node in away)
         for node in world.nodes.values():
             if node not in away:
                 node.recover()

@@ -28,6 +28,8 @@ class Process:
         """What its tasks may end with; None: anything, which is somebody else's to look at."""
         self.paused_until = 0.0
         """When the last callback that a pause has held back runs: what comes until then queues up behind it."""
+        self.paused_end = 0.0
+        """When the pause ends."""
         self.io_seconds: Callable[[], float] = lambda: 0.0
         """How long work in a thread (of the disk) takes."""
 
@@ -190,14 +192,22 @@ class SimLoop(asyncio.BaseEventLoop):
         """Nothing of the process runs for a while, as after SIGSTOP; then all that was due does, in order."""
         if process.paused_until >= self.now + seconds:
             return
-        process.paused_until = self.now + seconds
-        end = process.paused_until
+        end = process.paused_end = process.paused_until = self.now + seconds
         own = sorted(timer for timer in self._timers if timer[0] < end and _of(timer[2], process))
         if own:
             late = {timer[1] for timer in own}
             self._timers = [timer for timer in self._timers if timer[1] not in late]
             self._timers += [(self._after_pause(process), order, timer) for _, order, timer in own]
             heapq.heapify(self._timers)
+
+    def resume(self, process: Process) -> None:
+        """Ends a pause now: all that it holds back runs, in order."""
+        held = sorted(timer for timer in self._timers if timer[0] >= process.paused_end and _of(timer[2], process))
+        late = {timer[1] for timer in held}
+        process.paused_end = process.paused_until = self.now
+        self._timers = [timer for timer in self._timers if timer[1] not in late]
+        self._timers += [(self._after_pause(process), order, timer) for _, order, timer in held]
+        heapq.heapify(self._timers)
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
         """Takes as long as the process' disk says; the work is done at the end of it, or never."""

@@ -36,6 +36,7 @@ from spillway.cluster.raft.host import RaftHost
 from spillway.cluster.raft.journal import JournalStore, RocksDisk
 from spillway.cluster.state_store import StateStore
 from spillway.cluster.transport.base import Handlers
+from spillway.cluster.transport.grpc import SILENCE_SECONDS
 from spillway.cluster.transport.memory import MemoryTransport
 from spillway.peer.v1.member_service_pb2_grpc import add_MemberServiceServicer_to_server
 from spillway.peer.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 START_MS = 1_700_000_000_000
 FREE_BYTES = 1 << 40
+HANG_SECONDS_MAX = 10_000.0
 REPLACE_SECONDS = 4  # of a node that is away, where others suffice
 
 
@@ -154,6 +156,7 @@ class SimNode:
         self.life = 0
         self.alive = False
         self.started = False
+        self.hangs = False
         self.skew_ms = 0
         self.io_factor = 1.0
         self.free_bytes = FREE_BYTES
@@ -326,6 +329,8 @@ class SimNode:
 
     def recover(self) -> None:
         """Starts again; a damaged disk is replaced as soon as the others can do without this node."""
+        if self.hangs:
+            self._go_on()
         if self.alive:
             return
         if self.damaged:
@@ -340,7 +345,7 @@ class SimNode:
         """The process is killed, or the power fails."""
         if not self.alive:
             return
-        self.alive = self.started = False
+        self.alive = self.started = self.hangs = False
         world = self.world
         world.loop.kill(self.process)
         if hasattr(self, "transport"):
@@ -351,6 +356,30 @@ class SimNode:
             disk.full = disk.fails = False
         self.free_bytes = FREE_BYTES
         world.trace("stop", self.name, "")
+
+    def hang(self) -> None:
+        """Nothing of it runs any more, and its connections stay open, until it recovers; only Raft's transport looks for that."""
+        self.started, self.hangs = False, True
+        world = self.world
+        world.loop.pause(self.process, HANG_SECONDS_MAX)
+        life = self.life
+
+        def found() -> None:
+            if self.hangs and self.life == life:
+                for other in self._others():
+                    world.network.block(self.name, other)
+        world.later(SILENCE_SECONDS, found)
+        world.trace("hang", self.name, "")
+
+    def _go_on(self) -> None:
+        self.started, self.hangs = True, False
+        self.world.loop.resume(self.process)
+        for other in self._others():
+            self.world.network.unblock(self.name, other)
+        self.world.trace("go on", self.name, "")
+
+    def _others(self) -> list[str]:
+        return [name for name in self.world.names if name != self.name]
 
     async def stop_gently(self) -> None:
         """As `app.App.stop`."""

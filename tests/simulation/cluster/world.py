@@ -430,7 +430,8 @@ class World:
             raise Violation("progress", f"replicas do not meet {REST_SECONDS:.0f} s after all nodes are up: " + ", ".join(
                 f"{n.name}: {[(s, r.applied, self.observers[s].last) for s, r in n.node.shards.items()] if n.started else 'down'}"
                 for n in self.nodes.values()))
-        if not self._run_until(WELL_SECONDS, lambda: not self._unwell()):
+        # Nodes that had hung may have stored something late once more.
+        if not self._run_until(WELL_SECONDS, lambda: self._empty() and not self._unwell()):
             raise Violation("progress", f"all is delivered, and not well {WELL_SECONDS:.0f} s later: {self._unwell()}")
 
     def _unwell(self) -> list[str]:
