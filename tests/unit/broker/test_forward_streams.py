@@ -18,7 +18,7 @@ from spillway.broker.runtime.forward import Forwarder, LeaseProxy, PeerLink
 from spillway.v1.cluster_service_pb2 import GetNodeStatusRequest, GetNodeStatusResponse
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceServicer, add_ClusterServiceServicer_to_server
 from spillway.v1.message_pb2 import ItemError
-from spillway.v1.queue_service_pb2 import ProduceResponse, Subscribe
+from spillway.v1.queue_service_pb2 import Credit, LeaseRequest, ProduceResponse, Subscribe
 from spillway.v1.queue_service_pb2_grpc import QueueServiceServicer, add_QueueServiceServicer_to_server
 
 
@@ -199,6 +199,54 @@ async def test_leases_of_a_node_that_moves_are_asked_for_where_it_is(leaders: tu
     proxy.stop()
     await asyncio.wait((task,), timeout=30)
     assert task.cancelled()
+    await forwarder.close()
+
+
+class Full(Answers):
+    """A stream to another node that hangs: there is room for the first request only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = 0
+        self.room = asyncio.Event()
+        self.written: list[LeaseRequest] = []
+
+    async def write(self, request: bytes) -> None:
+        """As gRPC's."""
+        self.requests += 1
+        if self.requests > 1:
+            await self.room.wait()
+        self.written.append(LeaseRequest.FromString(request))
+
+
+async def test_a_node_that_hangs_keeps_no_credit_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is to have adds up until it can be told."""
+    full = Full()
+    node = a_node()
+    node.members = {"n1": None, "n2": Peer("n2", "127.0.0.1:1", "")}
+    forwarder = Forwarder(node)
+    monkeypatch.setattr(forwarder, "link", lambda node_id: SimpleNamespace(channel=SimpleNamespace(stream_stream=lambda method: full)))
+    consumer = Consumer("c")
+    given = [0]
+
+    def give_local(consumer: Consumer, messages: int, size: int) -> None:
+        given[0] += messages
+    proxy = LeaseProxy(forwarder, Subscribe(destinations=["d"], credit=Credit(messages=8, bytes=1 << 20)), consumer, Sink(consumer),
+                       give_local)
+    proxy.start()
+    for _ in range(20):  # the client takes all that this node has, and gives new credit for it
+        async with asyncio.timeout(10):
+            while given[0] < 2:
+                await asyncio.sleep(0.001)
+        taken, given[0] = given[0], 0
+        proxy._delivered("n1", taken, taken)
+        proxy.credit(taken, taken)
+    full.room.set()
+    async with asyncio.timeout(10):
+        while len(full.written) < 2:
+            await asyncio.sleep(0.001)
+    assert full.written[0].HasField("subscribe") and 0 < sum(w.credit.messages for w in full.written[1:]) <= 8
+    proxy.stop()
     await forwarder.close()
 
 

@@ -67,6 +67,8 @@ _NO_OPTION: Option = (0, 0, b"", 0)
 ROTATED_GRACE_SECONDS = 600.0  # consumers' streams over a channel with former certificates: then they are opened anew
 NOT_LEADER = "leader"  # field of an ItemError between nodes: refused before anything was done
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20),
+                   ("grpc.keepalive_time_ms", 20_000),  # a node that lost its power ends no connection
+                   ("grpc.keepalive_timeout_ms", 10_000),
                    ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
                    ("grpc.max_reconnect_backoff_ms", 500),
                    ("grpc.dns_min_time_between_resolutions_ms", 500),  # one that starts again may have another address
@@ -636,6 +638,47 @@ def _raise_own_cancellation() -> None:
         raise asyncio.CancelledError
 
 
+class _LeaseStream:
+    """A stream of leases from another node. Credit adds up while an earlier one cannot be written: nobody waits for a node that hangs."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._messages = 0  # of credit to be given
+        self._bytes = 0
+        self._some = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+
+    def give(self, messages: int, size: int) -> None:
+        """Gives (or takes back) credit."""
+        self._messages += messages
+        self._bytes += size
+        self._some.set()
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+
+    async def _write(self) -> None:
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            messages, size = self._messages, self._bytes
+            self._messages = self._bytes = 0
+            if not messages and not size:
+                continue
+            try:
+                await self._call.write(LeaseRequest(credit=Credit(messages=messages, bytes=size)).SerializeToString())
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                return  # the reader sees the end of the stream
+            except asyncio.CancelledError:
+                _raise_own_cancellation()
+                return
+
+    def end(self) -> None:
+        """Ends the stream."""
+        self._call.cancel()
+        if self._writer is not None:
+            self._writer.cancel()
+
+
 class LeaseProxy:
     """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged."""
 
@@ -651,7 +694,7 @@ class LeaseProxy:
         self._bytes = 0
         self._splitter: CreditSplitter[str] | None = None
         self._local = forwarder.node.config.node_id
-        self._calls: dict[str, Any] = {}
+        self._streams: dict[str, _LeaseStream] = {}
         self._leases: dict[str, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
@@ -679,8 +722,8 @@ class LeaseProxy:
         self._forwarder.node.on_members.remove(self._follow_members)
         for task in (*self._tasks, *self._leases.values()):
             task.cancel()
-        for call in self._calls.values():
-            call.cancel()
+        for stream in self._streams.values():
+            stream.end()
 
     def credit(self, messages: int, size: int) -> None:
         """The client gives (or takes back) credit."""
@@ -692,7 +735,7 @@ class LeaseProxy:
                 return
             splitter = self._splitter = CreditSplitter(self._messages, self._bytes)
             splitter.add(self._local, self._loop.time())
-            for peer in self._calls:
+            for peer in self._streams:
                 splitter.add(peer, self._loop.time())
         # What is delivered is the client's: it gives new credit for it. So the total is what is left to deliver.
         splitter.messages_max = max(1, self._messages)
@@ -718,7 +761,7 @@ class LeaseProxy:
             if splitter is not None and self._messages > 0 and self._bytes > 0:  # else there is nothing to split until there is more
                 now = self._loop.time()
                 for change in splitter.plan(now):
-                    await self._give(change.node, change.messages, change.bytes)
+                    self._give(change.node, change.messages, change.bytes)
                 wake = splitter.wake_time(now)
                 timeout = None if wake is None else max(0.001, wake - now)
             try:
@@ -727,18 +770,11 @@ class LeaseProxy:
             except TimeoutError:
                 pass
 
-    async def _give(self, node_id: str, messages: int, size: int) -> None:
+    def _give(self, node_id: str, messages: int, size: int) -> None:
         if node_id == self._local:
             self._give_local(self._consumer, messages, size)
-            return
-        call = self._calls.get(node_id)
-        if call is not None:
-            try:
-                await call.write(LeaseRequest(credit=Credit(messages=messages, bytes=size)).SerializeToString())
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-                pass  # the reader sees the end of the stream
-            except asyncio.CancelledError:
-                _raise_own_cancellation()
+        elif (stream := self._streams.get(node_id)) is not None:
+            stream.give(messages, size)
 
     async def _lease(self, peer: str) -> None:
         subscribe = Subscribe()
@@ -753,11 +789,12 @@ class LeaseProxy:
             except Unavailable:
                 return
             call: Any = channel.stream_stream("/spillway.v1.QueueService/Lease")()
+            stream = _LeaseStream(call)
             try:
                 del subscribe.held[:]
                 subscribe.held.extend(held)
                 await call.write(LeaseRequest(subscribe=subscribe).SerializeToString())
-                self._calls[peer] = call
+                self._streams[peer] = stream
                 if self._splitter is not None:
                     self._splitter.add(peer, self._loop.time())
                     self._changed.set()
@@ -774,8 +811,8 @@ class LeaseProxy:
             except WireInvalid as error:
                 log.warning("a lease stream to node %s is opened again: %s", peer, error)
             finally:
-                call.cancel()
-                self._calls.pop(peer, None)
+                stream.end()
+                self._streams.pop(peer, None)
                 if self._splitter is not None:
                     self._splitter.remove(peer)
                     self._changed.set()
