@@ -23,7 +23,7 @@ from spillway.client.admin_wire import (
     token_from_pb,
 )
 from spillway.client.calls import TIMEOUT_SECONDS, Calls, translated
-from spillway.client.connection import Channels
+from spillway.client.connection import Channels, answers
 from spillway.client.errors import (
     DestinationNotFound,
     InvalidArgument,
@@ -55,6 +55,8 @@ from spillway.v1 import token_pb2
 PURGE_TIMEOUT_SECONDS = 120.0
 PURGE_ATTEMPT_SECONDS_MAX = 60.0  # a million queues take their time
 REDRIVE_TIMEOUT_SECONDS = 60.0
+SILENCE_SECONDS_MAX = 5.0  # of a redrive: then its node is asked whether it is there
+QUESTION_SECONDS_MAX = 5.0
 PAGE_SIZE = 100
 
 T = TypeVar("T")
@@ -180,9 +182,10 @@ class Admin(Calls):
         while True:
             address = self._address(turn)
             turn += 1
-            call = rpc.AdminServiceStub(self._channels.get(address, "control")).RedriveDeadLetters(request)
+            channel = self._channels.get(address, "control")
+            call = rpc.AdminServiceStub(channel).RedriveDeadLetters(request)
             try:
-                async for response in call:
+                while (response := await _next(call, channel, address)) is not None:
                     self._answered(address)
                     backoff.reset()
                     deadline = loop.time() + timeout
@@ -191,6 +194,8 @@ class Admin(Calls):
                     if response.done:
                         return
                 failure = Unavailable(f"{address} ended the stream before everything was back")
+            except Unavailable as silent:
+                failure = silent
             except grpc.aio.AioRpcError as error:
                 failed = translated(error)
                 if isinstance(failed, NotFound) and so_far:
@@ -323,6 +328,20 @@ class Admin(Calls):
             return await self._call(call, timeout)
         except DestinationNotFound as error:
             raise RouteNotFound(str(error)) from None
+
+
+async def _next(call: grpc.aio.UnaryStreamCall[Any, T], channel: grpc.aio.Channel, address: str) -> T | None:
+    """The next answer of a stream, None at its end. Raises Unavailable if the node hangs; one that has nothing to say for long answers
+    what is easy."""
+    reading = asyncio.ensure_future(call.read())
+    try:
+        while not (await asyncio.wait((reading,), timeout=SILENCE_SECONDS_MAX))[0]:
+            if not await answers(channel, QUESTION_SECONDS_MAX):
+                raise Unavailable(f"{address} does not answer")
+        response = reading.result()
+        return None if response is grpc.aio.EOF else response  # type: ignore[return-value]
+    finally:
+        reading.cancel()
 
 
 def _least_one(field: str, value: int) -> int:

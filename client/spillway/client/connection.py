@@ -12,6 +12,8 @@ from typing import Literal
 import grpc
 from spillway.client.retry import Backoff
 from spillway.client.security import Security
+from spillway.v1.cluster_service_pb2 import GetTopologyRequest
+from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 
 Kind = Literal["control", "produce", "lease", "ack"]
 MESSAGE_BYTES_MAX = 16 << 20
@@ -30,6 +32,15 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.enable_retries", 0),  # they stop at the first response header: streams resume by themselves here
     ("grpc.use_local_subchannel_pool", 1),  # else kinds would share a connection
 ]
+
+
+async def answers(channel: grpc.aio.Channel, seconds: float) -> bool:
+    """Whether a node answers something easy within so many seconds. A refusal is an answer, too."""
+    try:
+        await ClusterServiceStub(channel).GetTopology(GetTopologyRequest(), timeout=seconds)
+    except grpc.aio.AioRpcError as error:
+        return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return True
 
 
 class Channels:

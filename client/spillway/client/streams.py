@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
-from spillway.client.connection import Health
+from spillway.client.connection import Health, answers
 from spillway.client.errors import InternalError, SpillwayError, Unavailable, from_rpc_error
 from spillway.client.retry import is_final
-from spillway.v1.cluster_service_pb2 import GetTopologyRequest
-from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from spillway.v1.message_pb2 import ItemError
 
 log = logging.getLogger("spillway.client")
@@ -164,14 +162,10 @@ class BatchStream(Generic[B]):
         return self._loop.time() - max(self.in_flight[0].sent_at, self._heard_at) if self.in_flight else 0.0
 
     async def _alive(self) -> bool:
-        """Asks the node something easy, over the same connection. A refusal is an answer, too."""
-        try:
-            await ClusterServiceStub(self.channel()).GetTopology(GetTopologyRequest(), timeout=QUESTION_SECONDS_MAX)
-        except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                return False
-        self._heard_at = self._loop.time()
-        return True
+        alive = await answers(self.channel(), QUESTION_SECONDS_MAX)
+        if alive:
+            self._heard_at = self._loop.time()
+        return alive
 
     async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         work = self._work

@@ -1,6 +1,7 @@
 """AdminService of the fake broker: keeps destinations, routes and gates, and notes every call."""
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -41,6 +42,8 @@ class FakeAdmin(rpc.AdminServiceServicer):
     name: str
     admin: AdminState
     waiting: Callable[[str], int]  # destination -> messages
+    answers: asyncio.Event
+    patience = 0.0  # between what a redrive says
 
     def _note(self, request: Any) -> None:
         self.admin.calls.append(request)
@@ -113,6 +116,8 @@ class FakeAdmin(rpc.AdminServiceServicer):
         try:
             for answer in answers:
                 yield answer
+                await asyncio.sleep(self.patience)
+                await self.answers.wait()
             complete = True
         finally:
             self.admin.redrives_cancelled += not complete

@@ -35,6 +35,7 @@ from spillway.client import (
     Unavailable,
     sync,
 )
+from spillway.client import admin as admin_module
 from spillway.client.admin_wire import python_field
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1 import message_pb2 as m
@@ -246,6 +247,27 @@ async def test_a_redrive_goes_on_at_another_node() -> None:
         # The first node had put back the last one, and could not say so.
         cluster.admin.redrives = [([progress(5)], gone), ([], grpc.StatusCode.NOT_FOUND)]
         assert [p async for p in client.admin.redrive_dead_letters("d")] == [(5, False), (5, True)]
+
+
+async def test_a_redrive_leaves_a_node_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection stays open. One that only has nothing to say yet is waited for."""
+    monkeypatch.setattr(admin_module, "SILENCE_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(admin_module, "QUESTION_SECONDS_MAX", 0.2)
+    async with serving(2) as (cluster, client):
+        for node in cluster.nodes.values():
+            node.patience = 0.3
+        cluster.admin.redrives = [([progress(5), progress(6)], None), ([progress(7, True)], None)]
+        got = []
+        async for one in client.admin.redrive_dead_letters("d"):
+            got.append(one)
+            if one.redriven == 5:
+                cluster.nodes[cluster.admin.nodes_called[0]].answers.clear()
+        assert got == [(5, False), (12, True)] and len({*cluster.admin.nodes_called}) == 2
+        for node in cluster.nodes.values():
+            node.answers.set()
+        cluster.admin.redrives = [([progress(1), progress(2, True)], None)]
+        assert [p async for p in client.admin.redrive_dead_letters("d")] == [(1, False), (2, True)]
+        assert len(cluster.admin.nodes_called) == 3
 
 
 async def test_a_redrive_that_cannot_be_done_raises() -> None:
