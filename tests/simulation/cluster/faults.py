@@ -18,12 +18,24 @@ class Faults:
         self.world = world
         self.rnd = world.rnd
         self.context: Context = copy_context()
-        self._away: list[SimNode] = []
+        self._chance = random.Random(f"hang {world.seed}")
+        # An operator that brings what a dead node lacks looks into it.
+        self._hangs = not world.options.changes and self._chance.random() < 0.5
 
     def begin(self) -> None:
         """From now on things go wrong."""
         for kind, rate in self.world.options.faults.items():
             self._next(kind, rate)
+        if self._hangs:
+            self.world.later(self._chance.uniform(0, self.world.options.seconds), self._hang)
+
+    def _hang(self) -> None:
+        """A node hangs, and goes on at some time, or when faults end."""
+        node = self.world.nodes[self._chance.choice(self.world.names)]
+        if node.started and not self.world.calm:
+            self.world.counts["fault: hang"] += 1
+            node.hang()
+            self.world.later(self._chance.uniform(2.0, 20.0), node.recover)
 
     def _next(self, kind: str, rate: float) -> None:
         def strike() -> None:
@@ -300,18 +312,23 @@ class Faults:
         for link in list(world.rpc.links.values()):
             if link.lost:
                 link.reset()
-        away: list[SimNode] = []
-        # An operator that brings what a dead node lacks looks into it.
-        hang = not world.options.changes and random.Random(f"hang {world.seed}").random() < 0.5
-        if all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
+        away = [node for node in world.nodes.values() if node.hangs]
+        if away and self._can_do_without(away) and all(world.remembers(node) for node in world.nodes.values() if node not in away):
+            pass  # they stay so
+        elif all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
             for node in self.rnd.sample(list(world.nodes.values()), (len(world.names) - 1) // 2):
                 if self._can_do_without([*away, node]):
                     away.append(node)
+        else:
+            away.clear()
         for node in world.nodes.values():
             node.io_factor = 1.0
             self._freed(node)()
             node.disk.fails = node.state_disk.fails = False
-            if node in away and node.started and hang:
+            if node.hangs:
+                node.left_by_raft()
+                continue
+            if node in away and node.started and self._hangs:
                 node.hang()
             elif node in away or (node.damaged and world.may_wipe(node)):
                 node.stop()

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 START_MS = 1_700_000_000_000
 FREE_BYTES = 1 << 40
 HANG_SECONDS_MAX = 10_000.0
+LINK_SECONDS, CLIENT_SECONDS = 30.0, 80.0  # until keepalives end connections of nodes, and of clients, with a node that hangs
 REPLACE_SECONDS = 4  # of a node that is away, where others suffice
 
 
@@ -347,6 +349,7 @@ class SimNode:
             return
         self.alive = self.started = self.hangs = False
         world = self.world
+        world.rpc.hanging.discard(self.name)
         world.loop.kill(self.process)
         if hasattr(self, "transport"):
             world.network.leave(self.transport)
@@ -358,21 +361,37 @@ class SimNode:
         world.trace("stop", self.name, "")
 
     def hang(self) -> None:
-        """Nothing of it runs any more, and its connections stay open, until it recovers; only Raft's transport looks for that."""
+        """Nothing of it runs any more until it recovers, and its connections stay open until somebody finds it out."""
         self.started, self.hangs = False, True
         world = self.world
         world.loop.pause(self.process, HANG_SECONDS_MAX)
-        life = self.life
-
-        def found() -> None:
-            if self.hangs and self.life == life:
-                for other in self._others():
-                    world.network.block(self.name, other)
-        world.later(SILENCE_SECONDS, found)
+        world.rpc.hanging.add(self.name)
+        found = partial(self._found, self.life)
+        world.later(SILENCE_SECONDS, partial(found, self.left_by_raft))
+        world.later(LINK_SECONDS, partial(found, self._left_by_nodes))
+        world.later(CLIENT_SECONDS, partial(found, self._left_by_all))
         world.trace("hang", self.name, "")
+
+    def _found(self, life: int, find: Callable[[], None]) -> None:
+        if self.hangs and self.life == life:
+            find()
+
+    def left_by_raft(self) -> None:
+        """Other nodes are told that it does not answer."""
+        for other in self._others():
+            self.world.network.block(self.name, other)
+
+    def _left_by_nodes(self) -> None:
+        for other in self._others():
+            for link in self.world.rpc.between(self.name, other):
+                link.reset()
+
+    def _left_by_all(self) -> None:
+        self.world.rpc.died(self.process)
 
     def _go_on(self) -> None:
         self.started, self.hangs = True, False
+        self.world.rpc.hanging.discard(self.name)
         self.world.loop.resume(self.process)
         for other in self._others():
             self.world.network.unblock(self.name, other)

@@ -38,6 +38,8 @@ class Network:
         self.servers: dict[str, Server] = {}  # by address
         self.links: dict[tuple[str, str], Link] = {}  # (client, address)
         self.blocked: set[tuple[str, str]] = set()  # (client, server's name): no link comes about
+        self.hanging: set[str] = set()
+        """Names of servers that hang: what is connected stays so, and nothing new comes about."""
         self.bugs: list[str] = []
         """Exceptions that handlers let out."""
 
@@ -60,6 +62,8 @@ class Network:
             return link
         server = self.servers.get(address)
         if server is None or not server.process.alive or (client.name, server.process.name) in self.blocked:
+            return None
+        if server.process.name in self.hanging:
             return None
         link = self.links[client.name, address] = Link(self, client, server)
         return link

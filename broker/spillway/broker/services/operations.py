@@ -241,8 +241,13 @@ class Operations:
                         counts[node] = answer.redriven
                         changed.set()
 
+        def ended(work: asyncio.Future[Any]) -> None:
+            changed.set()
+            if not work.cancelled():
+                work.exception()  # is looked at: whoever wanted to know may be gone by now
+
         work = asyncio.gather(*(one(node, *what) for node, what in found.items()))
-        work.add_done_callback(lambda _: changed.set())
+        work.add_done_callback(ended)
         try:
             while not work.done():
                 await changed.wait()
