@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -213,6 +214,30 @@ def test_a_lease_outlives_the_leader_that_granted_it(cluster: Make) -> None:
         rest = lease(channel, "held")
         assert [(m.message.payload, m.attempt) for m in rest.messages] == [(b"1", 1)]
         assert rest.fencing_token > run.fencing_token
+
+
+def test_plain_clients_are_served_while_a_leader_hangs(cluster: Make) -> None:
+    """SIGSTOP: its connections stay open and say nothing. What another node passed on to it goes to who leads then, and nobody waits for
+    its credit or for its answers."""
+    running = cluster(3)
+    frozen, other = running.nodes["n1"], running.nodes["n2"]
+    keys = [str(k) for k in range(16)]  # of most shards
+    with grpc.insecure_channel(other.address) as channel:
+        for key in keys:
+            put(channel, "d", 0, 1, key)
+        assert frozen.process is not None
+        frozen.process.send_signal(signal.SIGSTOP)
+        try:
+            for key in keys:
+                put(channel, "d", 1, 1, key)
+            got: dict[str, list[bytes]] = {key: [] for key in keys}
+            while any(len(payloads) < 2 for payloads in got.values()):
+                run = lease(channel, "d")
+                got[run.key] += [m.message.payload for m in run.messages]
+                ack(channel, run)
+        finally:
+            frozen.process.send_signal(signal.SIGCONT)
+    assert all(payloads == [b"0", b"1"] for payloads in got.values())
 
 
 def test_all_nodes_killed_at_once_lose_nothing(cluster: Make) -> None:
