@@ -347,9 +347,10 @@ class SimNode:
         """The process is killed, or the power fails."""
         if not self.alive:
             return
-        self.alive = self.started = self.hangs = False
+        if self.hangs:
+            self._found_again()
+        self.alive = self.started = False
         world = self.world
-        world.rpc.hanging.discard(self.name)
         world.loop.kill(self.process)
         if hasattr(self, "transport"):
             world.network.leave(self.transport)
@@ -390,12 +391,16 @@ class SimNode:
         self.world.rpc.died(self.process)
 
     def _go_on(self) -> None:
-        self.started, self.hangs = True, False
-        self.world.rpc.hanging.discard(self.name)
+        self._found_again()
+        self.started = True
         self.world.loop.resume(self.process)
+        self.world.trace("go on", self.name, "")
+
+    def _found_again(self) -> None:
+        self.hangs = False
+        self.world.rpc.hanging.discard(self.name)
         for other in self._others():
             self.world.network.unblock(self.name, other)
-        self.world.trace("go on", self.name, "")
 
     def _others(self) -> list[str]:
         return [name for name in self.world.names if name != self.name]
