@@ -27,9 +27,9 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
-    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
-    says that a destination does not exist if it does.
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which something was
+    changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none says that
+    a destination does not exist if it does.
     """
 
     def __init__(self, channel):
@@ -166,9 +166,9 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
-    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
-    says that a destination does not exist if it does.
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which something was
+    changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none says that
+    a destination does not exist if it does.
     """
 
     def CreateDestination(self, request, context):
@@ -497,9 +497,9 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
-    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
-    says that a destination does not exist if it does.
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which something was
+    changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none says that
+    a destination does not exist if it does.
     """
 
     @staticmethod

@@ -28,9 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
-    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
-    says that a destination does not exist if it does.
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which something was
+    changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none says that
+    a destination does not exist if it does.
     """
 
     @_typing.overload
@@ -115,9 +115,9 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
-    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
-    says that a destination does not exist if it does.
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which something was
+    changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none says that
+    a destination does not exist if it does.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -198,9 +198,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which a destination or
-    route was changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none
-    says that a destination does not exist if it does.
+    """Destinations and what became of their messages. Any node serves any call. Whoever asks the node through which something was
+    changed finds it changed (the answer waits up to a second for that); other nodes may be behind for a moment, though none says that
+    a destination does not exist if it does.
     """
 
     @_abc_1.abstractmethod

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
 import grpc
-from spillway.broker.services.admin import BEHIND_SECONDS
+from spillway.broker.services.changes import BEHIND_SECONDS
 from spillway.client import (
+    Admin,
     AlreadyExists,
     BufferFull,
     Client,
@@ -25,6 +26,7 @@ from spillway.client import (
     ConsumerState,
     Destination,
     DestinationNotFound,
+    GateCause,
     InvalidArgument,
     LeasedRun,
     OutcomeUnknown,
@@ -54,6 +56,9 @@ from tests.simulation.cluster.violation import Violation
 
 if TYPE_CHECKING:
     from tests.simulation.cluster.world import World
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 UNANSWERED_MAX = 60  # records of a producer
 HELD_MAX = 8  # runs that a consumer's handlers have at a time
@@ -497,16 +502,13 @@ class OperatingApplication(_Application, clients.Operator):
                 raise
 
     async def _ask(self, client: Client, what: str, name: str) -> None:
-        admin, router = client.admin, client._router
-        assert router is not None
+        admin = client.admin
         match what:
             case "update":
-                wanted, began = destination_from_pb(self.world.draw_destination(self.rnd, name)), self.world.loop.now
-                stored = await admin.update_destination(wanted)
+                wanted = destination_from_pb(self.world.draw_destination(self.rnd, name))
+                stored, found = await self._read_back(client, admin.update_destination(wanted), admin.get_destination(name))
                 self._same(wanted, stored)
-                soon, node = self.world.loop.now - began < BEHIND_SECONDS, self._node(router.answered)
-                found = await admin.get_destination(name)
-                if soon and self._node(router.answered) == node:  # others may be behind, and one that could not come to know it soon
+                if found is not None:
                     self._same(stored, found)
             case "get":
                 await admin.get_destination(name)
@@ -515,9 +517,13 @@ class OperatingApplication(_Application, clients.Operator):
                 if found != sorted(d.name for d in self.world.destinations):
                     raise Violation("bug", f"there are destinations {found}")
             case "pause":
-                await admin.pause(name, reason="simulated")
+                _, paused = await self._read_back(client, admin.pause(name, reason="simulated"), self._paused(admin, name))
+                if paused is False:
+                    raise Violation("bug", f"{name!r} was paused, and is not")
             case "resume":
-                await admin.resume(name)
+                _, paused = await self._read_back(client, admin.resume(name), self._paused(admin, name))
+                if paused is True:
+                    raise Violation("bug", f"{name!r} was resumed, and is paused")
             case "redrive":
                 done = False
                 async for progress in admin.redrive_dead_letters(name, messages_per_second=1000):
@@ -543,9 +549,26 @@ class OperatingApplication(_Application, clients.Operator):
             case "tenants":
                 await admin.top_tenants(name)
 
+    async def _read_back(self, client: Client, change: Coroutine[Any, Any, T], read: Coroutine[Any, Any, U]) -> tuple[T, U | None]:
+        """What a change gives, and what is there behind it; None if that is no wonder: another node may be behind, and one that could not
+        come to know soon what it passed on."""
+        assert client._router is not None
+        router, began = client._router, self.world.loop.now
+        try:
+            changed = await change
+            soon, node = self.world.loop.now - began < BEHIND_SECONDS, self._node(router.answered)
+            found = await read
+        finally:
+            read.close()
+        return changed, found if soon and self._node(router.answered) == node else None
+
     def _node(self, address: str) -> tuple[str, int]:
         """A node between two of its starts."""
         return address, self.world.nodes[address.partition(":")[0]].life
+
+    @staticmethod
+    async def _paused(admin: Admin, name: str) -> bool:
+        return any([gate.cause is GateCause.PAUSED and gate.tenant is None async for gate in admin.list_gates(name)])
 
     @staticmethod
     def _same(wanted: Destination, found: Destination) -> None:

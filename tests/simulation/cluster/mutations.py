@@ -17,6 +17,7 @@ from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.wire import run_parts
 from spillway.broker.services import produce
+from spillway.broker.services.admin import AdminService
 from spillway.client.consumer import Consumer as ClientConsumer
 from spillway.client.producer import Producer as ClientProducer
 from spillway.client.retry import Verdict
@@ -166,6 +167,11 @@ def _leak_credit() -> Any:
     return patch.object(ClientConsumer, "_finished", leaky)
 
 
+def _behind() -> Any:
+    """A change is answered before the node that was asked for it knows it."""
+    return patch.object(AdminService, "_made", lambda self, context: None)
+
+
 def _shard(mutant: type[Shard]) -> Mutation:
     def mutate() -> Any:
         return patch.object(shard_module, "Shard", mutant)
@@ -188,6 +194,7 @@ SEEN: dict[str, Mutation] = {
     "client, other numbers for copies": _new_numbers,
     "client, records overtake": _overtake,
     "client, credit leaks": _leak_credit,
+    "a change is answered too early": _behind,
     "R2, released before it is synced": raft.SEEN["release before sync"],
     "R2, counted before it is synced": raft.SEEN["apply unsynced"],
     "R5, compacted up to what is applied": raft.SEEN["compact applied"],

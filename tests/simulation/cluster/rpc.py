@@ -283,6 +283,12 @@ class Call:
             self._end(grpc.StatusCode.CANCELLED, "cancelled by the client")
         return True
 
+    async def trailing_metadata(self) -> Any:
+        """As grpc.aio."""
+        await self._answered()
+        assert self._status is not None
+        return self._status[2] or grpc.aio.Metadata()
+
     def cancelled(self) -> bool:
         """As grpc.aio."""
         return self._status is not None and self._status[0] is grpc.StatusCode.CANCELLED
@@ -336,7 +342,7 @@ class Call:
                 answer = await made
                 if not handler.response_streaming:
                     await context.write(serialize(answer))
-            self._finish(grpc.StatusCode.OK, "")
+            self._finish(grpc.StatusCode.OK, "", context.trailing)
         except Aborted as status:
             self._finish(status.code, status.details, status.trailing)
         except asyncio.CancelledError:
@@ -401,6 +407,11 @@ class ServerContext:
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self.trailing: Any = None
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """As grpc.aio."""
+        self.trailing = grpc.aio.Metadata(*trailing_metadata)
 
     async def write(self, data: bytes) -> None:
         """As grpc.aio."""

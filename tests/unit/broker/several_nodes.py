@@ -2,12 +2,28 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
 
 from node_world import Context, World
 from spillway.broker.services.admin import AdminService
 from spillway.v1 import admin_service_pb2 as pb
+
+
+class Asked:
+    """A call to another node, as grpc.aio has it; the answer is a test's."""
+
+    def __init__(self, answer: Coroutine[Any, Any, Any], *trailing: tuple[str, str]) -> None:
+        self._answer = answer
+        self._trailing = trailing
+
+    def __await__(self) -> Any:
+        return self._answer.__await__()
+
+    async def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        """As gRPC has it."""
+        return self._trailing
 
 
 class Peer:
@@ -24,7 +40,7 @@ class Peer:
             if isinstance(answer, Exception):
                 raise answer
             return answer(request) if callable(answer) else answer
-        return call
+        return lambda *request, **options: Asked(call(*request, **options))
 
 
 class PeersContext(Context):
@@ -32,6 +48,11 @@ class PeersContext(Context):
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self.metadata = metadata
+        self.trailing: tuple[tuple[str, str], ...] = ()
+
+    def set_trailing_metadata(self, trailing: tuple[tuple[str, str], ...]) -> None:
+        """As gRPC's."""
+        self.trailing = trailing
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         """As gRPC has it."""

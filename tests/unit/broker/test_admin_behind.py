@@ -7,17 +7,13 @@ from typing import Any
 
 import grpc
 import pytest
+from several_nodes import Asked
 from spillway.broker.core.directory import destination
 from spillway.broker.core.policy import Policy
 from spillway.broker.errors import NotFound
+from spillway.broker.services import changes
 from spillway.broker.services.admin import AdminService
-from spillway.v1.admin_service_pb2 import (
-    Destination,
-    GetDestinationRequest,
-    GetDestinationResponse,
-    UpdateDestinationRequest,
-    UpdateDestinationResponse,
-)
+from spillway.v1.admin_service_pb2 import DeleteRouteRequest, DeleteRouteResponse, GetDestinationRequest, GetDestinationResponse
 
 
 class Leader:
@@ -64,17 +60,21 @@ async def test_only_the_leader_says_that_there_is_none() -> None:
     assert names == ["none"]
 
 
-async def test_what_the_leader_stored_is_known_here_before_the_answer() -> None:
-    """Who asks this node next must not be told what was before: its next change would be refused, as made of something old."""
+@pytest.mark.parametrize(("told", "index"), [((("other", "x"), (changes.INDEX, "7")), 7), ((), 6), (((changes.INDEX, "8"),), 7)])
+async def test_what_the_leader_made_is_known_here_before_the_answer(monkeypatch: pytest.MonkeyPatch, told: Any, index: int) -> None:
+    """Who asks this node next must not be told what was before: its next change would be refused, as made of something old. A leader of a
+    former version does not say how much that is, and a node that learns nothing for a while answers nevertheless."""
+    monkeypatch.setattr(changes, "BEHIND_SECONDS", 0.3)
     at = SimpleNamespace(applied_index=6)
 
     class Storing(Leader):
-        async def UpdateDestination(self, request: UpdateDestinationRequest, timeout: float) -> UpdateDestinationResponse:
-            asyncio.get_running_loop().call_later(0.05, setattr, at, "applied_index", 7)
-            return UpdateDestinationResponse(destination=Destination(name="d", etag="7"))
+        def DeleteRoute(self, request: DeleteRouteRequest, timeout: float) -> Asked:
+            async def answer() -> DeleteRouteResponse:
+                asyncio.get_running_loop().call_later(0.05, setattr, at, "applied_index", 7)
+                return DeleteRouteResponse()
+            return Asked(answer(), *told)
 
     asked = service({}, Storing(set(), print))
     asked.node.meta.rows = at  # type: ignore[assignment]
-    asked.node.config.payload_bytes_max = 1 << 20  # type: ignore[misc]
-    answer = await asked.UpdateDestination(UpdateDestinationRequest(destination=Destination(name="d")), None)
-    assert answer.destination.etag == "7" and at.applied_index == 7
+    assert await asked.DeleteRoute(DeleteRouteRequest(source="d"), None) == DeleteRouteResponse()
+    assert at.applied_index == index

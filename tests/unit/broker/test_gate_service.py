@@ -247,8 +247,10 @@ async def test_a_peer_opens_its_gates_or_ends_the_parking(world: World) -> None:
     await finish(world, peer.UnparkDelivery(request, PeersContext(("spillway-shards", "1"))))
     assert not world.node.gates and world.node.meta.directory.holds
     world.node.gates[b"d"] = (world.now + 5000, 1)
-    await finish(world, peer.UnparkDelivery(request, PeersContext(("other", "x"))))
+    context = PeersContext(("other", "x"))
+    await finish(world, peer.UnparkDelivery(request, context))
     assert world.node.gates and not world.node.meta.directory.holds
+    assert context.trailing == (("spillway-meta-index", str(world.node.meta.rows.applied_index)),)
 
 
 async def test_a_shard_without_a_leader_keeps_no_other_gate_closed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

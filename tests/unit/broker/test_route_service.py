@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from node_world import Context, Refused, World
+from several_nodes import Asked
 from spillway.broker.core import directory as d
 from spillway.broker.services import pages
 from spillway.broker.services.admin import AdminService
@@ -196,7 +197,7 @@ class Leader:
         async def call(request: Any, timeout: float) -> Any:
             self.calls.append((method, request))
             return getattr(pb, method + "Response")()
-        return call
+        return lambda *request, **options: Asked(call(*request, **options))
 
 
 async def test_changes_go_to_the_meta_groups_leader() -> None:

@@ -11,6 +11,7 @@ from spillway.broker.errors import BrokerError, NotFound, Unavailable
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.access import visible
+from spillway.broker.services.changes import made_by_leader, tell_index
 from spillway.broker.services.destinations import destination_proto, parse_destination
 from spillway.broker.services.explain import Explain
 from spillway.broker.services.gates import Gates
@@ -27,7 +28,6 @@ from spillway.v1 import admin_service_pb2_grpc
 from spillway.v1.message_pb2 import Message
 
 POLL_SECONDS = 0.02
-BEHIND_SECONDS = 1.0  # that an answer waits for this node to know what it says
 DEAD_LETTERS_AT_ONCE = 16  # read from the store; each may have as much as a message may
 
 
@@ -44,10 +44,11 @@ class AdminService(Explain, Gates, Routes, Stats, Tokens, admin_service_pb2_grpc
         try:
             wanted = parse_destination(request.destination, self.node.config.payload_bytes_max)
             if (stub := await self._meta_leader()) is not None:
-                created: pb.CreateDestinationResponse = await stub.CreateDestination(request, timeout=CALL_SECONDS)
-                await self._known_here(created.destination.etag)
+                created: pb.CreateDestinationResponse = await made_by_leader(
+                    self.node, stub.CreateDestination(request, timeout=CALL_SECONDS))
                 return created
             stored = await self.node.meta.put(wanted, create=True, replace=False, etag=0)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.CreateDestinationResponse(destination=destination_proto(stored))
@@ -58,21 +59,19 @@ class AdminService(Explain, Gates, Routes, Stats, Tokens, admin_service_pb2_grpc
             wanted = parse_destination(request.destination, self.node.config.payload_bytes_max)
             etag = parse_etag("destination.etag", request.destination.etag)
             if (stub := await self._meta_leader()) is not None:
-                updated: pb.UpdateDestinationResponse = await stub.UpdateDestination(request, timeout=CALL_SECONDS)
-                await self._known_here(updated.destination.etag)
+                updated: pb.UpdateDestinationResponse = await made_by_leader(
+                    self.node, stub.UpdateDestination(request, timeout=CALL_SECONDS))
                 return updated
             stored = await self.node.meta.put(wanted, create=request.allow_missing, replace=True, etag=etag)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.UpdateDestinationResponse(destination=destination_proto(stored))
 
-    async def _known_here(self, etag: str) -> None:
-        """Waits, for a while at most, until this node knows what another one stored: who asks the same node next finds it."""
-        deadline = asyncio.get_running_loop().time() + BEHIND_SECONDS
-        while self.node.meta.rows.applied_index < int(etag or 0):
-            if asyncio.get_running_loop().time() > deadline:
-                return
-            await asyncio.sleep(POLL_SECONDS)
+    def _made(self, context: Any) -> None:
+        """This node made a change; another one that asked for it is told."""
+        if self.peer:
+            tell_index(self.node, context)
 
     async def _meta_leader(self) -> Any:
         """The stub of the meta leader, or None if it is this node."""

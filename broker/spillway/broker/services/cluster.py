@@ -11,6 +11,7 @@ from spillway.broker.errors import BrokerError, RequestError, Unavailable
 from spillway.broker.runtime.balance import META_GROUP, ask_status, node_status
 from spillway.broker.runtime.forward import Forwarder
 from spillway.broker.runtime.node import Node
+from spillway.broker.services.changes import made_by_leader, tell_index
 from spillway.broker.services.cluster_status import cluster_status
 from spillway.broker.services.names import check_name
 from spillway.broker.services.operations import CALL_SECONDS
@@ -113,10 +114,12 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
             leader = await self.forwarder.await_meta_leader()
             if leader == self.node.config.node_id:
                 await self.node.balance.leave(request.node_id, leaving)
+                if self.peer:
+                    tell_index(self.node, context)
             elif self.peer:
                 raise Unavailable("this node does not lead the meta group", leader)
             else:
-                await getattr(self.forwarder.link(leader).cluster, method)(request, timeout=CALL_SECONDS)
+                await made_by_leader(self.node, getattr(self.forwarder.link(leader).cluster, method)(request, timeout=CALL_SECONDS))
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return response

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from spillway.broker.core.directory import HOLDS_MAX
 from spillway.broker.errors import BrokerError, Unavailable
+from spillway.broker.services.changes import made_by_leader
 from spillway.broker.services.names import check_reason, duration_ms
 from spillway.broker.services.operations import CALL_SECONDS, SHARDS_METADATA, Operations, metadata_of
 from spillway.broker.services.pages import no_token, page_size, take_page, token, token_bytes
@@ -28,12 +29,13 @@ class Gates(Operations):
     """The handlers; part of AdminService."""
 
     _meta_leader: Callable[[], Awaitable[Any]]  # the stub of the meta group's leader, None if it is this node
+    _made: Callable[[Any], None]  # see AdminService
 
     async def PauseDelivery(self, request: pb.PauseDeliveryRequest, context: Any) -> pb.PauseDeliveryResponse:
         """See admin_service.proto."""
         try:
             check_reason("reason", request.reason)
-            await self._hold("PauseDelivery", request, pause=request.reason, paused=True)
+            await self._hold("PauseDelivery", request, context, pause=request.reason, paused=True)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.PauseDeliveryResponse()
@@ -41,7 +43,7 @@ class Gates(Operations):
     async def ResumeDelivery(self, request: pb.ResumeDeliveryRequest, context: Any) -> pb.ResumeDeliveryResponse:
         """See admin_service.proto."""
         try:
-            await self._hold("ResumeDelivery", request, pause="")
+            await self._hold("ResumeDelivery", request, context, pause="")
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.ResumeDeliveryResponse()
@@ -51,7 +53,7 @@ class Gates(Operations):
         try:
             check_reason("reason", request.reason)
             wait = duration_ms("duration", request.duration if request.HasField("duration") else Duration(), 1, PARK_MS_MAX)
-            await self._hold("ParkDelivery", request, park_until=self.node.now_ms() + wait, park_why=request.reason)
+            await self._hold("ParkDelivery", request, context, park_until=self.node.now_ms() + wait, park_why=request.reason)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.ParkDeliveryResponse()
@@ -64,7 +66,7 @@ class Gates(Operations):
                 self._own(await self._plan(context))
                 self.node.open_gates(scope_of(request))
             else:
-                await self._hold("UnparkDelivery", request, park_until=0)
+                await self._hold("UnparkDelivery", request, context, park_until=0)
                 if not self.peer:
                     await self._stubbornly(lambda: self._open_all(request))
         except (BrokerError, grpc.aio.AioRpcError) as error:
@@ -88,18 +90,19 @@ class Gates(Operations):
         if missing:
             raise Unavailable(f"shards {missing} have no leader; what they keep closed stays so")
 
-    async def _hold(self, method: str, request: Any, **change: Any) -> None:
+    async def _hold(self, method: str, request: Any, context: Any, **change: Any) -> None:
         """Makes a change (as MetaRuntime.hold has it) or has the meta group's leader do so, once it is checked whose it is.
         Raises RequestError, NotFound, Unavailable, or what the leader answers."""
         await self._check_scope(request.destination, request.tenant if request.HasField("tenant") else None, None)
         if (stub := await self._meta_leader()) is not None:
-            await getattr(stub, method)(request, timeout=CALL_SECONDS)
+            await made_by_leader(self.node, getattr(stub, method)(request, timeout=CALL_SECONDS))
             return
         meta, now = self.node.meta, self.node.now_ms()
         if len(meta.directory.holds) >= HOLDS_MAX:  # nothing else forgets the parkings that are over
             expired = [scope for scope, hold in meta.directory.holds.items() if hold.paused is None and hold.parked_until <= now]
             await asyncio.gather(*(meta.hold(scope, park_until=0) for scope in expired[:EXPIRED_PER_CALL_MAX]))
         await meta.hold(scope_of(request), **change)
+        self._made(context)
 
     async def ListGates(self, request: pb.ListGatesRequest, context: Any) -> pb.ListGatesResponse:
         """See admin_service.proto. Another node is told of this node's own only."""

@@ -10,6 +10,7 @@ from spillway.broker.core.filters import FilterError, compile_filter
 from spillway.broker.errors import BrokerError, NotFound, RequestError
 from spillway.broker.runtime.node import Node
 from spillway.broker.services.access import visible
+from spillway.broker.services.changes import made_by_leader
 from spillway.broker.services.fanout import COPIES_MAX
 from spillway.broker.services.names import check_destination, parse_etag
 from spillway.broker.services.operations import CALL_SECONDS
@@ -25,18 +26,18 @@ class Routes:
 
     node: Node
     _meta_leader: Callable[[], Awaitable[Any]]  # the stub of the meta group's leader, None if it is this node
-    _known_here: Callable[[str], Awaitable[None]]  # waits until this node knows what has this etag
+    _made: Callable[[Any], None]  # see AdminService
 
     async def CreateRoute(self, request: pb.CreateRouteRequest, context: Any) -> pb.CreateRouteResponse:
         """See admin_service.proto."""
         try:
             wanted = parse_route(request.route)
             if (stub := await self._meta_leader()) is not None:
-                created: pb.CreateRouteResponse = await stub.CreateRoute(request, timeout=CALL_SECONDS)
-                await self._known_here(created.route.etag)
+                created: pb.CreateRouteResponse = await made_by_leader(self.node, stub.CreateRoute(request, timeout=CALL_SECONDS))
                 return created
             self._check_copies(wanted)
             stored = await self.node.meta.put_route(wanted, create=True, replace=False, etag=0)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.CreateRouteResponse(route=route_proto(stored))
@@ -47,11 +48,11 @@ class Routes:
             wanted = parse_route(request.route)
             etag = parse_etag("route.etag", request.route.etag)
             if (stub := await self._meta_leader()) is not None:
-                updated: pb.UpdateRouteResponse = await stub.UpdateRoute(request, timeout=CALL_SECONDS)
-                await self._known_here(updated.route.etag)
+                updated: pb.UpdateRouteResponse = await made_by_leader(self.node, stub.UpdateRoute(request, timeout=CALL_SECONDS))
                 return updated
             self._check_copies(wanted)
             stored = await self.node.meta.put_route(wanted, create=request.allow_missing, replace=True, etag=etag)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.UpdateRouteResponse(route=route_proto(stored))
@@ -89,9 +90,10 @@ class Routes:
             check_destination("source", request.source)
             etag = parse_etag("etag", request.etag)
             if (stub := await self._meta_leader()) is not None:
-                deleted: pb.DeleteRouteResponse = await stub.DeleteRoute(request, timeout=CALL_SECONDS)
+                deleted: pb.DeleteRouteResponse = await made_by_leader(self.node, stub.DeleteRoute(request, timeout=CALL_SECONDS))
                 return deleted
             await self.node.meta.drop_route(request.source, etag)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.DeleteRouteResponse()

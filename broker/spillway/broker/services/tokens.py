@@ -9,6 +9,7 @@ from spillway.broker.core.access import ANY, LEASE, SCOPES_MAX, Scope, Token
 from spillway.broker.core.bounds import COUNT_MAX, NUMBER_MAX
 from spillway.broker.errors import BrokerError, RequestError
 from spillway.broker.runtime.node import Node
+from spillway.broker.services.changes import made_by_leader
 from spillway.broker.services.names import check_name, duration_ms
 from spillway.broker.services.operations import CALL_SECONDS
 from spillway.broker.services.pages import page_size, take_page, token, token_name
@@ -24,6 +25,7 @@ class Tokens:
 
     node: Node
     _meta_leader: Callable[[], Awaitable[Any]]  # the stub of the meta group's leader, None if it is this node
+    _made: Callable[[Any], None]  # see AdminService
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Any) -> pb.CreateTokenResponse:
         """See admin_service.proto."""
@@ -31,9 +33,10 @@ class Tokens:
             token_id, text, digest = make_token()
             wanted = parse_token(request, token_id, digest, self.node.now_ms())
             if (stub := await self._meta_leader()) is not None:
-                created: pb.CreateTokenResponse = await stub.CreateToken(request, timeout=CALL_SECONDS)
+                created: pb.CreateTokenResponse = await made_by_leader(self.node, stub.CreateToken(request, timeout=CALL_SECONDS))
                 return created
             stored = await self.node.meta.put_token(wanted)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.CreateTokenResponse(token=token_proto(stored), secret=text)
@@ -54,9 +57,10 @@ class Tokens:
         try:
             check_name("token_id", request.token_id)
             if (stub := await self._meta_leader()) is not None:
-                revoked: pb.RevokeTokenResponse = await stub.RevokeToken(request, timeout=CALL_SECONDS)
+                revoked: pb.RevokeTokenResponse = await made_by_leader(self.node, stub.RevokeToken(request, timeout=CALL_SECONDS))
                 return revoked
             await self.node.meta.drop_token(request.token_id)
+            self._made(context)
         except (BrokerError, grpc.aio.AioRpcError) as error:
             await pass_on(context, error)
         return pb.RevokeTokenResponse()
