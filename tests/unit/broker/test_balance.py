@@ -11,7 +11,7 @@ import grpc
 import msgspec
 import pytest
 from node_world import Refused, World
-from several_nodes import PeersContext
+from several_nodes import PeersContext, finish
 from spillway.broker.core import directory as d
 from spillway.broker.core import features
 from spillway.broker.errors import NotFound, RequestError, Unavailable
@@ -226,8 +226,9 @@ async def test_nobody_leaves_a_cluster_that_is_only_forming(world: World) -> Non
     with pytest.raises(Unavailable, match="only forming; try again"):
         await world.node.balance.leave("n1", d.DRAINS)
     world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"))
+    world.node.meta.leading = True
     with pytest.raises(NotFound, match="there is no node 'n2'; there are n1"):
-        await world.node.balance.leave("n2", d.DRAINS)
+        await finish(world, world.node.balance.leave("n2", d.DRAINS))
 
 
 async def test_who_watches_hears_of_leaders_of_shards_that_are_elsewhere(world: World) -> None:
@@ -487,15 +488,19 @@ async def test_a_drain_is_judged_by_who_is_there() -> None:
     of = balance(Host("23", {0: ("1234", "")}), {1: "123"}, ALL)
     of._seen.update(n1=20.0, n2=20.0, n3=20.0, n4=0.0)
     of._node.clock = SimpleNamespace(monotonic=lambda: 20.0)  # type: ignore[assignment]
-    put: list[tuple[str, int]] = []
+    put: list[tuple[str, int, int]] = []
+    members = of._node.meta.directory.members
 
-    async def put_member(member: d.Member, **rest: Any) -> None:
-        put.append((member.node_id, member.leaving))
-    of._node.meta.put_member = put_member  # type: ignore[method-assign, assignment]
+    async def put_member(member: d.Member, etag: int, **rest: Any) -> None:
+        put.append((member.node_id, member.leaving, etag))
+
+    async def barrier() -> None:  # an earlier leader had changed it
+        members["n4"] = msgspec.structs.replace(members["n4"], revision=9)
+    of._node.meta.put_member, of._node.meta.barrier = put_member, barrier  # type: ignore[method-assign, assignment]
     with pytest.raises(RequestError, match="start n4, or let another node join first"):
         await of.leave("n3", d.DRAINS)
     await of.leave("n4", d.GONE)
-    assert put == [("n4", d.GONE)]
+    assert put == [("n4", d.GONE, 9)]
 
 
 @pytest.mark.parametrize("why", ["joins", "recovers"])
@@ -513,6 +518,7 @@ async def test_a_node_that_does_not_know_the_others_yet_names_no_nodes(world: Wo
     watching = asyncio.create_task(world.node.wait_topology(world.node.revision))
     await asyncio.sleep(0)
     world.node.meta.directory.members.update(n1=d.Member("n1", 1, "p:1", "c:1"))
+    world.node.meta.leading = True
     world.node.balance.follow()
     await asyncio.wait_for(watching, 10)
     assert service.topology().shard_count == 2

@@ -366,6 +366,8 @@ class Balance:
         members = node.meta.directory.members
         if not members:
             raise Unavailable(FORMING)
+        await node.meta.barrier()  # what a leader before this one changed counts, and this one may not have applied it yet
+        members = node.meta.directory.members
         known = members.get(node_id)
         if known is None:
             raise NotFound("node_id", f"there is no node {node_id!r}; there are {', '.join(sorted(members))}")
