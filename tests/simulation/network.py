@@ -21,6 +21,24 @@ class RoughNetwork(MemoryNetwork):
         self._rnd = rnd
         self._twice = twice
         self._ghosts = ghosts
+        self._hanging: set[str] = set()
+
+    def leave_alone(self, node: str) -> None:
+        """Others have found out that a node hangs: they have no connection with it until it is found again."""
+        self._hanging.add(node)
+        for other in self.peers():
+            self.disconnect(node, other)
+
+    def find_again(self, node: str) -> None:
+        """It answers."""
+        self._hanging.discard(node)
+        for other in self.peers():
+            self.connect(node, other)
+
+    def connect(self, a: str, b: str) -> None:
+        """See MemoryNetwork."""
+        if self._hanging.isdisjoint((a, b)):
+            super().connect(a, b)
 
     def _arrive(self, connection: Any, sender: str, peer: str, frame: bytes) -> None:
         transport, epoch = connection.ends[peer]

@@ -63,8 +63,8 @@ T = TypeVar("T")
 
 
 class Admin(Calls):
-    """Calls of AdminService. They go to one node as long as it answers: that knows what was changed through it; what was changed
-    through others it may learn a moment later. Every method takes `timeout` in seconds for all attempts together and raises Unavailable
+    """Calls of AdminService. They go to one node as long as it answers, so they see what this client changed; what was changed through
+    other nodes that one may learn a moment later. Every method takes `timeout` in seconds for all attempts together and raises Unavailable
     when it runs out, InvalidArgument naming a field that is refused, and what its description says. Where `tenant` and
     `key` may be given, None means all of them; a `key` needs a `tenant`."""
 
@@ -179,16 +179,20 @@ class Admin(Calls):
         deadline = loop.time() + timeout
         backoff = Backoff(0.05, 1.0)
         before = so_far = turn = 0  # put back: by streams that broke, and by all
+
+        def heard() -> None:
+            nonlocal deadline
+            deadline = loop.time() + timeout
         while True:
             address = self._address(turn)
             turn += 1
             channel = self._channels.get(address, "control")
             call = rpc.AdminServiceStub(channel).RedriveDeadLetters(request)
             try:
-                while (response := await _next(call, channel, address)) is not None:
+                while (response := await _next(call, channel, address, heard)) is not None:
                     self._answered(address)
                     backoff.reset()
-                    deadline = loop.time() + timeout
+                    heard()
                     so_far = before + response.redriven
                     yield RedriveProgress(so_far, response.done)
                     if response.done:
@@ -330,13 +334,15 @@ class Admin(Calls):
             raise RouteNotFound(str(error)) from None
 
 
-async def _next(call: grpc.aio.UnaryStreamCall[Any, T], channel: grpc.aio.Channel, address: str) -> T | None:
+async def _next(call: grpc.aio.UnaryStreamCall[Any, T], channel: grpc.aio.Channel, address: str, heard: Callable[[], None]) -> T | None:
     """The next answer of a stream, None at its end. Raises Unavailable if the node hangs; one that has nothing to say for long answers
-    what is easy."""
+    what is easy, which is `heard`."""
     reading = asyncio.ensure_future(call.read())
     try:
         while not (await asyncio.wait((reading,), timeout=SILENCE_SECONDS_MAX))[0]:
-            if not await answers(channel, QUESTION_SECONDS_MAX):
+            if await answers(channel, QUESTION_SECONDS_MAX):
+                heard()
+            elif not reading.done():
                 raise Unavailable(f"{address} does not answer")
         response = reading.result()
         return None if response is grpc.aio.EOF else response  # type: ignore[return-value]

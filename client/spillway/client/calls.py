@@ -1,5 +1,5 @@
-"""Calls that any node serves: made at the node that answered the last one, and at one after the other while they are UNAVAILABLE, or
-older than the call. A node knows what was changed through it; others may be behind for a moment."""
+"""Calls that any node serves: made at the node that answered the last one (`Admin` says why), and at one after the other while they are
+UNAVAILABLE, or older than the call."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Faults:
         if node.started and not self.world.calm:
             self.world.counts["fault: hang"] += 1
             node.hang()
-            self.world.later(self._chance.uniform(2.0, 20.0), node.recover)
+            self.world.later(self._chance.uniform(2.0, 20.0), lambda: None if self.world.calm else node.recover())
 
     def _next(self, kind: str, rate: float) -> None:
         def strike() -> None:
@@ -316,17 +316,17 @@ class Faults:
         if away and self._can_do_without(away) and all(world.remembers(node) for node in world.nodes.values() if node not in away):
             pass  # they stay so
         elif all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
+            away = []
             for node in self.rnd.sample(list(world.nodes.values()), (len(world.names) - 1) // 2):
                 if self._can_do_without([*away, node]):
                     away.append(node)
         else:
-            away.clear()
+            away = []
         for node in world.nodes.values():
             node.io_factor = 1.0
             self._freed(node)()
             node.disk.fails = node.state_disk.fails = False
-            if node.hangs:
-                node.left_by_raft()
+            if node in away and node.hangs:
                 continue
             if node in away and node.started and self._hangs:
                 node.hang()

@@ -159,6 +159,7 @@ class SimNode:
         self.alive = False
         self.started = False
         self.hangs = False
+        self._times_hung = 0
         self.skew_ms = 0
         self.io_factor = 1.0
         self.free_bytes = FREE_BYTES
@@ -367,23 +368,19 @@ class SimNode:
         world = self.world
         world.loop.pause(self.process, HANG_SECONDS_MAX)
         world.rpc.hanging.add(self.name)
-        found = partial(self._found, self.life)
-        world.later(SILENCE_SECONDS, partial(found, self.left_by_raft))
+        self._times_hung += 1
+        found = partial(self._found, self._times_hung)
+        world.later(SILENCE_SECONDS, partial(found, partial(world.network.leave_alone, self.name)))
         world.later(LINK_SECONDS, partial(found, self._left_by_nodes))
         world.later(CLIENT_SECONDS, partial(found, self._left_by_all))
         world.trace("hang", self.name, "")
 
-    def _found(self, life: int, find: Callable[[], None]) -> None:
-        if self.hangs and self.life == life:
+    def _found(self, time: int, find: Callable[[], None]) -> None:
+        if self.hangs and self._times_hung == time:
             find()
 
-    def left_by_raft(self) -> None:
-        """Other nodes are told that it does not answer."""
-        for other in self._others():
-            self.world.network.block(self.name, other)
-
     def _left_by_nodes(self) -> None:
-        for other in self._others():
+        for other in self.world.names:
             for link in self.world.rpc.between(self.name, other):
                 link.reset()
 
@@ -399,11 +396,7 @@ class SimNode:
     def _found_again(self) -> None:
         self.hangs = False
         self.world.rpc.hanging.discard(self.name)
-        for other in self._others():
-            self.world.network.unblock(self.name, other)
-
-    def _others(self) -> list[str]:
-        return [name for name in self.world.names if name != self.name]
+        self.world.network.find_again(self.name)
 
     async def stop_gently(self) -> None:
         """As `app.App.stop`."""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,20 +23,21 @@ from spillway.v1.queue_service_pb2_grpc import QueueServiceServicer, add_QueueSe
 
 
 async def test_what_is_sent_over_a_closed_link_fails() -> None:
-    """A node that stops closes its links; whoever still passes something on is told, and no task ends with an error of its own."""
+    """A node that stops closes its links; whoever still passes something on hears that it was not sent, and no task ends with an error of
+    its own."""
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
     link = PeerLink("n2", "127.0.0.1:1")
     await link.close()
-    failed: list[tuple[object, str]] = []
-    link.ack._fail = lambda item, why: failed.append((item, why))
+    unsent: list[object] = []
+    link.ack._kind = forward._SETTLEMENTS._replace(unsent=unsent.append)
     link.ack.send(b"", "item")
     task = link.ack._task
     assert task is not None
     await asyncio.wait((task,))
     link.ack._task = None
     del task
-    assert [item for item, _ in failed] == ["item"] and not errors
+    assert unsent == ["item"] and not errors
 
 
 class Answers:
@@ -62,10 +63,10 @@ class Answers:
         """As gRPC's."""
 
 
-def stream(answers: Answers, answer: Callable[[Any, bytes], None], lost: Callable[[Any, str], None]) -> forward._Stream:
-    """A forwarding stream over it."""
+def stream(answers: Any) -> forward._Stream:
+    """A forwarding stream of records over it."""
     link: Any = SimpleNamespace(node_id="n2", channel=SimpleNamespace(stream_stream=lambda method: answers))
-    return forward._Stream(link, "Produce", answer, lost, forward._batch_of)
+    return forward._Stream(link, "Produce", forward._RECORDS)
 
 
 def batch(records: int) -> Batch:
@@ -83,7 +84,7 @@ GOOD = ProduceResponse(sequences=[7, 8]).SerializeToString()
     ProduceResponse(sequences=[7, 0], errors=[ItemError(index=2)]).SerializeToString()])
 async def test_work_that_was_answered_with_something_else_is_failed(spoilt: bytes) -> None:
     """Its outcome is unknown, and so is that of what was sent after it; none of it waits for ever."""
-    sending = stream(Answers(GOOD, spoilt, GOOD), forward._produced, forward._produce_lost)
+    sending = stream(Answers(GOOD, spoilt, GOOD))
     batches = [batch(2) for _ in range(3)]
     for one in batches:
         sending.send(b"", (None, 1, one))
@@ -97,7 +98,7 @@ async def test_work_that_was_answered_with_something_else_is_failed(spoilt: byte
 async def test_an_answer_that_nobody_asked_for_ends_the_stream() -> None:
     """It belongs to nothing."""
     answers = Answers(GOOD, GOOD)
-    sending = stream(answers, forward._produced, forward._produce_lost)
+    sending = stream(answers)
     one, other = batch(2), batch(2)
     sending.send(b"", (None, 1, one))
     await asyncio.wait_for(one.call.done, 5)
@@ -163,7 +164,8 @@ async def leaders() -> AsyncIterator[tuple[Leader, Leader]]:
 def a_node() -> Any:
     """That calls it."""
     return SimpleNamespace(config=SimpleNamespace(node_id="n1"), members={}, on_members=[], leader_of=lambda shard: "n2",
-                           scheduler=SimpleNamespace(subscribe=lambda consumer, patterns: None))
+                           scheduler=SimpleNamespace(subscribe=lambda consumer, patterns: None),
+                           host=SimpleNamespace(in_touch=lambda node_id: True))
 
 
 async def test_who_waits_for_an_answer_of_a_node_that_moves_gets_it(leaders: tuple[Leader, Leader]) -> None:
@@ -271,6 +273,45 @@ async def test_nobody_waits_for_a_node_that_hangs_and_leads_no_more(leaders: tup
         assert sent.call.results == [7, 7] and not sent.call.errors
     else:
         assert "node n2: it does not answer, and node n3 leads shard 1 now; the outcome is unknown" in sent.call.errors[0][3]
+    await forwarder.close()
+
+
+class Stuck(Answers):
+    """A stream to another node that hangs: there is room for the first request only, and who writes does not hear that it is cancelled."""
+
+    async def write(self, request: bytes) -> None:
+        """As gRPC's."""
+        if self._asked.locked():
+            self._asked.release()
+        else:
+            await asyncio.Event().wait()
+
+    async def read(self) -> Any:
+        """As gRPC's."""
+        await asyncio.Event().wait()
+
+
+async def test_what_was_not_sent_to_a_node_that_hangs_goes_on(leaders: tuple[Leader, Leader]) -> None:
+    """Whatever it is; of what was under way the outcome is unknown. That another node leads any of its shards will do, if Raft does not
+    hear of the node."""
+    _, leads = leaders
+    leads.answer.set()
+    leader = {1: "n2", 2: "n2"}
+    node = a_node()
+    node.leader_of = leader.__getitem__
+    node.host.in_touch = lambda node_id: False
+    node.members = {"n1": None, "n2": Peer("n2", "127.0.0.1:1", ""), "n3": Peer("n3", leads.address, "")}
+    forwarder = Forwarder(node)
+    link = forwarder.link("n2")
+    link.channel = SimpleNamespace(stream_stream=lambda method: Stuck(), close=link.channel.close)  # type: ignore[assignment]
+    first, second, third = batch(2), batch(2), batch(2)
+    for shard, sent in ((1, first), (2, second), (2, third)):
+        forwarder.produce(shard, sent)
+    leader[2] = "n3"
+    await asyncio.wait_for(asyncio.gather(*(sent.call.done for sent in (first, second, third))), 30)
+    for lost in (first, second):
+        assert "node n2: it does not answer, and node n3 leads shard 2 now; the outcome is unknown" in lost.call.errors[0][3]
+    assert third.call.results == [7, 7] and not third.call.errors
     await forwarder.close()
 
 

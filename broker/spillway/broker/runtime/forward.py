@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -61,7 +61,7 @@ LEADER_WAIT_SECONDS = 5.0  # how long a piece waits for its shard to have a lead
 LEADER_POLL_SECONDS = 0.02
 WATCH_SECONDS = 0.25  # between looks for a node that hangs; its connections stay open, and say nothing
 MOVED_SECONDS_MAX = 1.0  # of silence, once another node is known to lead the shard
-SILENCE_SECONDS_MAX = 5.0  # of silence, while Raft hears nothing of the node either
+SILENCE_SECONDS_MAX = 3.0  # of silence, while Raft hears nothing of the node either
 LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
 ROTATED_GRACE_SECONDS = 600.0  # consumers' streams over a channel with former certificates: then they are opened anew
@@ -75,29 +75,33 @@ CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_sen
                    ("grpc.use_local_subchannel_pool", 1)]
 
 
+class _Kind(NamedTuple):
+    """What there is to do with what a stream carries. Each item is answered, lost or unsent once."""
+
+    whose: Callable[[Any], tuple[Forwarder, int]]  # an item's forwarder and shard
+    answered: Callable[[Any, bytes], None]
+    lost: Callable[[Any, str], None]  # it was sent, and its outcome is unknown: why
+    unsent: Callable[[Any], None]
+
+
 class _Stream:
     """A forwarding stream: requests out, answers back in the same order. A node that hangs leaves its connections open, so who waits for
     one that does not lead the shard any more, or that nobody hears of, waits no longer."""
 
-    def __init__(self, link: PeerLink, method: str, answer: Callable[[Any, bytes], None],
-                 fail: Callable[[Any, str], None], whose: Callable[[Any], tuple[Forwarder, int]]) -> None:
-        """`answer` and `fail` are called once for each item, either of them; `whose` tells an item's forwarder and shard."""
+    def __init__(self, link: PeerLink, method: str, kind: _Kind) -> None:
         self._link = link
         self._method = method
-        self._answer = answer
-        self._fail = fail
-        self._whose = whose
+        self._kind = kind
         self._out: deque[tuple[bytes, Any]] = deque()
         self._waiting: deque[tuple[float, Any]] = deque()  # since when, what
         self._some = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._heard_at = 0.0
         self._watch: asyncio.TimerHandle | None = None
-        self._call: Any = None
-        self._hangs = ""  # why the call was given up
+        self._hangs: asyncio.Future[str] | None = None  # of the present call: done with why it is given up
 
     def send(self, request: bytes, item: Any) -> None:
-        """Sends a request; `item` is answered or failed later."""
+        """Sends a request; what becomes of `item` its kind is told later."""
         self._out.append((request, item))
         self._some.set()
         loop = asyncio.get_running_loop()
@@ -107,23 +111,26 @@ class _Stream:
             self._watch = loop.call_later(WATCH_SECONDS, self._look)
 
     def _look(self) -> None:
-        """Ends a call that nothing is to be hoped for from."""
+        """Gives up a call that nothing is to be hoped for from."""
         loop = asyncio.get_running_loop()
         self._watch = loop.call_later(WATCH_SECONDS, self._look) if self._waiting or self._out else None
-        if not self._waiting or self._call is None:
-            return
-        since, item = self._waiting[0]
-        silence = loop.time() - max(since, self._heard_at)
+        if self._waiting and self._hangs is not None and not self._hangs.done() and (why := self._given_up(loop.time())):
+            self._hangs.set_result(why)
+
+    def _given_up(self, now: float) -> str:
+        """Why to wait no longer; empty if there is no reason. A node that Raft hears of may only have much to do, so only what waits first
+        counts: what is sent again makes that more."""
+        since, first = self._waiting[0]
+        silence = now - max(since, self._heard_at)
         if silence <= MOVED_SECONDS_MAX:
-            return
-        (forwarder, shard), node_id = self._whose(item), self._link.node_id
-        leader = forwarder.node.leader_of(shard)
-        if leader not in (None, node_id):
-            self._hangs = f"it does not answer, and node {leader} leads shard {shard} now"
-        elif silence > SILENCE_SECONDS_MAX and not forwarder.node.host.in_touch(node_id):
-            self._hangs = "it does not answer"
-        if self._hangs:
-            self._call.cancel()
+            return ""
+        forwarder, node_id = self._kind.whose(first)[0], self._link.node_id
+        there = forwarder.node.host.in_touch(node_id)
+        for _, item in (self._waiting[0],) if there else self._waiting:
+            shard = self._kind.whose(item)[1]
+            if (leader := forwarder.node.leader_of(shard)) not in (None, node_id):
+                return f"it does not answer, and node {leader} leads shard {shard} now"
+        return "it does not answer" if not there and silence > SILENCE_SECONDS_MAX else ""
 
     async def _run(self) -> None:
         while await self._serve():
@@ -131,48 +138,58 @@ class _Stream:
 
     async def _serve(self) -> bool:
         """One call, until it ends; true if it ended, with everything answered, as the link has another channel now."""
-        call: Any = None
         channel = self._link.channel
-        self._hangs = ""
-        reader: asyncio.Task[None] | None = None
-        why = "the stream ended"
-        moved = False
+        why, moved = "the stream ended", False
+        tasks: list[asyncio.Task[None]] = []
+        call: Any = None
         try:
-            call = self._call = channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
-            reader = asyncio.get_running_loop().create_task(self._read(call, channel))
-            while not reader.done():
-                moves = self._link.channel is not channel
-                if moves and not self._waiting:
-                    moved = True
-                    break
-                while self._out and not moves:  # what was sent is answered before anything goes another way: they stay in order
-                    request, item = self._out.popleft()
-                    self._waiting.append((asyncio.get_running_loop().time(), item))
-                    await call.write(request)
-                self._some.clear()
-                waker = asyncio.ensure_future(self._some.wait())
-                await asyncio.wait((waker, reader), return_when=asyncio.FIRST_COMPLETED)
-                waker.cancel()
-            if not moved:
-                await reader
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-            why = error.details() or "broken" if isinstance(error, grpc.aio.AioRpcError) else str(error)
-        except WireInvalid as error:
+            call = channel.stream_stream(f"/spillway.v1.QueueService/{self._method}")()
+            hangs = self._hangs = asyncio.get_running_loop().create_future()
+            reader, writer = tasks = [asyncio.create_task(self._read(call, channel)), asyncio.create_task(self._write(call, channel))]
+            await asyncio.wait((reader, writer, hangs), return_when=asyncio.FIRST_COMPLETED)
+            moved = not reader.done() and not hangs.done() and not writer.cancelled() and writer.exception() is None
+            if hangs.done():
+                why = hangs.result()
+        except grpc.aio.UsageError as error:  # the channel is closed
             why = str(error)
-        except asyncio.CancelledError:
-            _raise_own_cancellation()
         finally:
-            self._call = None
-            if reader is not None:
-                reader.cancel()
+            self._hangs = None
+            if call is not None:
                 call.cancel()
+            for task in tasks:
+                task.cancel()
+            for ended in reversed(await asyncio.gather(*tasks, return_exceptions=True)):  # the reader knows better
+                if isinstance(ended, grpc.aio.AioRpcError):
+                    why = ended.details() or "broken"
+                elif isinstance(ended, Exception):
+                    why = str(ended)
+                    if not isinstance(ended, (asyncio.InvalidStateError, grpc.aio.UsageError, WireInvalid)):
+                        log.error("bug in the stream to node %s", self._link.node_id, exc_info=ended)
             if not moved:
-                waiting = [item for _, item in (*self._waiting, *self._out)]
-                self._waiting.clear()
-                self._out.clear()
-                for item in waiting:
-                    self._fail(item, f"node {self._link.node_id}: {self._hangs or why}; the outcome is unknown")
+                self._give_back(why)
         return moved
+
+    def _give_back(self, why: str) -> None:
+        waiting, out = [item for _, item in self._waiting], [item for _, item in self._out]
+        self._waiting.clear()
+        self._out.clear()
+        for item in waiting:
+            self._kind.lost(item, f"node {self._link.node_id}: {why}; the outcome is unknown")
+        for item in out:
+            self._kind.unsent(item)
+
+    async def _write(self, call: Any, channel: grpc.aio.Channel) -> None:
+        """Sends what there is, until the link has another channel and everything is answered: what was sent is answered before anything
+        goes another way, so that it stays in order."""
+        while True:
+            while self._out and self._link.channel is channel:
+                request, item = self._out.popleft()
+                self._waiting.append((asyncio.get_running_loop().time(), item))
+                await call.write(request)
+            if self._link.channel is not channel and not self._waiting:
+                return
+            self._some.clear()
+            await self._some.wait()
 
     async def _read(self, call: Any, channel: grpc.aio.Channel) -> None:
         while True:
@@ -182,7 +199,7 @@ class _Stream:
             if not self._waiting:
                 raise WireInvalid("it answered what it was not asked")
             self._heard_at = asyncio.get_running_loop().time()
-            self._answer(self._waiting[0][1], data)  # raises before anything is taken: then it is failed with all others
+            self._kind.answered(self._waiting[0][1], data)  # raises before anything is taken: then it is lost with all others
             self._waiting.popleft()
             if not self._waiting and self._link.channel is not channel:
                 self._some.set()
@@ -192,7 +209,7 @@ class _Stream:
         self._some.set()
 
     def stop(self) -> None:
-        """Ends the stream; what waits is failed."""
+        """Ends the stream; what waits is lost."""
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -208,10 +225,10 @@ class PeerLink:
         self.address = address
         self._tls = tls
         self._connect()
-        self.produce = _Stream(self, "Produce", _produced, _produce_lost, _batch_of)
+        self.produce = _Stream(self, "Produce", _RECORDS)
         # Copies of routes have a stream of their own: what is forwarded on the other may wait for copies that come back here.
-        self.copies = _Stream(self, "Produce", _produced, _produce_lost, _batch_of)
-        self.ack = _Stream(self, "Ack", _acked, _acks_lost, _acks_of)
+        self.copies = _Stream(self, "Produce", _RECORDS)
+        self.ack = _Stream(self, "Ack", _SETTLEMENTS)
 
     def _connect(self) -> None:
         self.channel = _channel(self.node_id, self.address, self._tls)
@@ -356,7 +373,7 @@ class Forwarder:
         if not batch.give_up:
             batch.give_up = now + LEADER_WAIT_SECONDS
         elif now > batch.give_up:
-            _produce_failed(batch, f"shard {shard}: its leader keeps changing")
+            _produce_failed(batch, f"shard {shard}: its leader keeps changing, or does not answer")
             return
 
         def act(leader: str | None) -> None:
@@ -424,7 +441,7 @@ class Forwarder:
         give_up = give_up or now + LEADER_WAIT_SECONDS
         item = _Acks(self, shard, call, settlements, give_up)
         if now > give_up:
-            _ack_failed(item, f"shard {shard}: its leader keeps changing")
+            _ack_failed(item, f"shard {shard}: its leader keeps changing, or does not answer")
             return
 
         def act(leader: str | None) -> None:
@@ -584,11 +601,15 @@ def _produced(item: tuple[Forwarder, int, Batch], data: bytes) -> None:
 
 
 def _produce_lost(item: tuple[Forwarder, int, Batch], why: str) -> None:
-    forwarder, shard, batch = item
-    if batch.producer:  # may be repeated
-        asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, forwarder.produce, shard, batch)
+    if item[2].producer:  # may be repeated
+        _produce_again(item)
     else:
-        _produce_failed(batch, why)
+        _produce_failed(item[2], why)
+
+
+def _produce_again(item: tuple[Forwarder, int, Batch]) -> None:
+    forwarder, shard, batch = item
+    asyncio.get_running_loop().call_later(LEADER_POLL_SECONDS, forwarder.produce, shard, batch)
 
 
 def _produce_failed(batch: Batch, why: str) -> None:
@@ -617,8 +638,7 @@ def _acked(item: _Acks, data: bytes) -> None:
     call.release()
 
 
-def _acks_lost(item: _Acks, why: str) -> None:
-    """Settlements may be repeated."""
+def _acks_again(item: _Acks) -> None:
     asyncio.get_running_loop().call_later(
         LEADER_POLL_SECONDS, item.forwarder.ack, item.shard, item.call, item.settlements, item.give_up)
 
@@ -629,6 +649,10 @@ def _ack_failed(item: _Acks, why: str) -> None:
         call.results[index] = SETTLEMENT_RESULT_REFUSED
         call.fail(index, ERROR_CODE_UNAVAILABLE, "", why)
     call.release()
+
+
+_RECORDS = _Kind(_batch_of, _produced, _produce_lost, _produce_again)
+_SETTLEMENTS = _Kind(_acks_of, _acked, lambda item, why: _acks_again(item), _acks_again)  # they may be repeated
 
 
 def _raise_own_cancellation() -> None:
