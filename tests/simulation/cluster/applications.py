@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
@@ -49,6 +51,7 @@ from spillway.v1 import admin_service_pb2 as admin_pb
 from spillway.v1.queue_service_pb2 import OUTCOME_ACK
 
 from tests.simulation.cluster import clients
+from tests.simulation.cluster.backups import shard_in
 from tests.simulation.cluster.clients import Sent, Source
 from tests.simulation.cluster.loop import PROCESS, Process
 from tests.simulation.cluster.node import START_MS, Secrets
@@ -458,7 +461,7 @@ class ConsumingApplication(_Application):
 class OperatingApplication(_Application, clients.Operator):
     """An operator with the client's Admin."""
 
-    ACTIONS = (*clients.Operator.ACTIONS, "get", "list", "gates", "dead letters", "tenants")
+    ACTIONS = (*clients.Operator.ACTIONS, "get", "list", "gates", "dead letters", "tenants", "backup")
     RATE = 4.0
 
     async def create(self, destinations: list[admin_pb.Destination], routes: list[admin_pb.Route]) -> None:
@@ -548,6 +551,21 @@ class OperatingApplication(_Application, clients.Operator):
                     pass
             case "tenants":
                 await admin.top_tenants(name)
+            case "backup":
+                with TemporaryDirectory() as directory:
+                    await self._back_up(client, Path(directory, "backup"))
+
+    async def _back_up(self, client: Client, directory: Path) -> None:
+        """Everything that was acknowledged before is in it, and what is in it is what the log says."""
+        acks = list(self.world.acks)
+        manifest = await client.cluster.back_up(directory)
+        self.world.counts["backups"] += 1
+        for group in manifest.groups:
+            if group.group:
+                last = max((sequence >> 20 for _, sent, sequence in acks if sent.shard == group.group), default=0)
+                if group.index < last:
+                    raise Violation("I1", f"a backup has shard {group.group} as of entry {group.index}, and {last} was acknowledged before")
+                self.world.observers[group.group].restored(group.index, shard_in(directory, group))
 
     async def _read_back(self, client: Client, change: Coroutine[Any, Any, T], read: Coroutine[Any, Any, U]) -> tuple[T, U | None]:
         """What a change gives, and what is there behind it; None if that is no wonder: another node may be behind, and one that could not

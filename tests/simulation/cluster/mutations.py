@@ -12,6 +12,7 @@ from unittest.mock import patch
 from spillway.broker.core.queue import Queue
 from spillway.broker.core.shard import Shard
 from spillway.broker.runtime import shard as shard_module
+from spillway.broker.runtime.backup import Backups
 from spillway.broker.runtime.calls import Batch
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
@@ -172,6 +173,13 @@ def _behind() -> Any:
     return patch.object(AdminService, "_made", lambda self, context: None)
 
 
+def _old_backup() -> Any:
+    """I1: a backup has what the last checkpoint had."""
+    async def export(self: Backups, group: int) -> Any:
+        return self._node.store.exporter(group)
+    return patch.object(Backups, "_export", export)
+
+
 def _shard(mutant: type[Shard]) -> Mutation:
     def mutate() -> Any:
         return patch.object(shard_module, "Shard", mutant)
@@ -195,6 +203,7 @@ SEEN: dict[str, Mutation] = {
     "client, records overtake": _overtake,
     "client, credit leaks": _leak_credit,
     "a change is answered too early": _behind,
+    "I1, a backup of the last checkpoint": _old_backup,
     "R2, released before it is synced": raft.SEEN["release before sync"],
     "R2, counted before it is synced": raft.SEEN["apply unsynced"],
     "R5, compacted up to what is applied": raft.SEEN["compact applied"],

@@ -186,6 +186,13 @@ class Observer:
         if index == self.last:
             self._compare_with_model(node, shard)
 
+    def restored(self, index: int, shard: Shard) -> None:
+        """I6 and I7 of a backup as of an index: with the entries after it, it is what all replicas come to."""
+        for later in range(index + 1, self.last + 1):
+            if later in self.log:
+                shard.apply(later, decode_entry(self.log[later][1]))
+        self.compare("a backup", self.last, shard)
+
     def _compare_with_model(self, node: str, shard: Shard) -> None:
         naive = self.naive
         if shard.leases.keys() != self.live.keys():

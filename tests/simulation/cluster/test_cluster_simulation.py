@@ -52,6 +52,7 @@ def test_seeds_that_found_a_bug(seed: int) -> None:
 
 @pytest.mark.parametrize(("name", "rule"), [
     ("I1, answered before it is replicated", "I1"),
+    ("I1, a backup of the last checkpoint", "I1"),
     ("I2, a run backwards", "I2"),
     ("I2, retries behind others", "I2"),
     ("I3, tokens used again", "I3"),
