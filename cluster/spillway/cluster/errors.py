@@ -75,8 +75,3 @@ class ChangeInFlight(ChangeRefused):
 
 class NotCaughtUp(ChangeRefused):
     """Too few voters would be in touch and up to date."""
-
-
-def is_damage(text: str) -> bool:
-    """Whether an error of RocksDB says that something on the disk is changed or gone."""
-    return "Corruption" in text or "No such file or directory" in text

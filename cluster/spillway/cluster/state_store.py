@@ -37,8 +37,9 @@ from rocksdict import (
     ReadOptions,
     WriteBatch,
 )
-from spillway.cluster.errors import REPLACE_HINT, SnapshotBroken, StorageDamaged, StorageFailed, StoreRefused, is_damage
+from spillway.cluster.errors import REPLACE_HINT, SnapshotBroken, StorageDamaged, StorageFailed, StoreRefused
 from spillway.cluster.exports import SNAPSHOT_BYTES_PER_SECOND, Exports
+from spillway.cluster.rocks import close_database, is_damage
 from spillway.cluster.snapshots import RESUME_SECONDS, Exporter, Installer, Position, moment_of
 
 FORMAT = 1
@@ -87,14 +88,10 @@ class StateStore:
         try:
             self._check_format()
             self._drop_unfinished()
-        except StorageDamaged:
-            self.db.close()
-            raise
-        except (StorageFailed, struct.error, IndexError) as error:
-            self.db.close()
-            raise StoreRefused(f"{path} is damaged: {error}. {REPLACE_HINT}") from None
-        except BaseException:
-            self.db.close()
+        except BaseException as error:
+            close_database(self.db, self.path)
+            if isinstance(error, (StorageFailed, struct.error, IndexError)) and not isinstance(error, StorageDamaged):
+                raise StoreRefused(f"{path} is damaged: {error}. {REPLACE_HINT}") from None
             raise
 
     def group(self, group_id: int) -> GroupRows:
@@ -149,7 +146,7 @@ class StateStore:
             timer.cancel()  # what came is dropped at the next start
         for exporter in list(self._exporters):
             exporter.close()
-        self.db.close()
+        close_database(self.db, self.path)
 
     def __repr__(self) -> str:
         return f"<state store {self.path}: {len(self._groups)} groups{', failed' if self._failed else ''}>"

@@ -10,6 +10,8 @@ from random import Random
 from typing import Any
 
 import pytest
+from rocksdict import Rdict
+from spillway.cluster import state_store
 from spillway.cluster.errors import StorageDamaged, StorageFailed, StoreRefused
 from spillway.cluster.state_store import BLOB_BYTES_MIN, GroupRows, StateStore
 
@@ -272,6 +274,26 @@ def test_damage_that_shows_when_it_is_read_is_a_reason_to_look(tmp_path: Path, w
     with pytest.raises(StorageDamaged, match=r"cannot be read.*replace this node by an empty one") as raised:
         read()
     assert isinstance(raised.value, StoreRefused) and isinstance(raised.value, StorageFailed)
+
+
+def test_what_a_database_says_when_it_is_closed_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              caplog: pytest.LogCaptureFixture) -> None:
+    """A compaction met damage, too: it is said of the store what was found first, and one that is closed is closed."""
+    store = StateStore(tmp_path / "newer")
+    store.db[b"F"] = b"\x02"
+    store.close()
+    opened: list[Rdict] = []
+
+    def failing(*arguments: Any) -> FailingDatabase:
+        opened.append(Rdict(*arguments))
+        return FailingDatabase(opened[-1], "close", "Corruption: block checksum mismatch")
+    monkeypatch.setattr(state_store, "Rdict", failing)
+    with pytest.raises(StoreRefused, match="format 2"):
+        StateStore(tmp_path / "newer")
+    StateStore(tmp_path / "other").close()
+    assert f"{tmp_path / 'other'} was closed, and RocksDB says: Corruption: block checksum mismatch" in caplog.text
+    for db in opened:
+        db.close()
 
 
 def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:

@@ -29,10 +29,11 @@ from typing import Any, Protocol
 
 import msgspec
 from rocksdict import DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch
-from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused, is_damage
+from spillway.cluster.errors import REPLACE_HINT, StorageDamaged, StorageFailed, StoreRefused
 from spillway.cluster.raft.configuration import Configuration, decode_configuration
 from spillway.cluster.raft.seam import CONFIGURATION, NO_OP, REGULAR, Journal
 from spillway.cluster.raft.wire import NUMBER_MAX
+from spillway.cluster.rocks import close_database, is_damage
 from spillway.contract.telemetry.metrics import Histogram
 
 FORMAT = 3  # 1: without configurations, 2: without admissions of founders; read, and raised when the host starts
@@ -145,7 +146,7 @@ class RocksDisk:
         try:
             self._mark = SyncMark(mark)
         except OSError as e:
-            self._db.close()
+            close_database(self._db, self._path)
             raise StoreRefused(f"{mark} cannot be used: {e.strerror}") from None
         try:
             self._written = int.from_bytes(self.get(_WRITE_KEY) or b"", "little")
@@ -214,7 +215,7 @@ class RocksDisk:
 
     def close(self) -> None:
         """See Disk."""
-        self._db.close()
+        close_database(self._db, self._path)
         self._mark.close()
 
 
