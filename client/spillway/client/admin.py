@@ -47,6 +47,7 @@ from spillway.client.model import (
     TopTenants,
 )
 from spillway.client.retry import Backoff
+from spillway.client.streams import QUESTION_SECONDS_MAX, SILENCE_SECONDS_MAX
 from spillway.client.topology import Router
 from spillway.v1 import admin_service_pb2 as pb
 from spillway.v1 import admin_service_pb2_grpc as rpc
@@ -55,8 +56,6 @@ from spillway.v1 import token_pb2
 PURGE_TIMEOUT_SECONDS = 120.0
 PURGE_ATTEMPT_SECONDS_MAX = 60.0  # a million queues take their time
 REDRIVE_TIMEOUT_SECONDS = 60.0
-SILENCE_SECONDS_MAX = 5.0  # of a redrive: then its node is asked whether it is there
-QUESTION_SECONDS_MAX = 5.0
 PAGE_SIZE = 100
 
 T = TypeVar("T")

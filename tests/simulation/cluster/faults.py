@@ -313,15 +313,13 @@ class Faults:
             if link.lost:
                 link.reset()
         away = [node for node in world.nodes.values() if node.hangs]
-        if away and self._can_do_without(away) and all(world.remembers(node) for node in world.nodes.values() if node not in away):
-            pass  # they stay so
-        elif all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
+        stay_so = away and self._can_do_without(away) and all(world.remembers(n) for n in world.nodes.values() if n not in away)
+        if not stay_so:
             away = []
-            for node in self.rnd.sample(list(world.nodes.values()), (len(world.names) - 1) // 2):
-                if self._can_do_without([*away, node]):
-                    away.append(node)
-        else:
-            away = []
+            if all(world.remembers(node) for node in world.nodes.values()) and self.rnd.random() < 0.5:
+                for node in self.rnd.sample(list(world.nodes.values()), (len(world.names) - 1) // 2):
+                    if self._can_do_without([*away, node]):
+                        away.append(node)
         for node in world.nodes.values():
             node.io_factor = 1.0
             self._freed(node)()

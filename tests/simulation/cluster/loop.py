@@ -193,21 +193,22 @@ class SimLoop(asyncio.BaseEventLoop):
         if process.paused_until >= self.now + seconds:
             return
         end = process.paused_end = process.paused_until = self.now + seconds
-        own = sorted(timer for timer in self._timers if timer[0] < end and _of(timer[2], process))
+        self._put_off(process, lambda when: when < end)
+
+    def resume(self, process: Process) -> None:
+        """Ends a pause now: all that it holds back runs, in order."""
+        end = process.paused_end
+        process.paused_end = process.paused_until = self.now
+        self._put_off(process, lambda when: when >= end)
+
+    def _put_off(self, process: Process, those: Callable[[float], bool]) -> None:
+        """Timers of a process, by when they were due: until its pause is over, in order."""
+        own = sorted(timer for timer in self._timers if those(timer[0]) and _of(timer[2], process))
         if own:
             late = {timer[1] for timer in own}
             self._timers = [timer for timer in self._timers if timer[1] not in late]
             self._timers += [(self._after_pause(process), order, timer) for _, order, timer in own]
             heapq.heapify(self._timers)
-
-    def resume(self, process: Process) -> None:
-        """Ends a pause now: all that it holds back runs, in order."""
-        held = sorted(timer for timer in self._timers if timer[0] >= process.paused_end and _of(timer[2], process))
-        late = {timer[1] for timer in held}
-        process.paused_end = process.paused_until = self.now
-        self._timers = [timer for timer in self._timers if timer[1] not in late]
-        self._timers += [(self._after_pause(process), order, timer) for _, order, timer in held]
-        heapq.heapify(self._timers)
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
         """Takes as long as the process' disk says; the work is done at the end of it, or never."""

@@ -61,9 +61,8 @@ class Network:
         if link is not None and link.client is client:
             return link
         server = self.servers.get(address)
-        if server is None or not server.process.alive or (client.name, server.process.name) in self.blocked:
-            return None
-        if server.process.name in self.hanging:
+        if server is None or not server.process.alive or server.process.name in self.hanging or (
+                (client.name, server.process.name) in self.blocked):
             return None
         link = self.links[client.name, address] = Link(self, client, server)
         return link
