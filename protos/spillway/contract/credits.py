@@ -60,7 +60,7 @@ class _Account:
 
 class CreditSplitter(Generic[Node]):
     """Splits `messages` and `bytes` of credit over nodes. Nodes are any hashable value. The totals, `messages_max` and
-    `bytes_max`, may be set at any time; the next `plan` follows them."""
+    `bytes_max`, may be set at any time; the next `plan` follows them. While one is 0, all is taken back of it."""
 
     def __init__(self, messages: int, bytes: int) -> None:
         if messages < 1 or bytes < 1:
@@ -151,7 +151,7 @@ class CreditSplitter(Generic[Node]):
         self._repay()
         self._reclaim()
         eligible = [a for a in self._accounts.values() if a.eligible]
-        if not eligible:
+        if not eligible or self.messages_max <= 0 or self.bytes_max <= 0:
             return self._changes(before)
         self._give_messages(eligible, now)
         self._give_bytes(eligible, now)

@@ -263,13 +263,15 @@ class Consumer(Client):
         if self.session:
             subscribe.held.extend(HeldLease(shard=s, fencing_token=t) for s, t in self.held)
         await lease.write(LeaseRequest(subscribe=subscribe).SerializeToString())
+        credit = subscribe.credit.messages
         for held in list(self.held.values()):  # of an earlier stream
             await self._work(held, ack)
         patience = 12.0 if world.calm else rnd.choice((2.0, 6.0, 12.0))
+        frugal = not calm and rnd.random() < 0.3  # gives no more credit, and looks whether it is sent more all the same
         for _ in range(rnd.choice((5, 30, 100))):
             if world.calm and not calm:
                 return  # to take more at a time
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(patience if credit else 0.5):
                 data = await lease.read()
             if data is EOF:
                 return
@@ -279,13 +281,17 @@ class Consumer(Client):
                 world.delivered(self, run)
                 held = self.held[run.shard, run.fencing_token] = Held(run)
                 messages += len(run.messages)
+            credit -= messages
+            if credit < 0:
+                raise Violation("bug", f"{self.process.name} was sent {-credit} messages beyond its credit")
             if world.calm:
                 await self._acknowledge_all(ack)
             for run in response.runs:
                 held = self.held.get((run.shard, run.fencing_token))
                 if held is not None:
                     await self._work(held, ack)
-            if messages:
+            if messages and not frugal:
+                credit += messages
                 await lease.write(LeaseRequest(credit=Credit(messages=messages, bytes=CREDIT_BYTES)).SerializeToString())
 
     async def _acknowledge_all(self, ack: Any) -> None:

@@ -54,12 +54,10 @@ def _deliver_backwards() -> Any:
     """I2: a run reaches its consumer in another order than it has in the queue."""
     def backwards(self: Node, runtime: ShardRuntime, pick: Any, queue: Queue) -> bool:
         sink = pick.consumer.sink
-        if sink is None or sink.closed:
+        if sink is None or sink.closed or not (sink.admit is None or sink.admit(pick.messages, pick.bytes)):
             return False
         runtime.state.ensure(queue, queue.lease_size)
         sink.push(*run_parts(runtime.number, queue, queue.front[:queue.lease_size][::-1]))
-        if sink.tap is not None:
-            sink.tap(pick.messages, pick.bytes)
         return True
     return patch.object(Node, "deliver", backwards)
 

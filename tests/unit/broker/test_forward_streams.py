@@ -200,7 +200,7 @@ async def test_leases_of_a_node_that_moves_are_asked_for_where_it_is(leaders: tu
     task = proxy._leases["n2"]
     proxy.stop()
     await asyncio.wait((task,), timeout=30)
-    assert task.cancelled()
+    assert task.done()
     await forwarder.close()
 
 
@@ -241,7 +241,7 @@ async def test_a_node_that_hangs_keeps_no_credit_from_others(monkeypatch: pytest
             while given[0] < 2:
                 await asyncio.sleep(0.001)
         taken, given[0] = given[0], 0
-        proxy._delivered("n1", taken, taken)
+        assert proxy._admit("n1", taken, taken)
         proxy.credit(taken, taken)
     full.room.set()
     async with asyncio.timeout(10):

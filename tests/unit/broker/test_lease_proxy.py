@@ -26,7 +26,7 @@ async def test_a_client_without_credit_costs_nothing(monkeypatch: pytest.MonkeyP
     proxy.start()
     await asyncio.sleep(0.02)
     assert asked
-    proxy._delivered("n1", 1, 10)
+    assert proxy._admit("n1", 1, 10)
     await asyncio.sleep(0)
     asked.clear()
     await asyncio.sleep(0.05)

@@ -27,12 +27,12 @@ class Sink:
     """Encoded runs on their way to one consumer. Bounded by the credit that the consumer gave: the scheduler sends
     nothing without it, and credit is capped by the service."""
 
-    __slots__ = ("_event", "_frames", "_parts", "_size", "closed", "consumer", "tap")
+    __slots__ = ("_event", "_frames", "_parts", "_size", "admit", "closed", "consumer")
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
         self.closed = False
-        self.tap: Callable[[int, int], None] | None = None  # told of (messages, bytes) of each run from this node
+        self.admit: Callable[[int, int], bool] | None = None  # whether a run from this node (messages, bytes) may still be sent
         self._parts: list[bytes] = []
         self._size = 0
         self._frames: list[bytes] = []
@@ -64,12 +64,16 @@ class Sink:
 
     async def frames(self, timeout: float) -> list[bytes]:
         """Frames to send, at most about 1 MiB each; empty after `timeout` seconds (time for a heartbeat) or when closed."""
-        if not self._event.is_set():
+        if not self._event.is_set() and not self.closed:
             try:
                 async with asyncio.timeout(timeout):
                     await self._event.wait()
             except TimeoutError:
                 return []
+        return self.rest()
+
+    def rest(self) -> list[bytes]:
+        """What is to be sent now."""
         frames = self._frames
         if self._parts:
             frames.append(b"".join(self._parts))
@@ -78,3 +82,26 @@ class Sink:
         self._frames = []
         self._event.clear()
         return frames
+
+
+class LeaseStreams:
+    """The open Lease streams of consumers that have sessions."""
+
+    def __init__(self) -> None:
+        self._sinks: dict[str, dict[int, Sink]] = {}  # session -> number of the stream -> where it gets its runs
+
+    def begun(self, session: str, stream: int, open_: set[int], sink: Sink) -> None:
+        """Nothing more is granted over earlier streams that are not among the open ones: their consumer takes nothing from them."""
+        streams = self._sinks.setdefault(session, {})
+        for number, former in streams.items():
+            if number < stream and number not in open_:
+                former.close()
+        streams[stream] = sink
+
+    def ended(self, session: str, stream: int, sink: Sink) -> None:
+        """A stream is over; without effect if it has no session, or another one has its number."""
+        streams = self._sinks.get(session, {})
+        if streams.get(stream) is sink:
+            del streams[stream]
+            if not streams:
+                del self._sinks[session]

@@ -39,11 +39,13 @@ from spillway.v1.admin_service_pb2_grpc import AdminServiceStub
 from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from spillway.v1.message_pb2 import ERROR_CODE_UNAVAILABLE, ItemError
 from spillway.v1.queue_service_pb2 import (
+    OUTCOME_RELEASE,
     SETTLEMENT_RESULT_REFUSED,
     AckRequest,
     AckResponse,
     Credit,
     HeldLease,
+    LeasedRun,
     LeaseRequest,
     LeaseResponse,
     ProduceResponse,
@@ -62,6 +64,7 @@ LEADER_POLL_SECONDS = 0.02
 WATCH_SECONDS = 0.25  # between looks for a node that hangs; its connections stay open, and say nothing
 MOVED_SECONDS_MAX = 1.0  # of silence, once another node is known to lead the shard
 SILENCE_SECONDS_MAX = 3.0  # of silence, while Raft hears nothing of the node either
+LEASES_END_SECONDS = 2.0  # for what another node has granted to a consumer that is gone to come, and be given back
 LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
 ROTATED_GRACE_SECONDS = 600.0  # consumers' streams over a channel with former certificates: then they are opened anew
@@ -294,17 +297,19 @@ class Forwarder:
         for node_id, link in list(self._links.items()):
             if node_id not in members or members[node_id].peer_address != link.address:
                 del self._links[node_id]
-                self._go(link.close(LINK_GRACE_SECONDS))
+                self.start(link.close(LINK_GRACE_SECONDS))
 
     def rotate(self) -> None:
         """There are new certificates: links are made anew, and lose nothing of what is under way."""
         for link in self._links.values():
-            self._go(link.rotate().close(ROTATED_GRACE_SECONDS))
+            self.start(link.rotate().close(ROTATED_GRACE_SECONDS))
 
-    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Does something beside all else; until the node stops, at most."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
+        return task
 
     async def close(self) -> None:
         """Ends all links."""
@@ -329,7 +334,7 @@ class Forwarder:
             act(leader)
             return
         self._leaderless[shard] = deque([act])
-        self._go(self._await_leader(shard))
+        self.start(self._await_leader(shard))
 
     async def _await_leader(self, shard: int) -> None:
         leader = None
@@ -405,7 +410,7 @@ class Forwarder:
                       for i, code, field, text in sorted(call.errors)]
             _produced((self, shard, batch), ProduceResponse(sequences=call.results, errors=errors).SerializeToString())
 
-        self._go(answer())
+        self.start(answer())
 
     def _encode(self, batch: Batch) -> bytes:
         request = ProduceRequestView(producer_id=batch.producer)
@@ -462,6 +467,17 @@ class Forwarder:
                 self.link(leader).ack.send(scope + request.SerializeToString(), item)
 
         self._with_leader(shard, act)
+
+    def give_back(self, run: LeasedRun) -> None:
+        """A lease will not come to its consumer: it is released, and counts no attempt. If nobody leads the shard, it runs on."""
+        node = self.node
+        runtime = node.shards.get(run.shard)
+        if runtime is not None and runtime.leading:
+            runtime.release_lease(run.fencing_token)
+            node.host.wake(run.shard)
+        elif run.messages and 1 <= run.shard <= node.config.shards:
+            self.ack(run.shard, Call(1, 0, asyncio.get_running_loop(), lambda call: None), {0: Settlement(
+                shard=run.shard, fencing_token=run.fencing_token, sequence=run.messages[0].sequence, outcome=OUTCOME_RELEASE)})
 
     # -- Admin ---------------------------------------------------------------------------------------------------
 
@@ -669,6 +685,7 @@ class _LeaseStream:
         self._call = call
         self._messages = 0  # of credit to be given
         self._bytes = 0
+        self._closing = False
         self._some = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
 
@@ -676,6 +693,14 @@ class _LeaseStream:
         """Gives (or takes back) credit."""
         self._messages += messages
         self._bytes += size
+        self._wake()
+
+    def close(self) -> None:
+        """Asks for no more; what is granted already still comes, and then the end."""
+        self._closing = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._some.set()
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._write())
@@ -686,10 +711,12 @@ class _LeaseStream:
             self._some.clear()
             messages, size = self._messages, self._bytes
             self._messages = self._bytes = 0
-            if not messages and not size:
-                continue
             try:
-                await self._call.write(LeaseRequest(credit=Credit(messages=messages, bytes=size)).SerializeToString())
+                if self._closing:
+                    await self._call.done_writing()
+                    return
+                if messages or size:
+                    await self._call.write(LeaseRequest(credit=Credit(messages=messages, bytes=size)).SerializeToString())
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
                 return  # the reader sees the end of the stream
             except asyncio.CancelledError:
@@ -704,7 +731,8 @@ class _LeaseStream:
 
 
 class LeaseProxy:
-    """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged."""
+    """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged. What credit moves
+    from one node to another may be granted by both; what comes then and is too much, and what comes after the end, is given back."""
 
     def __init__(self, forwarder: Forwarder, subscribe: Subscribe, consumer: Consumer, sink: Sink,
                  give_local: Callable[[Consumer, int, int], None]) -> None:
@@ -720,17 +748,18 @@ class LeaseProxy:
         self._local = forwarder.node.config.node_id
         self._streams: dict[str, _LeaseStream] = {}
         self._leases: dict[str, asyncio.Task[None]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._rebalancing: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._stopped = False
 
     def start(self) -> None:
         """Subscribes here and at all other nodes; streams that break are opened again."""
         node = self._forwarder.node
         node.scheduler.subscribe(self._consumer, list(self._subscribe.destinations))
-        self._sink.tap = lambda messages, size: self._delivered(self._local, messages, size)
+        self._sink.admit = lambda messages, size: self._admit(self._local, messages, size)
         node.on_members.append(self._follow_members)
         self._follow_members()
-        self._tasks.append(self._loop.create_task(self._rebalance()))
+        self._rebalancing = self._loop.create_task(self._rebalance())
         self.credit(self._subscribe.credit.messages, self._subscribe.credit.bytes)
 
     def _follow_members(self) -> None:
@@ -739,15 +768,19 @@ class LeaseProxy:
         for peer in sorted(self._leases.keys() - peers):
             self._leases.pop(peer).cancel()
         for peer in sorted(peers - self._leases.keys()):
-            self._leases[peer] = self._loop.create_task(self._lease(peer))
+            self._leases[peer] = self._forwarder.start(self._lease(peer))
 
     def stop(self) -> None:
-        """Ends all streams."""
+        """Ends all streams, once what was granted over them has come."""
+        self._stopped = True
         self._forwarder.node.on_members.remove(self._follow_members)
-        for task in (*self._tasks, *self._leases.values()):
-            task.cancel()
+        if self._rebalancing is not None:
+            self._rebalancing.cancel()
+        for task in self._leases.values():
+            timer = self._loop.call_later(LEASES_END_SECONDS, task.cancel)
+            task.add_done_callback(lambda _, timer=timer: timer.cancel())  # type: ignore[misc]
         for stream in self._streams.values():
-            stream.end()
+            stream.close()
 
     def credit(self, messages: int, size: int) -> None:
         """The client gives (or takes back) credit."""
@@ -761,33 +794,39 @@ class LeaseProxy:
             splitter.add(self._local, self._loop.time())
             for peer in self._streams:
                 splitter.add(peer, self._loop.time())
+        self._split_anew(splitter)
+
+    def _split_anew(self, splitter: CreditSplitter[str]) -> None:
         # What is delivered is the client's: it gives new credit for it. So the total is what is left to deliver.
-        splitter.messages_max = max(1, self._messages)
-        splitter.bytes_max = max(1, self._bytes)
+        splitter.messages_max = max(0, self._messages)
+        splitter.bytes_max = max(0, self._bytes)
         self._changed.set()
 
-    def _delivered(self, node_id: str, messages: int, size: int) -> None:
-        self._messages -= messages
-        self._bytes -= size
+    def _admit(self, node_id: str, messages: int, size: int) -> bool:
+        """A node has used so much of its credit. Whether the client has as much left, and it may go there."""
+        admitted = messages <= self._messages and not self._stopped
+        if admitted:
+            self._messages -= messages
+            self._bytes -= size
         splitter = self._splitter
         if splitter is not None:
             splitter.delivered(node_id, messages, size, self._loop.time())
             splitter.settled(messages, size)
-            splitter.messages_max = max(1, self._messages)
-            splitter.bytes_max = max(1, self._bytes)
-            self._changed.set()
+            self._split_anew(splitter)
+        return admitted
 
     async def _rebalance(self) -> None:
         while True:
             self._changed.clear()
             splitter = self._splitter
             timeout = None
-            if splitter is not None and self._messages > 0 and self._bytes > 0:  # else there is nothing to split until there is more
+            if splitter is not None:
                 now = self._loop.time()
                 for change in splitter.plan(now):
                     self._give(change.node, change.messages, change.bytes)
-                wake = splitter.wake_time(now)
-                timeout = None if wake is None else max(0.001, wake - now)
+                if splitter.messages_max and splitter.bytes_max:  # else there is nothing to split until there is more
+                    wake = splitter.wake_time(now)
+                    timeout = None if wake is None else max(0.001, wake - now)
             try:
                 async with asyncio.timeout(timeout):
                     await self._changed.wait()
@@ -822,6 +861,8 @@ class LeaseProxy:
                 if self._splitter is not None:
                     self._splitter.add(peer, self._loop.time())
                     self._changed.set()
+                if self._stopped:
+                    stream.close()
                 while True:
                     frame = await call.read()
                     if frame is grpc.aio.EOF:
@@ -840,18 +881,24 @@ class LeaseProxy:
                 if self._splitter is not None:
                     self._splitter.remove(peer)
                     self._changed.set()
+            if self._stopped:
+                return
             # Which leases the client still holds is not known here any more; a session must not have them taken away.
             subscribe.session = ""
             held = []
             await asyncio.sleep(wait)
+            if self._stopped:
+                return
             wait = min(wait * 2, 0.5)
 
     def _pass_on(self, peer: str, frame: bytes) -> None:
-        response = _parsed(LeaseResponse, frame)
-        messages = size = 0
-        for run in response.runs:
-            messages += len(run.messages)
-            size += sum(m.message.ByteSize() for m in run.messages)
-        if messages:
-            self._delivered(peer, messages, size)
-            self._sink.push_frame(frame)
+        runs = _parsed(LeaseResponse, frame).runs
+        admitted = []
+        for run in runs:
+            if run.messages:
+                if self._admit(peer, len(run.messages), sum(m.message.ByteSize() for m in run.messages)):
+                    admitted.append(run)
+                else:
+                    self._forwarder.give_back(run)
+        if admitted:
+            self._sink.push_frame(frame if len(admitted) == len(runs) else LeaseResponse(runs=admitted).SerializeToString())

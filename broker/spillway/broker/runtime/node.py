@@ -26,7 +26,7 @@ from spillway.broker.core.scheduler import Pick, Scheduler
 from spillway.broker.runtime.backup import Backups
 from spillway.broker.runtime.balance import META_GROUP, Balance
 from spillway.broker.runtime.calls import Batch, Call
-from spillway.broker.runtime.consumers import Sink, stream_of
+from spillway.broker.runtime.consumers import LeaseStreams, Sink, stream_of
 from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.shares import Shares
@@ -79,6 +79,7 @@ class Node:
         self.features = host.features = features.known(config.feature_level_max)
         self.scheduler = Scheduler(self.policy)
         self.timers = Timers()
+        self.lease_streams = LeaseStreams()
         self.random: Callable[[], float] = random.random
         self.rebuilds: list[ShardRuntime] = []
         self.entry_bytes = TURN_BYTES  # of messages that one shard's entry takes in this turn
@@ -313,9 +314,9 @@ class Node:
         self.host.wake(number)
 
     def deliver(self, runtime: ShardRuntime, pick: Pick, queue: Queue) -> bool:
-        """Hands a granted run to its consumer; false if that is gone."""
+        """Hands a granted run to its consumer; false if that is gone, or may not be sent so much any more."""
         sink = pick.consumer.sink
-        if not isinstance(sink, Sink) or sink.closed:
+        if not isinstance(sink, Sink) or sink.closed or not (sink.admit is None or sink.admit(pick.messages, pick.bytes)):
             return False
         if len(queue.front) < queue.lease_size:
             runtime.state.ensure(queue, queue.lease_size)
@@ -325,8 +326,6 @@ class Node:
             self.meters.delivered(queue.counters, messages, queue.attempts, runtime.state.now_ms)
         if self.tracing is not None:
             self.tracing.delivered(runtime.number, runtime.traced, queue, messages)
-        if sink.tap is not None:
-            sink.tap(pick.messages, pick.bytes)
         return True
 
     def return_credit(self, pick: Pick) -> None:

@@ -271,6 +271,7 @@ class QueueService:
         sink: Sink | None = None
         proxy: LeaseProxy | None = None
         reader: asyncio.Task[None] | None = None
+        unsent: deque[bytes] = deque()
         try:
             try:
                 first = await anext(requests)
@@ -297,6 +298,7 @@ class QueueService:
             consumer.sink = sink
             self._sinks[sink] = None
             if subscribe.session:
+                node.lease_streams.begun(subscribe.session, subscribe.stream, set(subscribe.streams_open), sink)
                 node.release_lost(subscribe.session, subscribe.stream, set(subscribe.streams_open),
                                   {(h.shard, h.fencing_token) for h in subscribe.held})
             if not subscribe.local_only and not self.peer:
@@ -309,11 +311,11 @@ class QueueService:
                 sink.push_frame(_DRAINING)
             reader = self._loop.create_task(self._read_credit(requests, consumer, sink, proxy))
             while True:
-                frames = await sink.frames(HEARTBEAT_SECONDS)
-                for frame in frames or (_HEARTBEAT,):
-                    await context.write(frame)
-                if sink.closed:
+                unsent.extend(await sink.frames(HEARTBEAT_SECONDS) or (() if sink.closed else (_HEARTBEAT,)))
+                if not unsent:
                     break
+                while unsent:
+                    await context.write(unsent.popleft())
             if reader.done():
                 reader.result()
         except RequestError as error:
@@ -330,7 +332,18 @@ class QueueService:
             if consumer is not None and sink is not None:
                 sink.closed = True
                 self._sinks.pop(sink, None)
+                self.node.lease_streams.ended(subscribe.session, subscribe.stream, sink)
                 self.node.scheduler.unsubscribe(consumer)
+                unsent.extend(sink.rest())
+                if unsent:
+                    self.forwarder.start(self._give_back(unsent))
+
+    async def _give_back(self, unsent: deque[bytes]) -> None:
+        """Whatever a consumer that is gone was not sent, is ready again. It may be as much as a consumer can have: others get their turns."""
+        while unsent:
+            for run in LeaseResponse.FromString(unsent.popleft()).runs:
+                self.forwarder.give_back(run)
+            await asyncio.sleep(0)
 
     async def _read_credit(self, requests: AsyncIterator[bytes], consumer: Consumer, sink: Sink,
                            proxy: LeaseProxy | None) -> None:
