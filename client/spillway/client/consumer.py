@@ -56,6 +56,10 @@ DRAINING_SECONDS = 1.0  # before a node that is stopping is asked again
 _Call = grpc.aio.StreamStreamCall[Any, Any]
 
 
+def _lease(channel: grpc.aio.Channel) -> _Call:
+    return channel.stream_stream(METHOD, pb.LeaseRequest.SerializeToString, pb.LeaseResponse.FromString)()
+
+
 class ConsumerState(enum.Enum):
     """How a consumer is doing."""
 
@@ -75,6 +79,7 @@ class _Stream:
         self.local_only = local_only
         self.open = False
         self.number = 0  # of the call, in the session
+        self.complete = True  # whatever was granted over the calls so far has come, or is known to be lost
         self.failing_since: float | None = None
         self.owed_messages = 0  # credit planned and not sent
         self.owed_bytes = 0
@@ -112,7 +117,8 @@ class _Stream:
             self._now.set()
 
     async def close(self) -> None:
-        """Takes what is still coming, for a moment, then ends the stream."""
+        """Takes what is still coming, for a moment, then ends the stream. If not all may have come, and the consumer ends, the node is
+        told what has."""
         self._closing = True
         call = self._call
         if call is not None and self.open:
@@ -124,6 +130,25 @@ class _Stream:
                 pass
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+        if self.consumer.closed and not self.complete:
+            await self._report()
+
+    async def _report(self) -> None:
+        """Subscribes once more, for nothing: leases that were lost on the way need not expire then."""
+        consumer = self.consumer
+        subscribe = consumer.subscription(0, 0, self.local_only)
+        call = _lease(consumer.channels.get(self.address, "lease"))
+        try:
+            async with asyncio.timeout(CLOSE_READ_SECONDS):
+                await call.write(subscribe)
+                await call.done_writing()
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the leases expire
+        finally:
+            consumer.delivering.discard(subscribe.subscribe.stream)
+            call.cancel()
 
     async def _run(self) -> None:
         consumer, backoff = self.consumer, self._backoff
@@ -161,7 +186,8 @@ class _Stream:
         consumer = self.consumer
         channel = consumer.channels.get(self.address, "lease")
         token = consumer.channels.token()
-        call = self._call = channel.stream_stream(METHOD, pb.LeaseRequest.SerializeToString, pb.LeaseResponse.FromString)()
+        call = self._call = _lease(channel)
+        self.complete = False
         consumer.replan_now()
         subscribe = consumer.subscription(self.owed_messages, self.owed_bytes, self.local_only)
         number = self.number = subscribe.subscribe.stream
@@ -226,7 +252,10 @@ class _Stream:
         consumer = self.consumer
         while True:
             response: Any = await call.read()
-            if response is grpc.aio.EOF or number not in consumer.delivering:
+            if number not in consumer.delivering:
+                return False
+            if response is grpc.aio.EOF:
+                self.complete = True
                 return False
             self.heard_at = self._loop.time()
             if not self.open:
@@ -679,6 +708,9 @@ class Consumer:
                 timer.cancel()
         self._wake(len(self._waiters))
         streams = [*self._streams.values(), *([self._forwarded] if self._forwarded is not None else [])]
+        for stream in streams:
+            if self._closing_streams or stream.node in self._moved:
+                stream.complete = False  # it was to subscribe anew
         await asyncio.gather(*(stream.close() for stream in streams), *self._closing_streams, return_exceptions=True)
         if self._extend_timer is not None:
             self._extend_timer.cancel()

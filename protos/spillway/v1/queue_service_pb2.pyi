@@ -394,7 +394,8 @@ class Credit(_message.Message):
     """Messages. Each delivered message uses one."""
     bytes: _builtins.int
     """Bytes of message (payload, headers, id). At least one message is sent while
-    any byte credit is left, so that a large message cannot get stuck.
+    any byte credit is left, so that a large message cannot get stuck; without
+    `local_only`, one from each node.
     """
     def __init__(
         self,

@@ -28,8 +28,10 @@ class Stream(Context):
 
     def __init__(self, world: World, messages: int = 1, **subscribe: object) -> None:
         self.runs: list[LeasedRun] = []
+        self.room = asyncio.Event()  # clear: the client reads nothing
+        self.room.set()
         self._first = LeaseRequest(subscribe=Subscribe(
-            destinations=["d"], session=SESSION, credit=Credit(messages=messages, bytes=1 << 20), **subscribe))  # type: ignore[arg-type]
+            destinations=["d"], credit=Credit(messages=messages, bytes=1 << 20), **{"session": SESSION, **subscribe}))  # type: ignore[arg-type]
         self._end = asyncio.Event()
         self._task = asyncio.ensure_future(world.service.lease(self._requests(), self))
 
@@ -39,12 +41,18 @@ class Stream(Context):
 
     async def write(self, frame: bytes) -> None:
         """As gRPC's context."""
+        await self.room.wait()
         self.runs += LeaseResponse.FromString(frame).runs
 
     async def close(self) -> None:
         """The client hangs up."""
         self._end.set()
         await asyncio.wait_for(self._task, 5)
+
+    async def cancel(self) -> None:
+        """The client is gone."""
+        self._task.cancel()
+        await asyncio.wait((self._task,))
 
 
 async def turns(world: World) -> None:
@@ -109,3 +117,48 @@ async def test_a_consumer_that_counts_no_streams_has_one_at_a_time(world: World)
     assert live(world, held) and not live(world, lost)
     assert [(r.key, r.messages[0].attempt) for r in second.runs] == [(lost.key, 1)]
     await second.close()
+
+
+@pytest.mark.parametrize("session", ["", SESSION])
+async def test_what_was_not_sent_to_a_client_that_is_gone_is_ready_again(world: World, session: str) -> None:
+    """Of what it was being sent nobody knows whether it came."""
+    gone = Stream(world, messages=9, session=session)
+    gone.room.clear()
+    await world.put("d", b"a", key="1")
+    await turns(world)
+    await world.put("d", b"b", key="2")
+    await turns(world)
+    await gone.cancel()
+    await turns(world)
+    other = Stream(world, messages=9, session="")
+    await turns(world)
+    assert payloads(other.runs) == [b"b"] and other.runs[0].messages[0].attempt == 1
+    await other.close()
+
+
+async def test_a_client_that_asks_for_no_more_gets_all_that_it_was_granted(world: World) -> None:
+    """Also what was granted while something was being sent."""
+    last = Stream(world, messages=9)
+    last.room.clear()
+    for key in "12":
+        await world.put("d", key.encode(), key=key)
+        await turns(world)
+    closing = asyncio.ensure_future(last.close())
+    await turns(world)
+    last.room.set()
+    await closing
+    assert payloads(last.runs) == [b"1", b"2"]
+
+
+async def test_nothing_is_granted_over_a_stream_that_another_one_took_the_place_of(world: World) -> None:
+    """Though nobody has told the node yet that it is over."""
+    first = Stream(world, messages=9, stream=1)
+    beside = Stream(world, messages=0, stream=2, streams_open=[1])
+    await turns(world)
+    second = Stream(world, messages=9, stream=3, streams_open=[2])
+    await turns(world)
+    await leased(world, second, b"a", "1")
+    assert not first.runs
+    for one in (first, beside, second):
+        await one.close()
+    assert not world.node.lease_streams._sinks

@@ -251,6 +251,7 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
         self.joined = True  # else it tells of no topology first
         self.answers = asyncio.Event()  # clear: it tells none from now on
         self.answers.set()
+        self.greets = True  # else a Lease stream says nothing before the first run
         self.flowing = asyncio.Event()  # clear: what is leased stays on its way
         self.flowing.set()
         self.requests: list[q.ProduceRequest] = []
@@ -366,7 +367,8 @@ class FakeNode(queue_rpc.QueueServiceServicer, cluster_rpc.ClusterServiceService
 
         reader = asyncio.create_task(read())
         try:
-            await context.write(q.LeaseResponse())
+            if self.greets:
+                await context.write(q.LeaseResponse())
             await cluster_.pump()
             while (response := await stream.out.get()) is not None:
                 await self.flowing.wait()

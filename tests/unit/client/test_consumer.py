@@ -25,6 +25,7 @@ from spillway.client import (
     StaleLease,
     Throttled,
 )
+from spillway.client import consumer as consumer_module
 from spillway.client.retry import Backoff
 from spillway.contract.hashing import queue_key, shard_of
 from spillway.v1 import message_pb2 as m
@@ -364,6 +365,35 @@ async def test_iterating_ends_when_another_task_closes() -> None:
         await until(lambda: len(consumer._waiters) == 3)
         await consumer.close()
         assert await asyncio.gather(*tasks) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("greets", [True, False], ids=["open", "not yet open"])
+async def test_what_is_on_its_way_to_a_consumer_that_closes_is_given_back(greets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node is told what has come, so that the rest is ready again at once, and not when its lease expires."""
+    monkeypatch.setattr(consumer_module, "OPENING_SECONDS", 60.0)
+    monkeypatch.setattr(consumer_module, "CLOSE_READ_SECONDS", 0.2 if greets else 5.0)
+    async with serving() as (cluster, client):
+        node = cluster.nodes["n1"]
+        node.greets = greets
+        async with client.consumer("d") as consumer:
+            await until(lambda: bool(node.streams))
+            assert not greets or await until(lambda: consumer.state is ConsumerState.CONSUMING) is None
+            node.flowing.clear()
+            await send(client, 3)
+            await until(lambda: bool(cluster.leases))
+        assert not cluster.leases and not cluster.settlements
+        last = node.subscriptions[-1]
+        assert (len(node.subscriptions), list(last.streams_open), last.credit.messages) == (2, [], 0)
+
+
+async def test_a_consumer_that_has_all_says_nothing_more_when_it_closes() -> None:
+    """Its streams ended in order."""
+    async with serving(2) as (cluster, client):
+        await send(client, 3)
+        async with client.consumer("d") as consumer:
+            await until(lambda: consumer.state is ConsumerState.CONSUMING)
+            assert await consumer.next_run(5) is not None
+        assert not cluster.leases and [len(node.subscriptions) for node in cluster.nodes.values()] == [1, 1]
 
 
 async def test_a_broken_stream_is_opened_again_with_what_is_held(caplog: pytest.LogCaptureFixture) -> None:

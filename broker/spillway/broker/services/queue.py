@@ -339,7 +339,7 @@ class QueueService:
                     self.forwarder.start(self._give_back(unsent))
 
     async def _give_back(self, unsent: deque[bytes]) -> None:
-        """Whatever a consumer that is gone was not sent, is ready again. It may be as much as a consumer can have: others get their turns."""
+        """Whatever a consumer that is gone was not sent is ready again. It may be much: others get their turns meanwhile."""
         while unsent:
             for run in LeaseResponse.FromString(unsent.popleft()).runs:
                 self.forwarder.give_back(run)
