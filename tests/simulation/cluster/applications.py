@@ -48,13 +48,16 @@ from spillway.client import consumer as consumer_module
 from spillway.client import producer as producer_module
 from spillway.client.admin_wire import destination_from_pb, route_from_pb
 from spillway.v1 import admin_service_pb2 as admin_pb
-from spillway.v1.queue_service_pb2 import OUTCOME_ACK
+from spillway.v1.queue_service_pb2 import OUTCOME_ACK, OUTCOME_RELEASE, AckRequest, Credit, LeaseRequest, LeaseResponse, Subscribe
+from spillway.v1.queue_service_pb2 import LeasedRun as LeasedRunProto
+from spillway.v1.queue_service_pb2 import Settlement as SettlementProto
 
 from tests.simulation.cluster import clients
 from tests.simulation.cluster.backups import shard_in
 from tests.simulation.cluster.clients import Sent, Source
 from tests.simulation.cluster.loop import PROCESS, Process
 from tests.simulation.cluster.node import START_MS, Secrets
+from tests.simulation.cluster.rpc import EOF
 from tests.simulation.cluster.violation import Violation
 
 if TYPE_CHECKING:
@@ -612,6 +615,91 @@ class DrainingApplication(_Application, clients.Drainer):
         return True
 
 
+class LeavingApplication(_Application):
+    """Once all is well, consumers come, take something or nothing, and go, in order or not; whatever they did not take is free a moment
+    later. Leases last so long that no other reason is left for that."""
+
+    DESTINATION = "left"
+    QUEUES = 4
+    RECORDS = 24
+    VISITS = 16
+    SOON_SECONDS = 1.0
+    LEASE_SECONDS = 600.0
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.finished = False
+
+    async def run(self) -> None:
+        """Once."""
+        rnd = self.rnd
+        async with self.client() as client:
+            async with client.producer(producer_id=self.process.name) as producer:
+                await producer.send_many([Record(self.DESTINATION, f"{self.DESTINATION}/p0/{n}".encode(), key=str(n % self.QUEUES))
+                                          for n in range(1, self.RECORDS + 1)])
+            for _ in range(self.VISITS):
+                await rnd.choice((self._visit, self._plain_visit))(client)
+                await self._look()
+            async with client.consumer(self.DESTINATION, lease_seconds=self.LEASE_SECONDS) as consumer:
+                while run := await consumer.next_run(timeout=3.0):
+                    self.world.delivered(self, run._pb)
+                    await run.ack()
+        self.finished = True
+
+    async def _visit(self, client: Client) -> None:
+        rnd = self.rnd
+        async with client.consumer(self.DESTINATION, credit_messages=rnd.choice((1, 5, 40)), run_messages_max=rnd.choice((0, 1)),
+                                   lease_seconds=self.LEASE_SECONDS) as consumer:
+            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.3)))
+            if rnd.random() < 0.3 and (run := await consumer.next_run(timeout=3.0)):
+                self.world.delivered(self, run._pb)
+                await run.ack(run.messages[0].sequence)
+
+    async def _plain_visit(self, client: Client) -> None:
+        """Takes a run, has no credit for another one, and hangs up; or says at some time that it wants no more, and takes what comes."""
+        rnd, takes = self.rnd, self.rnd.random() < 0.5
+        lease = self.channel().stream_stream(consumer_module.METHOD)()
+        credit = 1 if takes else rnd.choice((1, 5, 40))
+        subscribe = Subscribe(destinations=[self.DESTINATION], credit=Credit(messages=credit, bytes=clients.CREDIT_BYTES))
+        subscribe.lease_duration.FromMilliseconds(int(self.LEASE_SECONDS * 1000))
+        await lease.write(LeaseRequest(subscribe=subscribe).SerializeToString())
+        if not takes:
+            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.3)))
+            await lease.done_writing()
+        runs: list[LeasedRunProto] = []
+        try:
+            while True:
+                async with asyncio.timeout(0.05 if takes and runs else 60):
+                    frame = await lease.read()
+                if frame is EOF:
+                    break
+                runs += LeaseResponse.FromString(frame).runs
+                if (beyond := sum(len(run.messages) for run in runs) - credit) > 0:
+                    raise Violation("credit", f"{self.process.name} was sent {beyond} messages beyond its credit")
+        except TimeoutError:
+            if not runs:
+                raise
+        lease.cancel()
+        ack = self.channel().stream_stream("/spillway.v1.QueueService/Ack")()
+        for run in runs:
+            self.world.delivered(self, run)
+            await ack.write(AckRequest(settlements=[SettlementProto(
+                shard=run.shard, fencing_token=run.fencing_token, sequence=run.messages[0].sequence,
+                outcome=OUTCOME_RELEASE)]).SerializeToString())
+            async with asyncio.timeout(60):
+                await ack.read()
+        ack.cancel()
+
+    async def _look(self) -> None:
+        """Nothing is leased any more."""
+        world = self.world
+        until = world.loop.now + self.SOON_SECONDS
+        while left := world.leased(self.DESTINATION.encode()):
+            if world.loop.now >= until:
+                raise Violation("left behind", f"{left} are leased {self.SOON_SECONDS} s after the last consumer has gone")
+            await asyncio.sleep(0.02)
+
+
 class _Errors(logging.Handler):
     """What the client calls an error is one."""
 
@@ -649,7 +737,7 @@ def underneath(world: World) -> Iterator[None]:
     """What the client stands on while a world runs."""
     rnd = random.Random(f"applications {world.seed}")
     secrets = Secrets(rnd)
-    of_world = (*world.producers, *world.consumers, world.operator, world.drainer)
+    of_world = (*world.producers, *world.consumers, world.operator, world.drainer, world.leaver)
     applications = {client.process.name: client for client in of_world if isinstance(client, _Application)}
 
     def now() -> float:

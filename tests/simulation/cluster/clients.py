@@ -283,7 +283,7 @@ class Consumer(Client):
                 messages += len(run.messages)
             credit -= messages
             if credit < 0:
-                raise Violation("bug", f"{self.process.name} was sent {-credit} messages beyond its credit")
+                raise Violation("credit", f"{self.process.name} was sent {-credit} messages beyond its credit")
             if world.calm:
                 await self._acknowledge_all(ack)
             for run in response.runs:

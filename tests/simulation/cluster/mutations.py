@@ -14,12 +14,14 @@ from spillway.broker.core.shard import Shard
 from spillway.broker.runtime import shard as shard_module
 from spillway.broker.runtime.backup import Backups
 from spillway.broker.runtime.calls import Batch
+from spillway.broker.runtime.forward import Forwarder, LeaseProxy
 from spillway.broker.runtime.node import Node
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.wire import run_parts
 from spillway.broker.services import produce
 from spillway.broker.services.admin import AdminService
 from spillway.client.consumer import Consumer as ClientConsumer
+from spillway.client.consumer import _Stream as ClientStream
 from spillway.client.producer import Producer as ClientProducer
 from spillway.client.retry import Verdict
 from spillway.client.sequencing import Lane
@@ -166,6 +168,27 @@ def _leak_credit() -> Any:
     return patch.object(ClientConsumer, "_finished", leaky)
 
 
+def _spend_twice() -> Any:
+    """What two nodes granted on the same credit goes to the client."""
+    admit = LeaseProxy._admit
+
+    def admitted(self: LeaseProxy, node_id: str, messages: int, size: int) -> bool:
+        return admit(self, node_id, messages, size) or not self._stopped
+    return patch.object(LeaseProxy, "_admit", admitted)
+
+
+def _keep_late() -> Any:
+    """Nothing is given back that came too late for its client, or was too much."""
+    return patch.object(Forwarder, "give_back", lambda self, run: None)
+
+
+def _leave_silently() -> Any:
+    """A consumer of the client that is closed does not say what has come."""
+    async def silent(self: ClientStream) -> None:
+        pass
+    return patch.object(ClientStream, "_report", silent)
+
+
 def _behind() -> Any:
     """A change is answered before the node that was asked for it knows it."""
     return patch.object(AdminService, "_made", lambda self, context: None)
@@ -200,6 +223,9 @@ SEEN: dict[str, Mutation] = {
     "client, other numbers for copies": _new_numbers,
     "client, records overtake": _overtake,
     "client, credit leaks": _leak_credit,
+    "client, nothing is said at the end": _leave_silently,
+    "credit is spent twice": _spend_twice,
+    "what came too late is kept": _keep_late,
     "a change is answered too early": _behind,
     "I1, a backup of the last checkpoint": _old_backup,
     "R2, released before it is synced": raft.SEEN["release before sync"],

@@ -64,6 +64,9 @@ def test_seeds_that_found_a_bug(seed: int) -> None:
     ("client, other numbers for copies", "I5"),
     ("client, records overtake", "I2"),
     ("client, credit leaks", "progress"),
+    ("client, nothing is said at the end", "left behind"),
+    ("credit is spent twice", "credit"),
+    ("what came too late is kept", "left behind"),
     ("a change is answered too early", "bug"),
 ])
 def test_a_broken_invariant_is_seen(name: str, rule: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from spillway.broker.core.outbox import OUTBOX
+from spillway.broker.core.shard import destination_of
 from spillway.broker.runtime import node as node_module
 from spillway.broker.services import produce
 from spillway.cluster.placement import place
@@ -26,7 +27,13 @@ from spillway.v1.queue_service_pb2 import OUTCOME_ACK, LeasedRun
 
 from tests.properties.order_history import violations
 from tests.simulation.cluster import applications
-from tests.simulation.cluster.applications import ConsumingApplication, DrainingApplication, OperatingApplication, ProducingApplication
+from tests.simulation.cluster.applications import (
+    ConsumingApplication,
+    DrainingApplication,
+    LeavingApplication,
+    OperatingApplication,
+    ProducingApplication,
+)
 from tests.simulation.cluster.clients import Client, Consumer, Drainer, Operator, Producer, Sent, Source
 from tests.simulation.cluster.faults import Faults
 from tests.simulation.cluster.loop import SimLoop
@@ -49,6 +56,7 @@ from tests.simulation.raft.checkers import (
 REST_SECONDS = 240.0  # a healed cluster must have delivered everything within
 FORM_SECONDS = 30.0
 WELL_SECONDS = 60.0  # consumers have found all nodes again
+LEAVE_SECONDS = 120.0
 
 
 def _ms(milliseconds: int) -> Duration:
@@ -225,6 +233,7 @@ class World:
         queues = [(d, f"t{t}", f"k{k}") for d in sources for t in range(tenants) for k in range(keys)]
         self.operator = (OperatingApplication if options.applications else Operator)(self, "operator")
         self.drainer = (DrainingApplication if options.applications else Drainer)(self, "drainer")
+        self.leaver = LeavingApplication(self, "leaver")
         self.producers: list[Source] = []
         for i in range(options.producers):
             own = rnd.sample(queues, rnd.randint(1, len(queues)))
@@ -433,6 +442,18 @@ class World:
         # Nodes that had hung may have stored something late once more.
         if not self._run_until(WELL_SECONDS, lambda: self._empty() and not self._unwell()):
             raise Violation("progress", f"all is delivered, and not well {WELL_SECONDS:.0f} s later: {self._unwell()}")
+        if self.options.applications:
+            for consumer in self.consumers:
+                self.loop.kill(consumer.process)
+                self.rpc.died(consumer.process)
+            self.leaver.start(self.leaver.run())
+            if not self._run_until(LEAVE_SECONDS, lambda: self.leaver.finished and self._same()):
+                raise Violation("progress", f"not at rest {LEAVE_SECONDS:.0f} s after the last consumers came: {self._restless()}")
+
+    def leased(self, destination: bytes) -> list[tuple[str, int, int]]:
+        """Live leases of a destination, by their leaders: (node, shard, token)."""
+        return [(node.name, shard, token) for node in self.nodes.values() if node.started for shard, runtime in node.node.shards.items()
+                if runtime.leading for token, queue in runtime.state.leases.items() if destination_of(queue.key) == destination]
 
     def _unwell(self) -> list[str]:
         """What is wrong with consumers that use the product's client."""
