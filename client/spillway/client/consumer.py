@@ -130,7 +130,7 @@ class _Stream:
                 pass
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        if self.consumer.closed and not self.complete:
+        if self.consumer.closed and not self.complete and not self.consumer.failed:
             await self._report()
 
     async def _report(self) -> None:

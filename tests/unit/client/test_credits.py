@@ -238,3 +238,15 @@ def test_credit_is_conserved_and_never_exceeded(data: st.DataObject) -> None:
         waiting -= {n for n in waiting if nodes.messages[n] > 0 and nodes.bytes[n] > 0}
     assert not waiting, f"{waiting} starve: {nodes.splitter!r}"
     assert sum(max(nodes.messages[n], 0) for n in up) <= total
+
+
+def test_without_credit_no_node_keeps_any() -> None:
+    """While there is none all is taken back, and nothing is given; then it is split anew."""
+    nodes = Nodes(9, 90, "abc")
+    nodes.plan()
+    nodes.splitter.messages_max = 0
+    nodes.plan()
+    assert set(nodes.messages.values()) == {0} and sum(nodes.bytes.values()) == 90
+    nodes.splitter.messages_max = 6
+    nodes.plan()
+    assert set(nodes.messages.values()) == {2} and sum(nodes.bytes.values()) == 90
