@@ -315,7 +315,7 @@ def _frames(made: Node) -> Callable[[bytes], Awaitable[object]]:
     async def one(data: bytes) -> None:
         consumer = Consumer("c")
         sink = consumer.sink = Sink(consumer)
-        proxy = forward.LeaseProxy(made.world.forwarder, Subscribe(credit=Credit(messages=9, bytes=9_000)), consumer, sink,
+        proxy = forward.LeaseProxy(made.world.forwarder, Subscribe(credit=Credit(messages=9, bytes=9_000)), False, consumer, sink,
                                    lambda consumer, messages, size: None)
         proxy.credit(9, 9_000)
         proxy._pass_on("n2", data)

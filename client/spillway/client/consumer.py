@@ -28,7 +28,14 @@ from spillway.client.retry import Backoff, is_final
 from spillway.client.settlements import ACK, EXTEND, Settlement, Settler
 from spillway.client.topology import Router, Topology
 from spillway.contract.credits import CreditSplitter
-from spillway.contract.limits import LEASE_MS_MAX, LEASE_MS_MIN, RUN_MESSAGES_MAX, SUBSCRIBE_DESTINATIONS_MAX
+from spillway.contract.limits import (
+    CREDIT_BYTES_MAX,
+    CREDIT_MESSAGES_MAX,
+    LEASE_MS_MAX,
+    LEASE_MS_MIN,
+    RUN_MESSAGES_MAX,
+    SUBSCRIBE_DESTINATIONS_MAX,
+)
 from spillway.v1 import queue_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -39,8 +46,6 @@ log = logging.getLogger("spillway.client")
 METHOD = "/spillway.v1.QueueService/Lease"
 CREDIT_MESSAGES = 256
 CREDIT_BYTES = 16 << 20
-CREDIT_MESSAGES_MAX = 1 << 16  # what a broker takes
-CREDIT_BYTES_MAX = 256 << 20
 LEASE_TOTAL_SECONDS = 3600.0
 SILENCE_SECONDS_MAX = 25.0  # heartbeats come every 10 s
 WATCH_SECONDS = 1.0
@@ -117,8 +122,7 @@ class _Stream:
             self._now.set()
 
     async def close(self) -> None:
-        """Takes what is still coming, for a moment, then ends the stream. If not all may have come, and the consumer ends, the node is
-        told what has."""
+        """Takes what is still coming, for a moment, then ends the stream."""
         self._closing = True
         call = self._call
         if call is not None and self.open:
@@ -130,11 +134,10 @@ class _Stream:
                 pass
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        if self.consumer.closed and not self.complete and not self.consumer.failed:
-            await self._report()
 
-    async def _report(self) -> None:
-        """Subscribes once more, for nothing: leases that were lost on the way need not expire then."""
+    async def report(self) -> None:
+        """Tells the node which leases have come, by subscribing once more, for nothing: those that were lost on the way need not expire
+        then. To be called once nothing is delivered any more."""
         consumer = self.consumer
         subscribe = consumer.subscription(0, 0, self.local_only)
         call = _lease(consumer.channels.get(self.address, "lease"))
@@ -708,10 +711,9 @@ class Consumer:
                 timer.cancel()
         self._wake(len(self._waiters))
         streams = [*self._streams.values(), *([self._forwarded] if self._forwarded is not None else [])]
-        for stream in streams:
-            if self._closing_streams or stream.node in self._moved:
-                stream.complete = False  # it was to subscribe anew
         await asyncio.gather(*(stream.close() for stream in streams), *self._closing_streams, return_exceptions=True)
+        if not self.failed:  # those of `_moved` were to subscribe anew
+            await asyncio.gather(*(stream.report() for stream in streams if not stream.complete or stream.node in self._moved))
         if self._extend_timer is not None:
             self._extend_timer.cancel()
         self._buffer.clear()

@@ -15,7 +15,8 @@ The balance of a stream is a plain sum on both ends: given - withdrawn - deliver
 cross (a node decides on a lease some milliseconds before it sends it); then the balance is below zero for a moment, the
 same on both ends, and the next credit fills it up first. So that such a delivery still finds its credit unspent,
 withdrawn credit rests for REST_SECONDS before it goes elsewhere. A delivery later than that makes `surplus` positive:
-the consumer gives that many messages back at once.
+the consumer gives that many messages back at once. What is withdrawn from that node rests longer from then on, or a slow
+node would always be too late; half as long each time that nothing came.
 """
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 CYCLE_SECONDS = 0.045  # how long the last credit may take to visit every node
 REST_SECONDS = 0.010  # a lease that was being replicated when its credit was withdrawn arrives within this
+REST_SECONDS_MAX = 0.5  # or at a slow node within this
+REST_FACTOR = 1.5  # times what it last took
 DWELL_SECONDS_MAX = 0.010  # credit unused for this long at a node is idle
 DWELL_SECONDS_MIN = 0.002
 SPARE_FACTOR = 4  # with this many messages of credit per node, every node keeps one when it is idle
@@ -42,8 +45,8 @@ class Change(NamedTuple, Generic[Node]):
 class _Account:
     """One node's balance."""
 
-    __slots__ = ("bytes", "bytes_turn", "eligible", "hungry_since", "messages", "resting_bytes", "resting_messages",
-                 "resting_until", "stirred", "turn")
+    __slots__ = ("bytes", "bytes_turn", "eligible", "hungry_since", "messages", "rest", "resting_bytes", "resting_messages",
+                 "resting_until", "stirred", "turn", "withdrawn")
 
     def __init__(self, now: float, turn: int) -> None:
         self.messages = 0  # unused at the node
@@ -53,6 +56,8 @@ class _Account:
         self.stirred = now  # last delivery, or last credit given
         self.turn = turn  # when it got messages of credit last: the order of going round
         self.bytes_turn = turn  # the same of bytes
+        self.rest = REST_SECONDS
+        self.withdrawn = now  # when some was taken back last
         self.resting_messages = 0  # withdrawn, and may cross a delivery
         self.resting_bytes = 0
         self.resting_until = 0.0
@@ -60,7 +65,7 @@ class _Account:
 
 class CreditSplitter(Generic[Node]):
     """Splits `messages` and `bytes` of credit over nodes. Nodes are any hashable value. The totals, `messages_max` and
-    `bytes_max`, may be set at any time; the next `plan` follows them. While one is 0, all is taken back of it."""
+    `bytes_max`, may be set at any time; the next `plan` follows them. While one is 0, all of it is taken back."""
 
     def __init__(self, messages: int, bytes: int) -> None:
         if messages < 1 or bytes < 1:
@@ -103,7 +108,9 @@ class CreditSplitter(Generic[Node]):
         account.messages -= messages
         account.bytes -= bytes
         account.stirred = now
-        if account.messages < 0:  # it crossed a withdrawal, which therefore brought less
+        if account.messages < 0:
+            # It crossed a withdrawal, which therefore brought less.
+            account.rest = min(REST_SECONDS_MAX, max(account.rest, REST_FACTOR * (now - account.withdrawn)))
             account.resting_messages = max(0, account.resting_messages + account.messages)
         if account.bytes < 0:
             account.resting_bytes = max(0, account.resting_bytes + account.bytes)
@@ -146,10 +153,12 @@ class CreditSplitter(Generic[Node]):
         """What to send to the nodes now. It is taken as sent."""
         for account in self._accounts.values():
             if account.resting_until <= now:
+                if account.resting_messages:
+                    account.rest = max(REST_SECONDS, account.rest / 2)
                 account.resting_messages = account.resting_bytes = 0
         before = {node: (a.messages, a.bytes) for node, a in self._accounts.items()}
         self._repay()
-        self._reclaim()
+        self._reclaim(now)
         eligible = [a for a in self._accounts.values() if a.eligible]
         if not eligible or self.messages_max <= 0 or self.bytes_max <= 0:
             return self._changes(before)
@@ -204,22 +213,24 @@ class CreditSplitter(Generic[Node]):
                 account.bytes += amount
                 free_bytes -= amount
 
-    def _reclaim(self) -> None:
+    def _reclaim(self, now: float) -> None:
         """If more is given than there is (the total shrank, or an overdrawn stream ended), takes it back, first from
-        those that have most."""
+        those that have most; all, if there is none."""
         lacking = -self.free_messages
         for account in sorted(self._accounts.values(), key=lambda a: -a.messages):
-            if lacking <= 0 or account.messages <= 0:
+            if (lacking <= 0 and self.messages_max > 0) or account.messages <= 0:
                 break
-            amount = min(lacking, account.messages)
+            amount = min(lacking, account.messages) if self.messages_max > 0 else account.messages
             account.messages -= amount
+            account.withdrawn = now
             lacking -= amount
         lacking = -self.free_bytes
         for account in sorted(self._accounts.values(), key=lambda a: -a.bytes):
-            if lacking <= 0 or account.bytes <= 0:
+            if (lacking <= 0 and self.bytes_max > 0) or account.bytes <= 0:
                 break
-            amount = min(lacking, account.bytes)
+            amount = min(lacking, account.bytes) if self.bytes_max > 0 else account.bytes
             account.bytes -= amount
+            account.withdrawn = now
             lacking -= amount
 
     def _floor_bytes(self, eligible: list[_Account]) -> int:
@@ -282,7 +293,8 @@ class CreditSplitter(Generic[Node]):
             account.bytes -= bytes_
             account.resting_messages = messages
             account.resting_bytes = bytes_
-            account.resting_until = now + REST_SECONDS
+            account.resting_until = now + account.rest
+            account.withdrawn = now
             account.stirred = now
             if account.messages <= 0 and account.hungry_since is None:
                 account.hungry_since = now

@@ -17,3 +17,5 @@ LEASE_MS_MAX = 12 * 3600 * 1000
 RUN_MESSAGES_MAX = 1024
 REASON_BYTES_MAX = 1024
 SUBSCRIBE_DESTINATIONS_MAX = 256
+CREDIT_MESSAGES_MAX = 1 << 16  # that a consumer can have; what it gives beyond that is ignored
+CREDIT_BYTES_MAX = 256 << 20

@@ -252,7 +252,9 @@ class LeaseRequest(_message.Message):
 
     @_builtins.property
     def credit(self) -> Global___Credit:
-        """Adds to (or, negative, takes back from) the unused credit."""
+        """Adds to (or, negative, takes back from) the unused credit. What was granted
+        on credit that is taken back still comes; the next credit pays it first.
+        """
 
     def __init__(
         self,

@@ -186,7 +186,7 @@ def _leave_silently() -> Any:
     """A consumer of the client that is closed does not say what has come."""
     async def silent(self: ClientStream) -> None:
         pass
-    return patch.object(ClientStream, "_report", silent)
+    return patch.object(ClientStream, "report", silent)
 
 
 def _behind() -> Any:

@@ -192,7 +192,7 @@ async def test_leases_of_a_node_that_moves_are_asked_for_where_it_is(leaders: tu
     forwarder = Forwarder(node)
     await moved(node, here)
     consumer = Consumer("c")
-    proxy = LeaseProxy(forwarder, Subscribe(destinations=["d"]), consumer, Sink(consumer), lambda consumer, messages, size: None)
+    proxy = LeaseProxy(forwarder, Subscribe(destinations=["d"]), False, consumer, Sink(consumer), lambda consumer, messages, size: None)
     proxy.start()
     await asyncio.wait_for(here.leased.wait(), 30)
     await moved(node, there)
@@ -233,7 +233,7 @@ async def test_a_node_that_hangs_keeps_no_credit_from_others(monkeypatch: pytest
 
     def give_local(consumer: Consumer, messages: int, size: int) -> None:
         given[0] += messages
-    proxy = LeaseProxy(forwarder, Subscribe(destinations=["d"], credit=Credit(messages=8, bytes=1 << 20)), consumer, Sink(consumer),
+    proxy = LeaseProxy(forwarder, Subscribe(destinations=["d"], credit=Credit(messages=8, bytes=1 << 20)), False, consumer, Sink(consumer),
                        give_local)
     proxy.start()
     for _ in range(20):  # the client takes all that this node has, and gives new credit for it

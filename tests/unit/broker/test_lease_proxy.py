@@ -12,6 +12,7 @@ from spillway.broker.runtime import forward
 from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.forward import LeaseProxy
 from spillway.contract.credits import CreditSplitter
+from spillway.contract.limits import CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX
 from spillway.v1.queue_service_pb2 import Credit, LeasedMessage, LeasedRun, LeaseRequest, LeaseResponse, Subscribe
 
 
@@ -68,15 +69,15 @@ class Forwarder:
         """As Forwarder's."""
         return asyncio.create_task(work)
 
-    def give_back(self, lease: LeasedRun) -> None:
+    def give_back(self, leases: list[LeasedRun]) -> None:
         """As Forwarder's."""
-        self.given_back.append(lease.fencing_token)
+        self.given_back += [lease.fencing_token for lease in leases]
 
-    def proxy(self, credit: int) -> tuple[LeaseProxy, Sink]:
+    def proxy(self, credit: int, size: int = 1 << 20, numbered: bool = True) -> tuple[LeaseProxy, Sink]:
         """For a client with so much credit."""
         consumer = Consumer("c")
         sink = Sink(consumer)
-        made = LeaseProxy(self, Subscribe(destinations=["d"], credit=Credit(messages=credit, bytes=1 << 20)),  # type: ignore[arg-type]
+        made = LeaseProxy(self, Subscribe(destinations=["d"], credit=Credit(messages=credit, bytes=size)), numbered,  # type: ignore[arg-type]
                           consumer, sink, lambda consumer, messages, size: None)
         made.start()
         return made, sink
@@ -131,6 +132,58 @@ async def test_what_comes_after_the_end_is_given_back() -> None:
     assert not proxy._admit("n1", 1, 1)
 
 
+async def test_what_was_granted_on_credit_that_the_client_takes_back_still_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a while. It counts on both sides, so the next credit pays it first."""
+    forwarder = Forwarder()
+    proxy, _ = forwarder.proxy(3)
+    proxy.credit(-2, 0)
+    assert proxy._admit("n1", 3, 3) and not proxy._admit("n1", 1, 1)
+    proxy.credit(2, 0)
+    assert not proxy._admit("n1", 1, 1)
+    proxy.credit(1, 0)
+    assert proxy._admit("n1", 1, 1)
+    monkeypatch.setattr(forward, "WITHDRAWN_SECONDS", 0.0)
+    proxy.credit(3, 0)
+    proxy.credit(-2, 0)
+    assert not proxy._admit("n1", 3, 3) and proxy._admit("n1", 1, 1)
+    proxy.stop()
+
+
+async def test_each_node_may_send_one_message_beyond_the_bytes() -> None:
+    """A large one must not get stuck; what two nodes granted on the same bytes is sent once."""
+    forwarder = Forwarder()
+    proxy, _ = forwarder.proxy(50, size=900)
+    for peer in forwarder.peers.values():
+        await until(peer.subscribed.is_set)
+    await until(lambda: proxy._splitter is not None and all(proxy._splitter.unused(n)[1] == 300 for n in ("n1", "n2", "n3")))
+    assert not proxy._admit("n1", 2, 1000)  # more than one message, and beyond all
+    assert proxy._admit("n1", 1, 1000)
+    assert proxy._admit("n2", 1, 1000)
+    assert not proxy._admit("n2", 1, 10)  # it has none left, as all together
+    proxy.stop()
+
+
+async def test_a_client_has_no_more_credit_than_a_node_gives() -> None:
+    """What is beyond it would be given to nodes that do not count it, and be missing for ever."""
+    proxy, _ = Forwarder().proxy(1 << 40, size=1 << 60)
+    assert (proxy._messages, proxy._bytes) == (CREDIT_MESSAGES_MAX, CREDIT_BYTES_MAX)
+    proxy.stop()
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+async def test_a_stream_that_is_over_begins_nowhere_late(numbered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a node numbers the streams, the number of the one that takes its place may be lower; then that would be ended. Clients that
+    number them themselves may subscribe for nothing but to say which leases they have."""
+    forwarder = Forwarder()
+    proxy, _ = forwarder.proxy(9, numbered=numbered)
+    tasks = list(proxy._leases.values())
+    proxy.stop()
+    for peer in forwarder.peers.values():
+        peer.sends.put_nowait(grpc.aio.EOF)
+    await asyncio.wait_for(asyncio.wait(tasks), 10)
+    assert [peer.subscribed.is_set() for peer in forwarder.peers.values()] == [numbered] * 2
+
+
 async def test_a_node_that_does_not_come_to_an_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its leases expire."""
     monkeypatch.setattr(forward, "LEASES_END_SECONDS", 0.05)
@@ -150,7 +203,7 @@ async def test_a_client_without_credit_costs_nothing(monkeypatch: pytest.MonkeyP
                                 scheduler=SimpleNamespace(subscribe=lambda consumer, patterns: None))
     consumer = Consumer("c")
     proxy = LeaseProxy(SimpleNamespace(node=node), Subscribe(destinations=["d"], credit=Credit(messages=1, bytes=99)),  # type: ignore[arg-type]
-                       consumer, Sink(consumer), lambda consumer, messages, size: None)
+                       False, consumer, Sink(consumer), lambda consumer, messages, size: None)
     proxy.start()
     await asyncio.sleep(0.02)
     assert asked

@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 from node_world import Context, World, payloads
-from spillway.v1.queue_service_pb2 import Credit, HeldLease, LeasedRun, LeaseRequest, LeaseResponse, Subscribe
+from spillway.broker.runtime.calls import Call
+from spillway.broker.runtime.shard import ShardRuntime
+from spillway.cluster.machine import Role
+from spillway.v1.queue_service_pb2 import (
+    OUTCOME_RELEASE,
+    Credit,
+    HeldLease,
+    LeasedMessage,
+    LeasedRun,
+    LeaseRequest,
+    LeaseResponse,
+    Settlement,
+    Subscribe,
+)
 
 SESSION = "s1"
 
@@ -162,3 +175,47 @@ async def test_nothing_is_granted_over_a_stream_that_another_one_took_the_place_
     for one in (first, beside, second):
         await one.close()
     assert not world.node.lease_streams._sinks
+
+
+async def test_a_stream_whose_client_takes_nothing_more_is_granted_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it cannot end, as its client does not read: its credit would be spent in vain, lease by lease."""
+    first = Stream(world, messages=200, stream=1)
+    first.room.clear()
+    await world.put("d", b"a", key="1")
+    await turns(world)
+    second = Stream(world, messages=0, stream=2)
+    granted: list[int] = []
+    monkeypatch.setattr(ShardRuntime, "grant", lambda self, pick, messages, deadline: granted.append(messages))
+    await turns(world)
+    await world.put("d", b"b", key="2")
+    await turns(world)
+    assert not granted
+    await first.cancel()
+    await second.close()
+
+
+async def test_what_is_given_back_to_a_leader_that_resigns_reaches_the_next_one(world: World) -> None:
+    """Whether it waits, or this node had never heard of the lease, as the next leader granted it."""
+    passed: list[tuple[int, int, int]] = []
+
+    def pass_on(shard: int, call: Call, index: int, settlement: Settlement) -> None:
+        passed.append((settlement.fencing_token, settlement.sequence, settlement.outcome))
+        call.release()
+    world.node.pass_on_settlement = pass_on
+    stream = Stream(world, session="")
+    run = await leased(world, stream, b"a", "1")
+    other = LeasedRun(shard=run.shard, fencing_token=run.fencing_token + 1, messages=[LeasedMessage(sequence=5)])
+    world.forwarder.give_back([run, other, LeasedRun(shard=99, messages=other.messages), LeasedRun(shard=run.shard)])
+    world.node.shards[run.shard].role_changed(Role.FOLLOWER, 2, "n2")
+    assert passed == [(run.fencing_token, run.messages[0].sequence, OUTCOME_RELEASE), (other.fencing_token, 5, OUTCOME_RELEASE)]
+    await stream.cancel()
+
+
+async def test_what_another_node_leads_is_given_back_there(world: World) -> None:
+    """All of a shard in one request."""
+    sent: list[list[Settlement]] = []
+    world.node.shards[2].role_changed(Role.FOLLOWER, 2, "n2")
+    world.forwarder.ack = lambda shard, call, settlements: sent.append(list(settlements.values()))  # type: ignore[assignment, method-assign]
+    world.forwarder.give_back([LeasedRun(shard=2, fencing_token=t, messages=[LeasedMessage(sequence=5 + t)]) for t in (1, 2)])
+    assert [[(s.shard, s.fencing_token, s.sequence, s.outcome) for s in one] for one in sent] == [
+        [(2, 1, 6, OUTCOME_RELEASE), (2, 2, 7, OUTCOME_RELEASE)]]

@@ -386,6 +386,28 @@ async def test_what_is_on_its_way_to_a_consumer_that_closes_is_given_back(greets
         assert (len(node.subscriptions), list(last.streams_open), last.credit.messages) == (2, [], 0)
 
 
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "hangs"])
+async def test_a_consumer_that_closes_gives_back_what_an_old_leader_did_not_deliver(dies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes before it subscribes anew at the new leader, which is told all the same, once nothing comes from the old one any more."""
+    monkeypatch.setattr(consumer_module, "CLOSE_READ_SECONDS", 0.2)
+    async with serving(2) as (cluster, client):
+        old, new = cluster.nodes.values()
+        cluster.leaders = dict.fromkeys(cluster.leaders, old.name)
+        await cluster.tell()
+        async with client.consumer("d") as consumer:
+            await until(lambda: consumer.state is ConsumerState.CONSUMING and not consumer._moved and consumer._resubscribe_timer is None)
+            monkeypatch.setattr(consumer_module, "RESUBSCRIBE_SECONDS", 60.0)
+            old.flowing.clear()
+            await send(client, 3)
+            await until(lambda: bool(cluster.leases))
+            if dies:
+                await old.stop()
+            cluster.leaders = dict.fromkeys(cluster.leaders, new.name)
+            await cluster.tell()
+            await until(lambda: new.name in consumer._moved)
+        assert not cluster.leases and not cluster.settlements
+
+
 async def test_a_consumer_that_has_all_says_nothing_more_when_it_closes() -> None:
     """Its streams ended in order."""
     async with serving(2) as (cluster, client):

@@ -250,3 +250,37 @@ def test_without_credit_no_node_keeps_any() -> None:
     nodes.splitter.messages_max = 6
     nodes.plan()
     assert set(nodes.messages.values()) == {2} and sum(nodes.bytes.values()) == 90
+
+
+@pytest.mark.parametrize("late", [0.004, 0.03, 0.2])
+def test_the_last_credit_serves_slow_nodes_as_often_as_quick_ones(late: float) -> None:
+    """Both have messages without end. Each sends what it was given `late` seconds after that, or after two milliseconds; what is too
+    much the consumer gives back."""
+    splitter: CreditSplitter[str] = CreditSplitter(1, 100)
+    takes = {"slow": late, "quick": 0.002}
+    for node in takes:
+        splitter.add(node, 0.0)
+    balance, coming = dict.fromkeys(takes, 0), []  # of the nodes; (when, node)
+    served, back = dict.fromkeys(takes, 0), 0
+    now, settle_at = 0.0, -1.0
+    while now < 60:
+        for node, messages, _ in splitter.plan(now):
+            balance[node] += messages
+            if balance[node] > 0:
+                balance[node] -= 1
+                coming.append((now + takes[node], node))
+        times = [when for when, _ in coming] + [t for t in (splitter.wake_time(now), settle_at) if t is not None and t > now]
+        now = max(now + 1e-6, min(times))
+        if 0 < settle_at <= now:
+            splitter.settled(1, 1)
+            settle_at = -1.0
+        for when, node in [one for one in coming if one[0] <= now]:
+            coming.remove((when, node))
+            splitter.delivered(node, 1, 1, now)
+            if splitter.surplus > 0:
+                splitter.settled(1, 1)
+                back += 1
+            else:
+                served[node] += 1
+                settle_at = now + 0.1
+    assert served["slow"] >= 0.4 * served["quick"] and back <= 0.1 * sum(served.values()), (served, back)

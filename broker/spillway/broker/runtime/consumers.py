@@ -27,11 +27,12 @@ class Sink:
     """Encoded runs on their way to one consumer. Bounded by the credit that the consumer gave: the scheduler sends
     nothing without it, and credit is capped by the service."""
 
-    __slots__ = ("_event", "_frames", "_parts", "_size", "admit", "closed", "consumer")
+    __slots__ = ("_event", "_frames", "_parts", "_size", "admit", "closed", "consumer", "on_close")
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
         self.closed = False
+        self.on_close: Callable[[], None] = lambda: None
         self.admit: Callable[[int, int], bool] | None = None  # whether a run from this node (messages, bytes) may still be sent
         self._parts: list[bytes] = []
         self._size = 0
@@ -59,8 +60,10 @@ class Sink:
 
     def close(self) -> None:
         """Nothing more will come; wakes the writer."""
-        self.closed = True
-        self._event.set()
+        if not self.closed:
+            self.closed = True
+            self._event.set()
+            self.on_close()
 
     async def frames(self, timeout: float) -> list[bytes]:
         """Frames to send, at most about 1 MiB each; empty after `timeout` seconds (time for a heartbeat) or when closed."""

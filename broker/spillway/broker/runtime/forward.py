@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
@@ -29,6 +29,7 @@ from spillway.cluster.errors import WireInvalid
 from spillway.cluster.transport.tls import TlsFiles, TlsInvalid
 from spillway.contract.credits import CreditSplitter
 from spillway.contract.hashing import PART
+from spillway.contract.limits import CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX
 from spillway.peer.v1.member_service_pb2 import JoinRequest, JoinResponse
 from spillway.peer.v1.member_service_pb2_grpc import MemberServiceStub
 from spillway.peer.v1.queue_view_pb2 import AckScope, ProduceRecordView, ProduceRequestView
@@ -64,6 +65,7 @@ LEADER_POLL_SECONDS = 0.02
 WATCH_SECONDS = 0.25  # between looks for a node that hangs; its connections stay open, and say nothing
 MOVED_SECONDS_MAX = 1.0  # of silence, once another node is known to lead the shard
 SILENCE_SECONDS_MAX = 3.0  # of silence, while Raft hears nothing of the node either
+WITHDRAWN_SECONDS = 1.0  # for what was granted on credit that a client has taken back to come
 LEASES_END_SECONDS = 2.0  # for what another node has granted to a consumer that is gone to come, and be given back
 LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
@@ -468,16 +470,23 @@ class Forwarder:
 
         self._with_leader(shard, act)
 
-    def give_back(self, run: LeasedRun) -> None:
-        """A lease will not come to its consumer: it is released, and counts no attempt. If nobody leads the shard, it runs on."""
+    def give_back(self, runs: Iterable[LeasedRun]) -> None:
+        """Leases will not come to their consumer: they are released, and count no attempt. Where nobody leads the shard, they run on."""
         node = self.node
-        runtime = node.shards.get(run.shard)
-        if runtime is not None and runtime.leading:
-            runtime.release_lease(run.fencing_token)
-            node.host.wake(run.shard)
-        elif run.messages and 1 <= run.shard <= node.config.shards:
-            self.ack(run.shard, Call(1, 0, asyncio.get_running_loop(), lambda call: None), {0: Settlement(
-                shard=run.shard, fencing_token=run.fencing_token, sequence=run.messages[0].sequence, outcome=OUTCOME_RELEASE)})
+        shards: dict[int, list[LeasedRun]] = {}
+        for run in runs:
+            if run.messages and 1 <= run.shard <= node.config.shards:
+                shards.setdefault(run.shard, []).append(run)
+        for shard, lost in shards.items():
+            call = Call(len(lost), 0, asyncio.get_running_loop(), lambda call: None)
+            runtime = node.shards.get(shard)
+            if runtime is not None and runtime.leading:
+                for i, run in enumerate(lost):
+                    runtime.settle(call, i, run.fencing_token, run.messages[0].sequence, OUTCOME_RELEASE, -1, "")
+                node.host.wake(shard)
+            else:
+                self.ack(shard, call, {i: Settlement(shard=shard, fencing_token=run.fencing_token, sequence=run.messages[0].sequence,
+                                                     outcome=OUTCOME_RELEASE) for i, run in enumerate(lost)})
 
     # -- Admin ---------------------------------------------------------------------------------------------------
 
@@ -731,19 +740,24 @@ class _LeaseStream:
 
 
 class LeaseProxy:
-    """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged. What credit moves
-    from one node to another may be granted by both; what comes then and is too much, and what comes after the end, is given back."""
+    """Leases from every node on behalf of a plain client: its credit is split over the nodes, its frames merged. Credit that moves
+    from one node to another may be spent by both; what comes then and is too much, and what comes after the end, is given back.
+    `numbered`: the client numbers its streams itself."""
 
-    def __init__(self, forwarder: Forwarder, subscribe: Subscribe, consumer: Consumer, sink: Sink,
+    def __init__(self, forwarder: Forwarder, subscribe: Subscribe, numbered: bool, consumer: Consumer, sink: Sink,
                  give_local: Callable[[Consumer, int, int], None]) -> None:
         self._forwarder = forwarder
         self._subscribe = subscribe
+        self._numbered = numbered
         self._consumer = consumer
         self._sink = sink
         self._give_local = give_local
         self._loop = asyncio.get_running_loop()
         self._messages = 0  # credit that the client gave in all, less what was delivered
         self._bytes = 0
+        self._withdrawn_messages = 0  # that the client took back lately
+        self._withdrawn_bytes = 0
+        self._withdrawn_until = 0.0
         self._splitter: CreditSplitter[str] | None = None
         self._local = forwarder.node.config.node_id
         self._streams: dict[str, _LeaseStream] = {}
@@ -772,20 +786,30 @@ class LeaseProxy:
 
     def stop(self) -> None:
         """Ends all streams, once what was granted over them has come."""
+        if self._stopped or self._rebalancing is None:
+            return
         self._stopped = True
         self._forwarder.node.on_members.remove(self._follow_members)
-        if self._rebalancing is not None:
-            self._rebalancing.cancel()
-        for task in self._leases.values():
+        self._rebalancing.cancel()
+        for peer, task in self._leases.items():
+            if not self._numbered and peer not in self._streams:
+                task.cancel()  # another node's number for a stream that comes after this one may be lower
             timer = self._loop.call_later(LEASES_END_SECONDS, task.cancel)
             task.add_done_callback(lambda _, timer=timer: timer.cancel())  # type: ignore[misc]
         for stream in self._streams.values():
             stream.close()
 
     def credit(self, messages: int, size: int) -> None:
-        """The client gives (or takes back) credit."""
-        self._messages += messages
-        self._bytes += size
+        """The client gives (or takes back) credit. What other nodes have granted on what it takes back still comes."""
+        self._messages = min(self._messages + messages, CREDIT_MESSAGES_MAX)
+        self._bytes = min(self._bytes + size, CREDIT_BYTES_MAX)
+        if messages < 0 or size < 0:
+            now = self._loop.time()
+            if now >= self._withdrawn_until:
+                self._withdrawn_messages = self._withdrawn_bytes = 0
+            self._withdrawn_messages += max(0, -messages)
+            self._withdrawn_bytes += max(0, -size)
+            self._withdrawn_until = now + WITHDRAWN_SECONDS
         splitter = self._splitter
         if splitter is None:
             if self._messages <= 0 or self._bytes <= 0:
@@ -804,14 +828,22 @@ class LeaseProxy:
 
     def _admit(self, node_id: str, messages: int, size: int) -> bool:
         """A node has used so much of its credit. Whether the client has as much left, and it may go there."""
-        admitted = messages <= self._messages and not self._stopped
+        splitter, now = self._splitter, self._loop.time()
+        if now >= self._withdrawn_until:
+            self._withdrawn_messages = self._withdrawn_bytes = 0
+        messages_left = self._messages + self._withdrawn_messages
+        bytes_left = self._bytes + self._withdrawn_bytes
+        if splitter is not None:
+            bytes_left = max(bytes_left, splitter.unused(node_id)[1])  # each node may overdraw by one message
+            splitter.delivered(node_id, messages, size, now)
+            splitter.settled(messages, size)
+        admitted = not self._stopped and messages <= messages_left and (size <= bytes_left or (messages == 1 and bytes_left > 0))
         if admitted:
+            self._withdrawn_messages -= min(self._withdrawn_messages, max(0, messages - max(0, self._messages)))
+            self._withdrawn_bytes -= min(self._withdrawn_bytes, max(0, size - max(0, self._bytes)))
             self._messages -= messages
             self._bytes -= size
-        splitter = self._splitter
         if splitter is not None:
-            splitter.delivered(node_id, messages, size, self._loop.time())
-            splitter.settled(messages, size)
             self._split_anew(splitter)
         return admitted
 
@@ -893,12 +925,12 @@ class LeaseProxy:
 
     def _pass_on(self, peer: str, frame: bytes) -> None:
         runs = _parsed(LeaseResponse, frame).runs
-        admitted = []
+        admitted: list[LeasedRun] = []
+        rejected: list[LeasedRun] = []
         for run in runs:
             if run.messages:
-                if self._admit(peer, len(run.messages), sum(m.message.ByteSize() for m in run.messages)):
-                    admitted.append(run)
-                else:
-                    self._forwarder.give_back(run)
+                fits = self._admit(peer, len(run.messages), sum(m.message.ByteSize() for m in run.messages))
+                (admitted if fits else rejected).append(run)
+        self._forwarder.give_back(rejected)
         if admitted:
             self._sink.push_frame(frame if len(admitted) == len(runs) else LeaseResponse(runs=admitted).SerializeToString())

@@ -316,7 +316,7 @@ class Node:
     def deliver(self, runtime: ShardRuntime, pick: Pick, queue: Queue) -> bool:
         """Hands a granted run to its consumer; false if that is gone, or may not be sent so much any more."""
         sink = pick.consumer.sink
-        if not isinstance(sink, Sink) or sink.closed or not (sink.admit is None or sink.admit(pick.messages, pick.bytes)):
+        if not isinstance(sink, Sink) or sink.closed or (sink.admit is not None and not sink.admit(pick.messages, pick.bytes)):
             return False
         if len(queue.front) < queue.lease_size:
             runtime.state.ensure(queue, queue.lease_size)

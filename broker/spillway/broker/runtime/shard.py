@@ -85,7 +85,7 @@ class ShardRuntime:
         self.copier = Copier(node, self)
         self._barriers: list[asyncio.Future[None]] = []
         self._barriers_in_flight: list[asyncio.Future[None]] = []
-        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int] | None], list[Pick], Flight]] = deque()
+        self._in_flight: deque[tuple[Entry, list[Batch], list[tuple[Call, int]], list[Pick], Flight]] = deque()
         self.traced: TracedLeases = {}  # leases of sampled messages, if anybody makes spans
         self._proposed_at = 0.0  # when the entry in flight was made; only for metrics
         self._clear_pending()
@@ -93,7 +93,7 @@ class ShardRuntime:
     def _clear_pending(self) -> None:
         self._batches: OrderedDict[int, deque[Batch]] = OrderedDict()  # per stream, round robin
         self._settles: list[Settle] = []
-        self._settle_calls: list[tuple[Call, int] | None] = []
+        self._settle_calls: list[tuple[Call, int]] = []
         self._expires: list[e.Expire] = []
         self._gates: list[e.GateChange] = []
         self._grants: list[tuple[Pick, int, int]] = []  # pick, messages, deadline
@@ -202,8 +202,10 @@ class ShardRuntime:
         """Gives back a lease whose consumer never got it; counts no attempt."""
         queue = self.state.leases.get(token)
         if queue is not None:
-            self._settles.append((token, queue.lease_acked, 0, e.RELEASE, 0, ""))
-            self._settle_calls.append(None)
+            self.state.ensure(queue, 1)
+            # Whoever leads next is told, too.
+            call = Call(1, 0, asyncio.get_running_loop(), lambda call: None)
+            self.settle(call, 0, token, queue.front[0][0], e.RELEASE, -1, "")
 
     def grant(self, pick: Pick, messages: int, deadline: int) -> None:
         """A lease that the scheduler chose."""
@@ -439,18 +441,17 @@ class ShardRuntime:
             call.fail(position, ERROR_CODE_UNAVAILABLE, "", f"shard {self.number}: {why}")
         call.release()
 
-    def _pass_on_settles(self, settles: list[Settle], calls: list[tuple[Call, int] | None]) -> None:
+    def _pass_on_settles(self, settles: list[Settle], calls: list[tuple[Call, int]]) -> None:
         """Settlements may be repeated: the new leader tells what became of them."""
         now = self.node.now_ms()
         for (token, _, sequence, outcome, argument, reason), item in zip(settles, calls, strict=True):
-            if item is not None:
-                again = Settlement(shard=self.number, fencing_token=token, sequence=sequence, reason=reason)
-                again.outcome = e.REJECT if outcome == e.DISCARD else outcome  # type: ignore[assignment]
-                if argument:
-                    again.delay.FromMilliseconds(max(0, argument - now))
-                self.node.pass_on_settlement(self.number, *item, again)
+            again = Settlement(shard=self.number, fencing_token=token, sequence=sequence, reason=reason)
+            again.outcome = e.REJECT if outcome == e.DISCARD else outcome  # type: ignore[assignment]
+            if argument:
+                again.delay.FromMilliseconds(max(0, argument - now))
+            self.node.pass_on_settlement(self.number, *item, again)
 
-    def _answer(self, effects: Effects, batches: list[Batch], calls: list[tuple[Call, int] | None]) -> None:
+    def _answer(self, effects: Effects, batches: list[Batch], calls: list[tuple[Call, int]]) -> None:
         sequence = effects.base
         for batch, skipped in zip(batches, effects.enqueued, strict=True):
             call = batch.call
@@ -481,8 +482,6 @@ class ShardRuntime:
             else:
                 call.release()
         for item, status in zip(calls, effects.settled, strict=True):
-            if item is None:
-                continue
             call, index = item
             if status == SettleStatus.OK:
                 call.results[index] = SETTLEMENT_RESULT_OK

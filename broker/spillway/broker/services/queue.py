@@ -10,6 +10,7 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -30,6 +31,8 @@ from spillway.broker.services.produce import Intake
 from spillway.broker.services.quotas import current_quota
 from spillway.broker.services.status import abort
 from spillway.contract.limits import (
+    CREDIT_BYTES_MAX,
+    CREDIT_MESSAGES_MAX,
     DELAY_MS_MAX,
     LEASE_MS_MAX,
     LEASE_MS_MIN,
@@ -58,8 +61,7 @@ from spillway.v1.queue_service_pb2 import (
 STREAM_BYTES_MAX = 1 << 20  # of a Produce stream, accepted and not yet committed
 STREAM_CALLS_MAX = 64  # requests of a stream under way
 SCOPED = b"\x7a"  # how a request of another node begins that has a peer.v1.AckScope in it
-CREDIT_MESSAGES_MAX = 1 << 16  # most credit that a consumer can have
-CREDIT_BYTES_MAX = 256 << 20
+RUNS_PER_TURN = 256  # of those that are given back
 HEARTBEAT_SECONDS = 10.0
 _HEARTBEAT = LeaseResponse().SerializeToString()
 _DRAINING = LeaseResponse(draining=True).SerializeToString()
@@ -290,19 +292,22 @@ class QueueService:
             if subscribe.HasField("lease_duration"):
                 lease_ms = duration_ms("subscribe.lease_duration", subscribe.lease_duration, LEASE_MS_MIN, LEASE_MS_MAX)
             node = self.node
-            if subscribe.session and not subscribe.stream:
+            numbered = bool(subscribe.stream)
+            if subscribe.session and not numbered:
                 subscribe.stream = node.now_ms()
             session = session_of(subscribe.session, subscribe.stream) if subscribe.session else "~" + secrets.token_hex(8)
             consumer = Consumer(subscribe.consumer, subscribe.run_messages_max, lease_ms, session)
             sink = Sink(consumer)
             consumer.sink = sink
             self._sinks[sink] = None
+            if not subscribe.local_only and not self.peer:
+                proxy = LeaseProxy(self.forwarder, subscribe, numbered, consumer, sink, self._credit)
+            sink.on_close = partial(self._end, consumer, proxy)
             if subscribe.session:
                 node.lease_streams.begun(subscribe.session, subscribe.stream, set(subscribe.streams_open), sink)
                 node.release_lost(subscribe.session, subscribe.stream, set(subscribe.streams_open),
                                   {(h.shard, h.fencing_token) for h in subscribe.held})
-            if not subscribe.local_only and not self.peer:
-                proxy = LeaseProxy(self.forwarder, subscribe, consumer, sink, self._credit)
+            if proxy is not None:
                 proxy.start()
             else:
                 node.scheduler.subscribe(consumer, patterns)
@@ -327,23 +332,27 @@ class QueueService:
             self.open_streams -= 1
             if reader is not None:
                 reader.cancel()
-            if proxy is not None:
-                proxy.stop()
-            if consumer is not None and sink is not None:
-                sink.closed = True
+            if sink is not None:
+                sink.close()
                 self._sinks.pop(sink, None)
                 self.node.lease_streams.ended(subscribe.session, subscribe.stream, sink)
-                self.node.scheduler.unsubscribe(consumer)
                 unsent.extend(sink.rest())
                 if unsent:
                     self.forwarder.start(self._give_back(unsent))
 
+    def _end(self, consumer: Consumer, proxy: LeaseProxy | None) -> None:
+        """No more leases for a consumer."""
+        if proxy is not None:
+            proxy.stop()
+        self.node.scheduler.unsubscribe(consumer)
+
     async def _give_back(self, unsent: deque[bytes]) -> None:
         """Whatever a consumer that is gone was not sent is ready again. It may be much: others get their turns meanwhile."""
         while unsent:
-            for run in LeaseResponse.FromString(unsent.popleft()).runs:
-                self.forwarder.give_back(run)
-            await asyncio.sleep(0)
+            runs = LeaseResponse.FromString(unsent.popleft()).runs
+            for i in range(0, len(runs), RUNS_PER_TURN):
+                self.forwarder.give_back(runs[i:i + RUNS_PER_TURN])
+                await asyncio.sleep(0)
 
     async def _read_credit(self, requests: AsyncIterator[bytes], consumer: Consumer, sink: Sink,
                            proxy: LeaseProxy | None) -> None:
