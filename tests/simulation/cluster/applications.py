@@ -622,13 +622,14 @@ class LeavingApplication(_Application):
     DESTINATION = "left"
     QUEUES = 4
     RECORDS = 24
-    VISITS = 16
+    VISITS = 10
     SOON_SECONDS = 1.0
     LEASE_SECONDS = 600.0
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
         self.finished = False
+        self.left = self.RECORDS
 
     async def run(self) -> None:
         """Once."""
@@ -641,19 +642,21 @@ class LeavingApplication(_Application):
                 await rnd.choice((self._visit, self._plain_visit))(client)
                 await self._look()
             async with client.consumer(self.DESTINATION, lease_seconds=self.LEASE_SECONDS) as consumer:
-                while run := await consumer.next_run(timeout=3.0):
+                while self.left and (run := await consumer.next_run(timeout=60)):
                     self.world.delivered(self, run._pb)
                     await run.ack()
+                    self.left -= len(run)
         self.finished = True
 
     async def _visit(self, client: Client) -> None:
         rnd = self.rnd
         async with client.consumer(self.DESTINATION, credit_messages=rnd.choice((1, 5, 40)), run_messages_max=rnd.choice((0, 1)),
                                    lease_seconds=self.LEASE_SECONDS) as consumer:
-            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.3)))
+            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.15)))
             if rnd.random() < 0.3 and (run := await consumer.next_run(timeout=3.0)):
                 self.world.delivered(self, run._pb)
                 await run.ack(run.messages[0].sequence)
+                self.left -= 1
 
     async def _plain_visit(self, client: Client) -> None:
         """Takes a run, has no credit for another one, and hangs up; or says at some time that it wants no more, and takes what comes."""
@@ -664,7 +667,7 @@ class LeavingApplication(_Application):
         subscribe.lease_duration.FromMilliseconds(int(self.LEASE_SECONDS * 1000))
         await lease.write(LeaseRequest(subscribe=subscribe).SerializeToString())
         if not takes:
-            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.3)))
+            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.15)))
             await lease.done_writing()
         runs: list[LeasedRunProto] = []
         try:
