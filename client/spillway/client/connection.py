@@ -18,6 +18,9 @@ from spillway.v1.cluster_service_pb2_grpc import ClusterServiceStub
 Kind = Literal["control", "produce", "lease", "ack"]
 MESSAGE_BYTES_MAX = 16 << 20
 FORMER_SECONDS = 60.0  # calls over a channel with former certificates: then they are cancelled, and made anew
+CALLS_END_SECONDS = 0.002  # between looks whether cancelled calls have ended
+CALLS_END_LOOKS = 25  # without progress
+_GRPC_CALL = "_AioCall."  # how the coroutines in which grpc.aio waits for the end of a call are named
 DOWN_SECONDS_BASE = 0.05
 DOWN_SECONDS_CAP = 2.0
 
@@ -41,6 +44,18 @@ async def answers(channel: grpc.aio.Channel, seconds: float) -> bool:
     except grpc.aio.AioRpcError as error:
         return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
     return True
+
+
+async def _calls_ended() -> None:
+    """Waits for gRPC to hear of the end of calls that were cancelled. What it hears after the loop is closed becomes an error in another
+    loop of this process, if there is one. Which calls they are it does not tell: others may be going on, so no progress is the end."""
+    last, patience = -1, 0
+    while (under_way := sum(getattr(task.get_coro(), "__qualname__", "").startswith(_GRPC_CALL) for task in asyncio.all_tasks())):
+        patience = patience + 1 if under_way == last else 0
+        if patience > CALLS_END_LOOKS:
+            return
+        last = under_way
+        await asyncio.sleep(CALLS_END_SECONDS)
 
 
 class Channels:
@@ -83,6 +98,7 @@ class Channels:
         for closing in self._closing:
             closing.cancel()
         await self.retain(())
+        await _calls_ended()
 
 
 class Health:

@@ -22,6 +22,8 @@ class LoopThread:
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        self.loop.run_until_complete(_end_tasks())
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -48,3 +50,10 @@ class LoopThread:
         """Ends the thread."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -33,6 +33,7 @@ from spillway.client import (
     sync,
 )
 from spillway.client.errors import from_item_error, from_rpc_error
+from spillway.client.loop_thread import LoopThread
 from spillway.v1 import message_pb2 as m
 
 from tests.unit.client.fake_broker import FakeCluster
@@ -119,6 +120,44 @@ async def test_closing_the_client_closes_what_it_made() -> None:
         assert future.done() and producer.closed and consumer.closed
         assert not cluster.leases
         await client.close()
+
+
+def _calls() -> int:
+    """How many calls gRPC has not heard the end of."""
+    return sum(task.get_coro().__qualname__.startswith("_AioCall.") for task in asyncio.all_tasks())  # type: ignore[union-attr]
+
+
+async def test_a_closed_client_leaves_nothing_for_other_loops() -> None:
+    """gRPC hears of the end of a call later than who ends it. If the loop were closed by then, another one would report an error."""
+    async with serving(2) as (cluster, other):
+        others = _calls()
+        async with Client(cluster.addresses) as client, client.producer() as producer, client.consumer("d") as consumer:
+            await producer.send("d", b"x")
+            assert await consumer.next_run(5) is not None
+            assert _calls() > others
+        assert _calls() <= others  # those of the other client go on
+        await other.close()
+        assert not _calls()
+
+
+def test_a_loop_of_its_own_is_closed_in_order() -> None:
+    """Whatever still runs there is cancelled, and ends."""
+    loop, ended = LoopThread(), []
+
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    async def begin() -> None:
+        tasks.append(asyncio.create_task(linger()))
+        await asyncio.sleep(0)
+    tasks: list[asyncio.Task[None]] = []
+    loop.run(begin())
+    loop.stop()
+    assert ended and loop.loop.is_closed() and tasks[0].cancelled()
 
 
 def test_the_client_for_threads() -> None:
