@@ -25,7 +25,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 CYCLE_SECONDS = 0.045  # how long the last credit may take to visit every node
 REST_SECONDS = 0.010  # a lease that was being replicated when its credit was withdrawn arrives within this
-REST_SECONDS_MAX = 0.5  # or at a slow node within this
+REST_SECONDS_MAX = 0.3  # or at a slow node within this
 REST_FACTOR = 1.5  # times what it last took
 DWELL_SECONDS_MAX = 0.010  # credit unused for this long at a node is idle
 DWELL_SECONDS_MIN = 0.002
