@@ -396,8 +396,8 @@ class Credit(_message.Message):
     """Messages. Each delivered message uses one."""
     bytes: _builtins.int
     """Bytes of message (payload, headers, id). At least one message is sent while
-    any byte credit is left, so that a large message cannot get stuck; without
-    `local_only`, one from each node.
+    any byte credit is left, so that a large message cannot get stuck. Without
+    `local_only`, up to twice the credit may come while it moves between nodes.
     """
     def __init__(
         self,

@@ -755,8 +755,8 @@ class LeaseProxy:
         self._loop = asyncio.get_running_loop()
         self._messages = 0  # credit that the client gave in all, less what was delivered
         self._bytes = 0
-        self._withdrawn_messages = 0  # that the client took back lately
-        self._withdrawn_bytes = 0
+        self._bytes_high = 0  # the most that it ever was
+        self._withdrawn = 0  # messages that the client took back lately
         self._withdrawn_until = 0.0
         self._splitter: CreditSplitter[str] | None = None
         self._local = forwarder.node.config.node_id
@@ -803,12 +803,12 @@ class LeaseProxy:
         """The client gives (or takes back) credit. What other nodes have granted on what it takes back still comes."""
         self._messages = min(self._messages + messages, CREDIT_MESSAGES_MAX)
         self._bytes = min(self._bytes + size, CREDIT_BYTES_MAX)
-        if messages < 0 or size < 0:
+        self._bytes_high = max(self._bytes_high, self._bytes)
+        if messages < 0:
             now = self._loop.time()
             if now >= self._withdrawn_until:
-                self._withdrawn_messages = self._withdrawn_bytes = 0
-            self._withdrawn_messages += max(0, -messages)
-            self._withdrawn_bytes += max(0, -size)
+                self._withdrawn = 0
+            self._withdrawn -= messages
             self._withdrawn_until = now + WITHDRAWN_SECONDS
         splitter = self._splitter
         if splitter is None:
@@ -827,20 +827,17 @@ class LeaseProxy:
         self._changed.set()
 
     def _admit(self, node_id: str, messages: int, size: int) -> bool:
-        """A node has used so much of its credit. Whether the client has as much left, and it may go there."""
+        """A node has used so much of its credit. Whether the client has as much left, and it may go there. Bytes may be overdrawn, by as
+        much as the client has given: messages are large or small, and to give back what came a moment too early helps nobody."""
         splitter, now = self._splitter, self._loop.time()
         if now >= self._withdrawn_until:
-            self._withdrawn_messages = self._withdrawn_bytes = 0
-        messages_left = self._messages + self._withdrawn_messages
-        bytes_left = self._bytes + self._withdrawn_bytes
+            self._withdrawn = 0
         if splitter is not None:
-            bytes_left = max(bytes_left, splitter.unused(node_id)[1])  # each node may overdraw by one message
             splitter.delivered(node_id, messages, size, now)
             splitter.settled(messages, size)
-        admitted = not self._stopped and messages <= messages_left and (size <= bytes_left or (messages == 1 and bytes_left > 0))
+        admitted = not self._stopped and messages <= self._messages + self._withdrawn and self._bytes + self._bytes_high > 0
         if admitted:
-            self._withdrawn_messages -= min(self._withdrawn_messages, max(0, messages - max(0, self._messages)))
-            self._withdrawn_bytes -= min(self._withdrawn_bytes, max(0, size - max(0, self._bytes)))
+            self._withdrawn -= min(self._withdrawn, max(0, messages - max(0, self._messages)))
             self._messages -= messages
             self._bytes -= size
         if splitter is not None:
