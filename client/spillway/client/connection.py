@@ -48,13 +48,13 @@ async def answers(channel: grpc.aio.Channel, seconds: float) -> bool:
 
 async def _calls_ended() -> None:
     """Waits for gRPC to hear of the end of calls that were cancelled. What it hears after the loop is closed becomes an error in another
-    loop of this process, if there is one. Which calls they are it does not tell: others may be going on, so no progress is the end."""
-    last, patience = -1, 0
+    loop of this process, if there is one. Which calls they are it does not tell: others may go on and begin, so no progress is the end."""
+    least, looks = 1 << 60, 0
     while (under_way := sum(getattr(task.get_coro(), "__qualname__", "").startswith(_GRPC_CALL) for task in asyncio.all_tasks())):
-        patience = patience + 1 if under_way == last else 0
-        if patience > CALLS_END_LOOKS:
+        looks = 0 if under_way < least else looks + 1
+        if looks > CALLS_END_LOOKS:
             return
-        last = under_way
+        least = min(least, under_way)
         await asyncio.sleep(CALLS_END_SECONDS)
 
 

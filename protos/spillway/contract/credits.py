@@ -16,7 +16,7 @@ cross (a node decides on a lease some milliseconds before it sends it); then the
 same on both ends, and the next credit fills it up first. So that such a delivery still finds its credit unspent,
 withdrawn credit rests for REST_SECONDS before it goes elsewhere. A delivery later than that makes `surplus` positive:
 the consumer gives that many messages back at once. What is withdrawn from that node rests longer from then on, or a slow
-node would always be too late; half as long each time that nothing came.
+node would always be too late; half as long each time that nothing came, once nothing has come for a while.
 """
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 CYCLE_SECONDS = 0.045  # how long the last credit may take to visit every node
 REST_SECONDS = 0.010  # a lease that was being replicated when its credit was withdrawn arrives within this
-REST_SECONDS_MAX = 0.3  # or at a slow node within this
+REST_SECONDS_MAX = 0.5  # or at a slow node within this
 REST_FACTOR = 1.5  # times what it last took
+REST_KEPT = 4  # so many times as long as it is, a longer rest is kept though nothing comes
 DWELL_SECONDS_MAX = 0.010  # credit unused for this long at a node is idle
 DWELL_SECONDS_MIN = 0.002
 SPARE_FACTOR = 4  # with this many messages of credit per node, every node keeps one when it is idle
@@ -45,7 +46,7 @@ class Change(NamedTuple, Generic[Node]):
 class _Account:
     """One node's balance."""
 
-    __slots__ = ("bytes", "bytes_turn", "eligible", "hungry_since", "messages", "rest", "resting_bytes", "resting_messages",
+    __slots__ = ("bytes", "bytes_turn", "crossed", "eligible", "hungry_since", "messages", "rest", "resting_bytes", "resting_messages",
                  "resting_until", "stirred", "turn", "withdrawn")
 
     def __init__(self, now: float, turn: int) -> None:
@@ -58,6 +59,7 @@ class _Account:
         self.bytes_turn = turn  # the same of bytes
         self.rest = REST_SECONDS
         self.withdrawn = now  # when some was taken back last
+        self.crossed = now  # when a delivery crossed that last
         self.resting_messages = 0  # withdrawn, and may cross a delivery
         self.resting_bytes = 0
         self.resting_until = 0.0
@@ -109,8 +111,10 @@ class CreditSplitter(Generic[Node]):
         account.bytes -= bytes
         account.stirred = now
         if account.messages < 0:
-            # It crossed a withdrawal, which therefore brought less.
-            account.rest = min(REST_SECONDS_MAX, max(account.rest, REST_FACTOR * (now - account.withdrawn)))
+            # It crossed a withdrawal, which therefore brought less; perhaps not the last one, so what is seen may be too short.
+            longer = 2 * account.rest if account.resting_until <= now else account.rest
+            account.rest = min(REST_SECONDS_MAX, max(longer, REST_FACTOR * (now - account.withdrawn)))
+            account.crossed = now
             account.resting_messages = max(0, account.resting_messages + account.messages)
         if account.bytes < 0:
             account.resting_bytes = max(0, account.resting_bytes + account.bytes)
@@ -153,7 +157,7 @@ class CreditSplitter(Generic[Node]):
         """What to send to the nodes now. It is taken as sent."""
         for account in self._accounts.values():
             if account.resting_until <= now:
-                if account.resting_messages:
+                if account.resting_messages and now - account.crossed > REST_KEPT * account.rest:
                     account.rest = max(REST_SECONDS, account.rest / 2)
                 account.resting_messages = account.resting_bytes = 0
         before = {node: (a.messages, a.bytes) for node, a in self._accounts.items()}

@@ -142,6 +142,12 @@ async def test_what_was_granted_on_credit_that_the_client_takes_back_still_comes
     assert not proxy._admit("n1", 1, 1)
     proxy.credit(1, 0)
     assert proxy._admit("n1", 1, 1)
+    for _ in range(1000):
+        proxy.credit(1, 0)
+        proxy.credit(-1 << 60, 0)
+        proxy.credit((1 << 60) - 1, 0)
+    assert len(proxy._withdrawn) <= 20 and sum(n for _, n in proxy._withdrawn) <= 1000  # no more than there was
+    proxy._withdrawn.clear()
     monkeypatch.setattr(forward, "WITHDRAWN_SECONDS", 0.0)
     proxy.credit(3, 0)
     proxy.credit(-2, 0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
+from typing import ClassVar
 
 from spillway.broker.core.access import Grants
 from spillway.broker.core.entry import Option
@@ -13,6 +14,8 @@ Error = tuple[int, int, str, str]
 
 class Call:
     """One ProduceRequest or AckRequest: its pieces are done one by one, then it answers as a whole."""
+
+    asked: ClassVar[bool] = True  # somebody wants to know
 
     __slots__ = ("done", "errors", "grants", "on_done", "peer", "results", "size", "traced", "traced_ns", "waiting")
 
@@ -40,6 +43,16 @@ class Call:
             self.on_done(self)
             if not self.done.done():
                 self.done.set_result(None)
+
+
+class Release(Call):
+    """Leases that go back because they did not reach their consumer; if they are over meanwhile, all the better."""
+
+    __slots__ = ()
+    asked = False
+
+    def __init__(self, count: int, loop: AbstractEventLoop) -> None:
+        super().__init__(count, 0, loop, lambda call: None)
 
 
 class Batch:

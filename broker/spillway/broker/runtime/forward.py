@@ -23,7 +23,7 @@ from spillway.broker.core.outbox import decode_promise
 from spillway.broker.core.policy import Policy
 from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import AlreadyExists, RequestError, Unavailable
-from spillway.broker.runtime.calls import Batch, Call
+from spillway.broker.runtime.calls import Batch, Call, Release
 from spillway.broker.runtime.consumers import Sink
 from spillway.cluster.errors import WireInvalid
 from spillway.cluster.transport.tls import TlsFiles, TlsInvalid
@@ -66,6 +66,7 @@ WATCH_SECONDS = 0.25  # between looks for a node that hangs; its connections sta
 MOVED_SECONDS_MAX = 1.0  # of silence, once another node is known to lead the shard
 SILENCE_SECONDS_MAX = 3.0  # of silence, while Raft hears nothing of the node either
 WITHDRAWN_SECONDS = 1.0  # for what was granted on credit that a client has taken back to come
+RELEASES_MAX = 1024  # of leases that are given back in a request
 LEASES_END_SECONDS = 2.0  # for what another node has granted to a consumer that is gone to come, and be given back
 LINK_GRACE_SECONDS = 5.0  # calls over a link that is given up end by themselves: closing it cancels whoever waits on it
 _NO_OPTION: Option = (0, 0, b"", 0)
@@ -477,8 +478,8 @@ class Forwarder:
         for run in runs:
             if run.messages and 1 <= run.shard <= node.config.shards:
                 shards.setdefault(run.shard, []).append(run)
-        for shard, lost in shards.items():
-            call = Call(len(lost), 0, asyncio.get_running_loop(), lambda call: None)
+        for shard, lost in ((s, all_[i:i + RELEASES_MAX]) for s, all_ in shards.items() for i in range(0, len(all_), RELEASES_MAX)):
+            call = Release(len(lost), asyncio.get_running_loop())
             runtime = node.shards.get(shard)
             if runtime is not None and runtime.leading:
                 for i, run in enumerate(lost):
@@ -756,8 +757,7 @@ class LeaseProxy:
         self._messages = 0  # credit that the client gave in all, less what was delivered
         self._bytes = 0
         self._bytes_high = 0  # the most that it ever was
-        self._withdrawn = 0  # messages that the client took back lately
-        self._withdrawn_until = 0.0
+        self._withdrawn: deque[tuple[float, int]] = deque()  # until when, how many messages that the client took back may still come
         self._splitter: CreditSplitter[str] | None = None
         self._local = forwarder.node.config.node_id
         self._streams: dict[str, _LeaseStream] = {}
@@ -801,15 +801,11 @@ class LeaseProxy:
 
     def credit(self, messages: int, size: int) -> None:
         """The client gives (or takes back) credit. What other nodes have granted on what it takes back still comes."""
+        if messages < 0 < self._messages:
+            self._withdraw(min(-messages, self._messages))
         self._messages = min(self._messages + messages, CREDIT_MESSAGES_MAX)
         self._bytes = min(self._bytes + size, CREDIT_BYTES_MAX)
         self._bytes_high = max(self._bytes_high, self._bytes)
-        if messages < 0:
-            now = self._loop.time()
-            if now >= self._withdrawn_until:
-                self._withdrawn = 0
-            self._withdrawn -= messages
-            self._withdrawn_until = now + WITHDRAWN_SECONDS
         splitter = self._splitter
         if splitter is None:
             if self._messages <= 0 or self._bytes <= 0:
@@ -820,6 +816,19 @@ class LeaseProxy:
                 splitter.add(peer, self._loop.time())
         self._split_anew(splitter)
 
+    def _withdraw(self, messages: int) -> None:
+        until, step = self._loop.time() + WITHDRAWN_SECONDS, WITHDRAWN_SECONDS / 16  # however often, there are few steps
+        if self._withdrawn and until < (last := self._withdrawn[-1])[0] + step:
+            self._withdrawn[-1] = last[0], last[1] + messages
+        else:
+            self._withdrawn.append((until, messages))
+        self._forget_withdrawn()
+
+    def _forget_withdrawn(self) -> None:
+        now = self._loop.time()
+        while self._withdrawn and self._withdrawn[0][0] <= now:
+            self._withdrawn.popleft()
+
     def _split_anew(self, splitter: CreditSplitter[str]) -> None:
         # What is delivered is the client's: it gives new credit for it. So the total is what is left to deliver.
         splitter.messages_max = max(0, self._messages)
@@ -829,15 +838,19 @@ class LeaseProxy:
     def _admit(self, node_id: str, messages: int, size: int) -> bool:
         """A node has used so much of its credit. Whether the client has as much left, and it may go there. Bytes may be overdrawn, by as
         much as the client has given: messages are large or small, and to give back what came a moment too early helps nobody."""
-        splitter, now = self._splitter, self._loop.time()
-        if now >= self._withdrawn_until:
-            self._withdrawn = 0
+        splitter = self._splitter
+        self._forget_withdrawn()
         if splitter is not None:
-            splitter.delivered(node_id, messages, size, now)
+            splitter.delivered(node_id, messages, size, self._loop.time())
             splitter.settled(messages, size)
-        admitted = not self._stopped and messages <= self._messages + self._withdrawn and self._bytes + self._bytes_high > 0
+        late = max(0, messages - max(0, self._messages))
+        admitted = not self._stopped and late <= sum(n for _, n in self._withdrawn) and self._bytes + self._bytes_high > 0
         if admitted:
-            self._withdrawn -= min(self._withdrawn, max(0, messages - max(0, self._messages)))
+            while late:
+                until, withdrawn = self._withdrawn.popleft()
+                if withdrawn > late:
+                    self._withdrawn.appendleft((until, withdrawn - late))
+                late -= min(late, withdrawn)
             self._messages -= messages
             self._bytes -= size
         if splitter is not None:

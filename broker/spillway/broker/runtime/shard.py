@@ -21,7 +21,7 @@ from spillway.broker.core.queue import Queue
 from spillway.broker.core.scheduler import Pick
 from spillway.broker.core.shard import Effects, SettleStatus, Shard, destination_of, tenant_scope_of
 from spillway.broker.errors import Unavailable
-from spillway.broker.runtime.calls import Batch, Call
+from spillway.broker.runtime.calls import Batch, Call, Release
 from spillway.broker.runtime.chores import Chores, Flight
 from spillway.broker.runtime.copier import Copier
 from spillway.cluster.errors import StorageFailed
@@ -117,7 +117,7 @@ class ShardRuntime:
             elif token in state.settled:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
-                if self.node.meters is not None:
+                if self.node.meters is not None and call.asked:
                     self.node.meters.stale += 1
             else:
                 # Perhaps another node leads, and granted it, and this one does not know yet. The log tells.
@@ -204,8 +204,7 @@ class ShardRuntime:
         if queue is not None:
             self.state.ensure(queue, 1)
             # Whoever leads next is told, too.
-            call = Call(1, 0, asyncio.get_running_loop(), lambda call: None)
-            self.settle(call, 0, token, queue.front[0][0], e.RELEASE, -1, "")
+            self.settle(Release(1, asyncio.get_running_loop()), 0, token, queue.front[0][0], e.RELEASE, -1, "")
 
     def grant(self, pick: Pick, messages: int, deadline: int) -> None:
         """A lease that the scheduler chose."""
@@ -490,7 +489,7 @@ class ShardRuntime:
             else:
                 call.results[index] = SETTLEMENT_RESULT_REFUSED
                 if status == SettleStatus.STALE:
-                    if self.node.meters is not None:
+                    if self.node.meters is not None and call.asked:
                         self.node.meters.stale += 1
                     call.fail(index, ERROR_CODE_STALE_TOKEN, f"settlements[{index}].fencing_token", STALE)
                 else:
