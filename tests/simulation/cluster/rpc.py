@@ -448,7 +448,7 @@ class Channel:
     def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None,
                     _registered_method: bool = False) -> Any:
         """As grpc.aio."""
-        def unary(request: Any, timeout: float | None = None, metadata: Any = None) -> Call:
+        def unary(request: Any, timeout: float | None = None, metadata: Any = None, wait_for_ready: bool = False) -> Call:
             return Call(self, method, request, metadata, timeout, request_serializer, response_deserializer)
         return unary
 

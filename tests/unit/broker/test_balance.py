@@ -468,10 +468,11 @@ async def test_a_leader_that_does_not_answer_hides_no_other() -> None:
     node: Any = of._node
     node.members = ALL
     node.shards = {1: SimpleNamespace(leading=False), 2: SimpleNamespace(leading=False)}
-    node.host = SimpleNamespace(leader_of=lambda n: (f"n{n + 1}", 1), drop_group=lambda group, *_: dropped.append(group))
+    node.host = SimpleNamespace(leader_of=lambda n: (f"n{n + 1}", 1), drop_group=lambda group, *_: dropped.append(group),
+                                in_touch=lambda node_id: False)
 
     def link(leader: str) -> Any:
-        async def status(request: Any, timeout: float) -> pb.GetNodeStatusResponse:
+        async def status(request: Any, timeout: float, wait_for_ready: bool) -> pb.GetNodeStatusResponse:
             if leader == "n2":
                 raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata())
             return pb.GetNodeStatusResponse(groups=[pb.GroupStatus(group=2, role="leader", voters=["n2", "n3", "n4"])])

@@ -12,6 +12,7 @@ from spillway.broker.config import Peer
 from spillway.broker.core.scheduler import Consumer
 from spillway.broker.errors import Unavailable
 from spillway.broker.runtime import forward
+from spillway.broker.runtime.balance import ask_status
 from spillway.broker.runtime.calls import Batch, Call
 from spillway.broker.runtime.consumers import Sink
 from spillway.broker.runtime.forward import Forwarder, LeaseProxy, PeerLink
@@ -20,6 +21,8 @@ from spillway.v1.cluster_service_pb2_grpc import ClusterServiceServicer, add_Clu
 from spillway.v1.message_pb2 import ItemError
 from spillway.v1.queue_service_pb2 import Credit, LeaseRequest, ProduceResponse, Subscribe
 from spillway.v1.queue_service_pb2_grpc import QueueServiceServicer, add_QueueServiceServicer_to_server
+
+from demo.ports import free_ports
 
 
 async def test_what_is_sent_over_a_closed_link_fails() -> None:
@@ -113,7 +116,7 @@ async def test_an_answer_that_nobody_asked_for_ends_the_stream() -> None:
 class Leader(QueueServiceServicer, ClusterServiceServicer):
     """Another node, over a real connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.leases = 0
         self.leased = asyncio.Event()
         self.answer = asyncio.Event()
@@ -121,7 +124,7 @@ class Leader(QueueServiceServicer, ClusterServiceServicer):
         self.server = grpc.aio.server()
         add_QueueServiceServicer_to_server(self, self.server)
         add_ClusterServiceServicer_to_server(self, self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
 
     async def Lease(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         """A stream that never ends."""
@@ -181,6 +184,26 @@ async def test_who_waits_for_an_answer_of_a_node_that_moves_gets_it(leaders: tup
     here.answer.set()
     assert (await asking).node == "n2"
     await forwarder.close()
+
+
+async def test_a_node_that_is_back_is_asked_though_its_link_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC connects again after a while only. Raft hears of the node already, so it is no longer away."""
+    monkeypatch.setattr(forward, "CHANNEL_OPTIONS", [("grpc.initial_reconnect_backoff_ms", 1500), ("grpc.min_reconnect_backoff_ms", 1500)])
+    there = [False]
+    port = free_ports(1)[0]
+    node = a_node()
+    node.host.in_touch = lambda node_id: there[0]
+    node.members = {"n1": None, "n2": Peer("n2", f"127.0.0.1:{port}", "")}
+    forwarder = Forwarder(node)
+    assert await ask_status(node, forwarder, "n2") is None
+    leader = Leader(port)
+    leader.answer.set()
+    await leader.server.start()
+    there[0] = True
+    found = await ask_status(node, forwarder, "n2")
+    assert found is not None and found.node == "n2"
+    await forwarder.close()
+    await leader.server.stop(None)
 
 
 async def test_leases_of_a_node_that_moves_are_asked_for_where_it_is(leaders: tuple[Leader, Leader],

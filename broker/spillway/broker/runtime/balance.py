@@ -561,7 +561,9 @@ async def ask_status(node: Node, forwarder: Forwarder, node_id: str) -> GetNodeS
     if node_id == node.config.node_id:
         return node_status(node)
     try:
-        answer: GetNodeStatusResponse = await forwarder.link(node_id).cluster.GetNodeStatus(GetNodeStatusRequest(), timeout=CALL_SECONDS)
+        # One that Raft hears of is up: the link may only have to wait before it connects again.
+        answer: GetNodeStatusResponse = await forwarder.link(node_id).cluster.GetNodeStatus(
+            GetNodeStatusRequest(), timeout=CALL_SECONDS, wait_for_ready=node.host.in_touch(node_id))
     except (grpc.aio.AioRpcError, Unavailable) as error:
         log.debug("node %s does not say how it is: %s", node_id, error)
         return None
