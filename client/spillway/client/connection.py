@@ -46,11 +46,16 @@ async def answers(channel: grpc.aio.Channel, seconds: float) -> bool:
     return True
 
 
+def calls_under_way() -> int:
+    """How many calls in this loop gRPC has not heard the end of, whoever made them."""
+    return sum(getattr(task.get_coro(), "__qualname__", "").startswith(_GRPC_CALL) for task in asyncio.all_tasks())
+
+
 async def _calls_ended() -> None:
     """Waits for gRPC to hear of the end of calls that were cancelled. What it hears after the loop is closed becomes an error in another
     loop of this process, if there is one. Which calls they are it does not tell: others may go on and begin, so no progress is the end."""
     least, looks = 1 << 60, 0
-    while (under_way := sum(getattr(task.get_coro(), "__qualname__", "").startswith(_GRPC_CALL) for task in asyncio.all_tasks())):
+    while under_way := calls_under_way():
         looks = 0 if under_way < least else looks + 1
         if looks > CALLS_END_LOOKS:
             return

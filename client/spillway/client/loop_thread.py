@@ -20,11 +20,9 @@ class LoopThread:
         self.thread.start()
 
     def _main(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        self.loop.run_until_complete(_end_tasks())
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-        self.loop.close()
+        with asyncio.Runner(loop_factory=lambda: self.loop):  # which ends in order what is left
+            asyncio.set_event_loop(self.loop)
+            self.loop.run_forever()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine there and waits for it. KeyboardInterrupt cancels it."""
@@ -50,10 +48,3 @@ class LoopThread:
         """Ends the thread."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
-
-
-async def _end_tasks() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

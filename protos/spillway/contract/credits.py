@@ -30,6 +30,7 @@ REST_FACTOR = 1.5  # times what it last took
 REST_KEPT = 4  # so many times as long as it is, a longer rest is kept though nothing comes
 DWELL_SECONDS_MAX = 0.010  # credit unused for this long at a node is idle
 DWELL_SECONDS_MIN = 0.002
+_ALL = 1 << 63  # more than there can be
 SPARE_FACTOR = 4  # with this many messages of credit per node, every node keeps one when it is idle
 
 Node = TypeVar("Node")
@@ -220,19 +221,19 @@ class CreditSplitter(Generic[Node]):
     def _reclaim(self, now: float) -> None:
         """If more is given than there is (the total shrank, or an overdrawn stream ended), takes it back, first from
         those that have most; all, if there is none."""
-        lacking = -self.free_messages
+        lacking = -self.free_messages if self.messages_max > 0 else _ALL
         for account in sorted(self._accounts.values(), key=lambda a: -a.messages):
-            if (lacking <= 0 and self.messages_max > 0) or account.messages <= 0:
+            if lacking <= 0 or account.messages <= 0:
                 break
-            amount = min(lacking, account.messages) if self.messages_max > 0 else account.messages
+            amount = min(lacking, account.messages)
             account.messages -= amount
             account.withdrawn = now
             lacking -= amount
-        lacking = -self.free_bytes
+        lacking = -self.free_bytes if self.bytes_max > 0 else _ALL
         for account in sorted(self._accounts.values(), key=lambda a: -a.bytes):
-            if (lacking <= 0 and self.bytes_max > 0) or account.bytes <= 0:
+            if lacking <= 0 or account.bytes <= 0:
                 break
-            amount = min(lacking, account.bytes) if self.bytes_max > 0 else account.bytes
+            amount = min(lacking, account.bytes)
             account.bytes -= amount
             account.withdrawn = now
             lacking -= amount

@@ -623,6 +623,7 @@ class LeavingApplication(_Application):
     QUEUES = 4
     RECORDS = 24
     VISITS = 10
+    STAYS = (0.0, 0.001, 0.01, 0.06, 0.15)  # seconds
     SOON_SECONDS = 1.0
     LEASE_SECONDS = 600.0
 
@@ -652,7 +653,7 @@ class LeavingApplication(_Application):
         rnd = self.rnd
         async with client.consumer(self.DESTINATION, credit_messages=rnd.choice((1, 5, 40)), run_messages_max=rnd.choice((0, 1)),
                                    lease_seconds=self.LEASE_SECONDS) as consumer:
-            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.15)))
+            await asyncio.sleep(rnd.choice(self.STAYS))
             if rnd.random() < 0.3 and (run := await consumer.next_run(timeout=3.0)):
                 self.world.delivered(self, run._pb)
                 await run.ack(run.messages[0].sequence)
@@ -667,7 +668,7 @@ class LeavingApplication(_Application):
         subscribe.lease_duration.FromMilliseconds(int(self.LEASE_SECONDS * 1000))
         await lease.write(LeaseRequest(subscribe=subscribe).SerializeToString())
         if not takes:
-            await asyncio.sleep(rnd.choice((0.0, 0.001, 0.01, 0.06, 0.15)))
+            await asyncio.sleep(rnd.choice(self.STAYS))
             await lease.done_writing()
         runs: list[LeasedRunProto] = []
         try:

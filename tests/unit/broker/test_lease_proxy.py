@@ -15,6 +15,8 @@ from spillway.contract.credits import CreditSplitter
 from spillway.contract.limits import CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX
 from spillway.v1.queue_service_pb2 import Credit, LeasedMessage, LeasedRun, LeaseRequest, LeaseResponse, Subscribe
 
+from tests.unit.client.serving import until
+
 
 def run(token: int, messages: int = 1) -> LeasedRun:
     """Of another node."""
@@ -81,13 +83,6 @@ class Forwarder:
                           consumer, sink, lambda consumer, messages, size: None)
         made.start()
         return made, sink
-
-
-async def until(condition: Any) -> None:
-    """Soon."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def tokens(sink: Sink) -> list[int]:
@@ -174,7 +169,7 @@ async def test_a_client_has_no_more_credit_than_a_node_gives() -> None:
 
 
 @pytest.mark.parametrize("numbered", [True, False])
-async def test_a_stream_that_is_over_begins_nowhere_late(numbered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_that_is_over_begins_nowhere_late(numbered: bool) -> None:
     """Where a node numbers the streams, the number of the one that takes its place may be lower; then that would be ended. Clients that
     number them themselves may subscribe for nothing but to say which leases they have."""
     forwarder = Forwarder()

@@ -32,6 +32,7 @@ from spillway.client import (
     cli,
     sync,
 )
+from spillway.client.connection import calls_under_way
 from spillway.client.errors import from_item_error, from_rpc_error
 from spillway.client.loop_thread import LoopThread
 from spillway.v1 import message_pb2 as m
@@ -122,22 +123,17 @@ async def test_closing_the_client_closes_what_it_made() -> None:
         await client.close()
 
 
-def _calls() -> int:
-    """How many calls gRPC has not heard the end of."""
-    return sum(task.get_coro().__qualname__.startswith("_AioCall.") for task in asyncio.all_tasks())  # type: ignore[union-attr]
-
-
 async def test_a_closed_client_leaves_nothing_for_other_loops() -> None:
     """gRPC hears of the end of a call later than who ends it. If the loop were closed by then, another one would report an error."""
     async with serving(2) as (cluster, other):
-        others = _calls()
+        others = calls_under_way()
         async with Client(cluster.addresses) as client, client.producer() as producer, client.consumer("d") as consumer:
             await producer.send("d", b"x")
             assert await consumer.next_run(5) is not None
-            assert _calls() > others
-        assert _calls() <= others  # those of the other client go on
+            assert calls_under_way() > others
+        assert calls_under_way() <= others  # those of the other client go on
         await other.close()
-        assert not _calls()
+        assert not calls_under_way()
 
 
 def test_a_loop_of_its_own_is_closed_in_order() -> None:

@@ -23,6 +23,11 @@ def stream_of(consumer: str, session: str) -> int | None:
     return int(stream) if separator else 0
 
 
+def is_over(number: int, stream: int, open_: set[int]) -> bool:
+    """Whether the consumer that has begun `stream`, beside those that are open, takes nothing more from its stream `number`."""
+    return number < stream and number not in open_
+
+
 class Sink:
     """Encoded runs on their way to one consumer. Bounded by the credit that the consumer gave: the scheduler sends
     nothing without it, and credit is capped by the service."""
@@ -97,7 +102,7 @@ class LeaseStreams:
         """Nothing more is granted over earlier streams that are not among the open ones: their consumer takes nothing from them."""
         streams = self._sinks.setdefault(session, {})
         for number, former in streams.items():
-            if number < stream and number not in open_:
+            if is_over(number, stream, open_):
                 former.close()
         streams[stream] = sink
 

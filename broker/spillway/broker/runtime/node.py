@@ -26,7 +26,7 @@ from spillway.broker.core.scheduler import Pick, Scheduler
 from spillway.broker.runtime.backup import Backups
 from spillway.broker.runtime.balance import META_GROUP, Balance
 from spillway.broker.runtime.calls import Batch, Call
-from spillway.broker.runtime.consumers import LeaseStreams, Sink, stream_of
+from spillway.broker.runtime.consumers import LeaseStreams, Sink, is_over, stream_of
 from spillway.broker.runtime.meta import MetaRuntime
 from spillway.broker.runtime.shard import ShardRuntime
 from spillway.broker.runtime.shares import Shares
@@ -340,7 +340,7 @@ class Node:
             if runtime.leading:
                 for token, queue in runtime.state.leases.items():
                     if (queue.consumer.startswith(session) and (runtime.number, token) not in held
-                            and (of := stream_of(queue.consumer, session)) is not None and of < stream and of not in open_):
+                            and (of := stream_of(queue.consumer, session)) is not None and is_over(of, stream, open_)):
                         runtime.release_lease(token)
                         self.host.wake(runtime.number)
 

@@ -269,7 +269,6 @@ class QueueService:
     async def lease(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """Subscribes, then sends what the scheduler grants, within the consumer's credit."""
         await self._admit(context)
-        consumer: Consumer | None = None
         sink: Sink | None = None
         proxy: LeaseProxy | None = None
         reader: asyncio.Task[None] | None = None
@@ -304,9 +303,9 @@ class QueueService:
                 proxy = LeaseProxy(self.forwarder, subscribe, numbered, consumer, sink, self._credit)
             sink.on_close = partial(self._end, consumer, proxy)
             if subscribe.session:
-                node.lease_streams.begun(subscribe.session, subscribe.stream, set(subscribe.streams_open), sink)
-                node.release_lost(subscribe.session, subscribe.stream, set(subscribe.streams_open),
-                                  {(h.shard, h.fencing_token) for h in subscribe.held})
+                open_ = set(subscribe.streams_open)
+                node.lease_streams.begun(subscribe.session, subscribe.stream, open_, sink)
+                node.release_lost(subscribe.session, subscribe.stream, open_, {(h.shard, h.fencing_token) for h in subscribe.held})
             if proxy is not None:
                 proxy.start()
             else:
